@@ -1,0 +1,41 @@
+#include "core/cpu.h"
+
+#include <string.h>
+
+#include "lineas.h"
+
+static const char *const NAMES[LNS_CPU_COUNT] = {[LNS_CPU_PORTABLE] = "portable", [LNS_CPU_AVX2] = "avx2"};
+
+static lns_cpu_variant chosen = LNS_CPU_PORTABLE;
+
+static int runs_here(lns_cpu_variant variant)
+{
+#if LNS_HAVE_AVX2
+    if (variant == LNS_CPU_AVX2) {
+        return __builtin_cpu_supports("avx2") != 0;
+    }
+#endif
+    return variant == LNS_CPU_PORTABLE;
+}
+
+int lns_cpu_init(const char *forced)
+{
+    const int any = forced == NULL || forced[0] == '\0';
+    for (int variant = LNS_CPU_COUNT - 1; variant >= 0; variant--) {
+        if (runs_here((lns_cpu_variant)variant) && (any || strcmp(forced, NAMES[variant]) == 0)) {
+            chosen = (lns_cpu_variant)variant;
+            return 0;
+        }
+    }
+    return -1;
+}
+
+lns_cpu_variant lns_cpu(void)
+{
+    return chosen;
+}
+
+const char *lns_cpu_name(void)
+{
+    return NAMES[chosen];
+}

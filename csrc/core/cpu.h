@@ -1,0 +1,24 @@
+/* Which build of the vectorised kernels runs. Written once by lns_cpu_init, read by the kernels. */
+#ifndef LNS_CPU_H
+#define LNS_CPU_H
+
+typedef enum lns_cpu_variant { LNS_CPU_PORTABLE, LNS_CPU_AVX2, LNS_CPU_COUNT } lns_cpu_variant;
+
+lns_cpu_variant lns_cpu(void);
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define LNS_HAVE_AVX2 1
+#else
+#define LNS_HAVE_AVX2 0
+#endif
+
+/* Functions between these two lines are compiled for AVX2. FMA stays off: all variants give the same bits. */
+#if LNS_HAVE_AVX2 && defined(__clang__)
+#define LNS_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2\"))), apply_to = function)")
+#define LNS_TARGET_END _Pragma("clang attribute pop")
+#elif LNS_HAVE_AVX2
+#define LNS_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2\")")
+#define LNS_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#endif

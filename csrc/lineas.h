@@ -1,0 +1,192 @@
+/* lineas: the C contract of the engine.
+ *
+ * Activation statistics, quantile Wasserstein losses and gradients, affine maps, proximal steps and closed-form maps.
+ * Plain C11. Nothing here knows Python. No function allocates memory or keeps state; all may be called from any thread
+ * at the same time, once lns_cpu_init has been called.
+ *
+ * Conventions
+ *   real      the working type: double for LNS_F64, else float. Arrays described as "real" have the working type of the
+ *             samples that they belong to and are passed as void *.
+ *   sizes     int64_t; n, m rows (samples), d columns (neurons). All matrices are row-major without gaps.
+ *   work      memory of at least lns_..._worksize(...) bytes, 64-byte aligned; no meaning on return. A worksize of -1
+ *             says that the sizes are not acceptable (LNS_BAD_SIZE) or do not fit into memory.
+ *   threads   upper bound of threads, >= 1. Results never depend on it, nor on the CPU variant in use.
+ *   outputs   written only on LNS_OK unless said otherwise; they must not overlap the inputs unless "in place" is said.
+ *   place     may be NULL; where given, it tells the position of the offending value for LNS_NOT_FINITE,
+ *             LNS_BAD_MASS and LNS_EMPTY_ROW.
+ */
+#ifndef LINEAS_H
+#define LINEAS_H
+
+#include <stdint.h>
+
+#include "core/status.h"
+
+typedef enum lns_dtype { LNS_F32, LNS_F64, LNS_F16, LNS_BF16 } lns_dtype;
+
+/* A sample of n activations of d neurons. */
+typedef struct lns_sample {
+    const void *data;   /* [n, d] of dtype, not modified */
+    lns_dtype dtype;
+    int64_t n, d;       /* both >= 1 */
+    const double *mass; /* [n] weight of each row, >= 0, any positive sum (normalised inside); NULL = equal */
+} lns_sample;
+
+/* Where something was found. */
+typedef struct lns_place {
+    int64_t entry;   /* index in the batch */
+    int argument;    /* 0: first array argument (u, source, weight gradient), 1: second (v, target, bias gradient) */
+    int64_t row, column;
+    double value;
+} lns_place;
+
+/* ---- processor ------------------------------------------------------------------------------------------------- */
+
+/* Chooses the kernel variant: "portable" or "avx2"; NULL or "" = the best this CPU runs. Returns 0, or -1 where
+ * `forced` is unknown or the CPU cannot run it (the choice then stays as it was). Call it once, before any other
+ * thread uses the engine. */
+int lns_cpu_init(const char *forced);
+
+/* Name of the variant in use. */
+const char *lns_cpu_name(void);
+
+/* ---- sort.c: column sort ---------------------------------------------------------------------------------------- */
+
+/* Work memory for lns_sort. */
+int64_t lns_sort_worksize(const lns_sample *samples, int64_t count, int threads);
+
+/* out[k] [n_k, d_k] real, overwritten: the columns of samples[k], each ascending; -0 comes before +0. masses are not
+ * looked at. All samples share one working type. LNS_NOT_FINITE: a NaN or infinity (out then has no meaning). */
+lns_status lns_sort(const lns_sample *samples, int64_t count, int threads, void *work, void *const *out,
+                    lns_place *place);
+
+/* ---- wasserstein.c: quantile W2 ------------------------------------------------------------------------------------- */
+
+/* One module: W_j = integral over (0, 1) of (F^-1_u(t) - F^-1_v(t))^2 dt for every neuron j, u = weight * z + bias. */
+typedef struct lns_w2_job {
+    lns_sample u;        /* z; identity map where weight is NULL */
+    lns_sample v;        /* same d */
+    const void *weight;  /* [d] real, or NULL together with bias */
+    const void *bias;    /* [d] real */
+    void *value;         /* [d] real, overwritten: W_j */
+    void *grad_u;        /* [n, d] real, overwritten: dW_j / dz_ij; NULL = not wanted */
+    void *grad_weight;   /* [d] real, overwritten: dW_j / dweight_j; NULL = not wanted */
+    void *grad_bias;     /* [d] real, overwritten: dW_j / dbias_j; NULL = not wanted */
+} lns_w2_job;
+
+int64_t lns_wasserstein_worksize(const lns_w2_job *jobs, int64_t count, int threads);
+
+/* v_sorted: the columns of every v ascend already (not checked; v has no mass then). Entries of u that are equal within
+ * a column share the mean of their target quantiles in the gradient, so that it does not depend on their order.
+ * LNS_NOT_FINITE: a NaN or infinity in z, weight * z + bias or v. LNS_BAD_MASS. */
+lns_status lns_wasserstein(const lns_w2_job *jobs, int64_t count, int v_sorted, int threads, void *work,
+                           lns_place *place);
+
+/* ---- transport.c: closed-form maps ---------------------------------------------------------------------------------- */
+
+typedef enum lns_method { LNS_MEAN, LNS_GAUSSIAN, LNS_LINEAR } lns_method;
+
+typedef struct lns_fit_job {
+    lns_sample source, target; /* same d, at least 2 rows each */
+    void *weight, *bias;       /* [d] real, overwritten: the map z -> weight * z + bias */
+} lns_fit_job;
+
+int64_t lns_fit_worksize(const lns_fit_job *jobs, int64_t count, int threads);
+
+/* LNS_MEAN: weight 1, bias mean(v) - mean(u). LNS_GAUSSIAN: weight sd(v) / sd(u), the means matched; ddof = 1, with
+ * masses the weighted population variance. LNS_LINEAR: least squares of the target quantiles on the source quantiles.
+ * A column of the source without variance gets weight 1 and the mean shift. */
+lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, int threads, void *work,
+                   lns_place *place);
+
+int64_t lns_covariance_worksize(int64_t n, int64_t d);
+
+/* mean [d] and covariance [d, d] (symmetric), overwritten. ddof = 1 (n >= 2); with mass the weighted population
+ * covariance. Products by OpenBLAS. */
+lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, double *covariance, lns_place *place);
+
+int64_t lns_bures_map_worksize(int64_t d);
+
+/* map [d, d], overwritten: the symmetric A with A (source + ridge I) A = target + ridge I (the optimal transport map
+ * between Gaussians, Dowson and Landau 1982). Directions in which the source has no variance (eigenvalue at most
+ * d * 2^-52 times the largest) are mapped to zero. source, target [d, d] symmetric, not modified. LNS_NO_CONVERGENCE. */
+lns_status lns_bures_map(const double *source, const double *target, int64_t d, double ridge, void *work, double *map);
+
+/* ---- affine.c: a map at a strength ---------------------------------------------------------------------------------- */
+
+int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner, lns_dtype dtype);
+
+/* out = scale * z + shift with scale = 1 where weight is 1, else (1 - s) + s * weight; shift = s * bias, on
+ * z [outer, d, inner]. weight, bias [d] real. out: z's dtype and shape, overwritten, rounded once. */
+lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, int64_t inner, const void *weight,
+                      const void *bias, double strength, int threads, void *work, void *out);
+
+/* Gradients of lns_affine. grad_out: z's dtype and shape, not modified. grad_z: the same, overwritten, or NULL = not
+ * wanted. grad_weight, grad_bias [d] real, overwritten. */
+lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, int64_t d, int64_t inner,
+                               const void *weight, double strength, const void *grad_out, int threads, void *work,
+                               void *grad_z, void *grad_weight, void *grad_bias);
+
+/* ---- pool.c: masked pooling over tokens ------------------------------------------------------------------------------- */
+
+typedef enum lns_pooling { LNS_POOL_MEAN, LNS_POOL_MIN, LNS_POOL_MAX, LNS_POOL_LAST, LNS_POOL_ALL } lns_pooling;
+
+/* x [batch, tokens, d] of dtype; mask [batch, tokens], nonzero = real token, or NULL = all real.
+ * out [batch, d] real, for LNS_POOL_ALL [number of real tokens, d], overwritten. index [batch, d], overwritten for
+ * LNS_POOL_MIN and _MAX (else NULL): the token that won, the first one at ties; a NaN wins.
+ * LNS_EMPTY_ROW (place->row): a row without a real token, except for LNS_POOL_ALL. */
+lns_status lns_pool(const void *x, lns_dtype dtype, int64_t batch, int64_t tokens, int64_t d, const uint8_t *mask,
+                    lns_pooling mode, int threads, void *out, int32_t *index, lns_place *place);
+
+/* Gradient of lns_pool. grad_out: out's shape, dtype LNS_F32 or LNS_F64. index: as lns_pool wrote it, each entry in
+ * [0, tokens) (LNS_BAD_SIZE otherwise). grad_x [batch, tokens, d], grad_out's dtype, overwritten. */
+lns_status lns_pool_backward(const void *grad_out, lns_dtype dtype, int64_t batch, int64_t tokens, int64_t d,
+                             const uint8_t *mask, lns_pooling mode, const int32_t *index, int threads, void *grad_x,
+                             lns_place *place);
+
+/* ---- moments.c: streaming statistics ---------------------------------------------------------------------------------- */
+
+typedef struct lns_moments {
+    int64_t count;        /* rows seen */
+    double *mean;         /* [d] */
+    double *m2;           /* [d] sum of squared deviations from the mean */
+    double *low, *high;   /* [d] smallest and largest value; +inf and -inf at the start */
+} lns_moments;
+
+int64_t lns_moments_worksize(int64_t n, int64_t d);
+
+/* Merges the rows of the sample into the state (updated only on LNS_OK). */
+lns_status lns_moments_update(const lns_sample *sample, int threads, void *work, lns_moments *state, lns_place *place);
+
+/* Merges `other` (not modified) into the state (Chan, Golub and LeVeque 1979). */
+lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d);
+
+/* ---- prox.c: sparse-group lasso --------------------------------------------------------------------------------------- */
+
+/* out [d] = prox of tau (l1 ||.||_1 + group sqrt(d) ||.||_2) at x [d], dtype LNS_F32 or LNS_F64. In place allowed. */
+lns_status lns_prox(const void *x, lns_dtype dtype, int64_t d, double tau, double l1, double group, void *out);
+
+typedef struct lns_adam {
+    void *m_weight, *v_weight, *m_bias, *v_bias; /* [D] real, updated in place */
+    int64_t step;                                /* number of this step, from 1 */
+    double beta1, beta2, eps;
+} lns_adam;
+
+typedef struct lns_step_problem {
+    lns_dtype dtype;                       /* LNS_F32 or LNS_F64: type of all arrays below */
+    int64_t modules;                       /* L */
+    const int64_t *offsets;                /* [L + 1], from 0, strictly ascending, to D */
+    void *weight, *bias;                   /* [D], updated in place */
+    const void *grad_weight, *grad_bias;   /* [D], not modified */
+    double lr;
+    double l1, group;                      /* penalties of weight - 1 */
+    double l1_bias, group_bias;            /* penalties of bias */
+    const lns_adam *adam;                  /* NULL = plain SGD */
+} lns_step_problem;
+
+/* A gradient step at rate lr, then the prox with tau = lr on each module's weight - 1 and bias. per_module [L, 2]
+ * doubles, overwritten: the module's penalty after the step and its number of neurons with weight != 1 or bias != 0.
+ * LNS_NOT_FINITE: a gradient that is not finite (place: module, argument 0 weight or 1 bias, column); nothing changed. */
+lns_status lns_step(const lns_step_problem *problem, int threads, double *per_module, lns_place *place);
+
+#endif
