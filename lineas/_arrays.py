@@ -1,0 +1,144 @@
+"""From what users hand over (NumPy, torch, ml_dtypes, lists) to the arrays the C engine takes, and back.
+
+torch is never imported here: a tensor can only exist once somebody else has imported torch.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ACCEPTED = "float16, bfloat16, float32 or float64"
+
+
+def is_tensor(x: object) -> bool:
+    """Whether `x` is a torch tensor."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def is_bfloat16(dtype: np.dtype) -> bool:
+    """Whether `dtype` is the bfloat16 of ml_dtypes, which NumPy itself does not know."""
+    return dtype.name == "bfloat16" and dtype.itemsize == 2
+
+
+def widen(x: NDArray) -> NDArray:
+    """`x` in its working type: float64 stays; float32, float16 and uint16 (bfloat16 bits) become float32."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+
+
+def working_dtype(x: NDArray) -> np.dtype:
+    """The type the engine computes in for an array that `as_engine` returned."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+def _from_tensor(x: Any, name: str) -> NDArray:
+    torch = sys.modules["torch"]
+    if x.layout is not torch.strided or x.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}, dtype {x.dtype}")
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.uint16).numpy()
+    if x.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {x.dtype}")
+    return x.numpy()
+
+
+def as_engine(x: Any, name: str) -> NDArray:
+    """Turn array-like `x` of any rank into a C-contiguous array the engine reads.
+
+    Parameters
+    ----------
+    x : array_like or torch.Tensor
+        float16, bfloat16 (ml_dtypes or torch), float32 or float64; read-only and memory-mapped arrays are fine.
+        Not copied where its layout is right already.
+    name : str
+        What an error message calls it.
+
+    Returns
+    -------
+    ndarray
+        float16, float32 or float64, or uint16 holding bfloat16 bits.
+
+    Raises
+    ------
+    TypeError
+        For any other dtype (integers and booleans included: what they would mean as activations is not ours to
+        guess), for masked arrays (their mask would be lost) and for sparse or quantised tensors.
+    """
+    if is_tensor(x):
+        return np.require(_from_tensor(x, name), requirements="CA")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked array: fill or drop its masked entries first")
+    array = np.asarray(x)
+    if is_bfloat16(array.dtype):
+        return np.require(array, requirements="CA").view(np.uint16)
+    # isnative: the engine reads machine order only; kind and size leave out longdouble and complex.
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
+        raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {array.dtype}")
+    return np.require(array, dtype=array.dtype.newbyteorder("="), requirements="CA")
+
+
+def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
+    """`as_engine` for a sample: [n, d], one row a prompt, one column a neuron.
+
+    Raises
+    ------
+    TypeError
+        As `as_engine`.
+    ValueError
+        If `x` is not 2-D, has fewer than `min_rows` rows or has no column.
+    """
+    array = as_engine(x, name)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have shape [n, d], got shape {array.shape}")
+    if array.shape[0] < min_rows or array.shape[1] < 1:
+        rows = "1 row" if min_rows == 1 else f"{min_rows} rows"
+        raise ValueError(f"{name} must have at least {rows} and 1 column, got shape {array.shape}")
+    return array
+
+
+def same_working_type(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
+    """Both arrays as they are if the engine computes them in one type, else both in float64."""
+    if working_dtype(a) == working_dtype(b):
+        return a, b
+    return widen(a).astype(np.float64, copy=False), widen(b).astype(np.float64, copy=False)
+
+
+def as_mass(x: Any, rows: int, name: str) -> NDArray:
+    """Row weights as the engine takes them: float64 [rows], finite, not negative, with a positive sum.
+
+    Parameters
+    ----------
+    x : array_like or torch.Tensor
+        Real numbers; integers and booleans count (unlike activations).
+    rows : int
+        How many there must be.
+    name : str
+        What an error message calls it.
+
+    Raises
+    ------
+    TypeError
+        If `x` does not hold real numbers.
+    ValueError
+        If its shape is not [rows], a weight is negative or not finite, or all are zero.
+    """
+    if is_tensor(x):
+        x = x.detach().cpu()
+        x = (x.double() if x.is_floating_point() else x).numpy()
+    array = np.asarray(x)
+    if array.dtype.kind not in "biuf" and not is_bfloat16(array.dtype):
+        raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
+    if array.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one weight a row, got shape {array.shape}")
+    mass = np.ascontiguousarray(array, dtype=np.float64)
+    bad = np.flatnonzero(~(np.isfinite(mass) & (mass >= 0)))
+    if bad.size:
+        raise ValueError(f"{name} must be finite and not negative, got {mass[bad[0]]} at row {bad[0]}")
+    if not mass.sum() > 0:
+        raise ValueError(f"{name} must have a positive sum, got {mass.sum()}")
+    return mass

@@ -1,0 +1,70 @@
+"""The number of threads the engine may use: one setting a process, read by every call."""
+
+import operator
+import os
+
+_threads: int | None = None
+
+
+def _default() -> int:
+    text = os.environ.get("LINEAS_NUM_THREADS", "").strip()
+    if not text:
+        # The affinity mask, not the machine: containers and schedulers hand out part of it.
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"the environment variable LINEAS_NUM_THREADS must be a whole number >= 1, got {text!r}")
+    return count
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call of the engine may use.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set; before that the environment variable ``LINEAS_NUM_THREADS``; without it the
+        number of CPUs in the affinity mask of the process, as found at the first call.
+
+    Raises
+    ------
+    ValueError
+        If ``LINEAS_NUM_THREADS`` is needed and is not a whole number >= 1.
+    """
+    global _threads
+    if _threads is None:
+        _threads = _default()
+    return _threads
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call of the engine may use, for the whole process.
+
+    Results do not depend on it, bit for bit. Threads start and end within a call, and small calls use one whatever
+    the setting, so there is no pool to wait for and nothing to break at a fork.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is smaller than 1.
+    """
+    global _threads
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an int, got {type(n).__name__}") from None
+    if count < 1:
+        raise ValueError(f"n must be at least 1, got {count}")
+    _threads = count
