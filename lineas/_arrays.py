@@ -3,6 +3,8 @@
 torch is never imported here: a tensor can only exist once somebody else has imported torch.
 """
 
+import math
+import numbers
 import sys
 from typing import Any
 
@@ -142,3 +144,21 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     if not mass.sum() > 0:
         raise ValueError(f"{name} must have a positive sum, got {mass.sum()}")
     return mass
+
+
+def as_strength(strength: Any) -> float:
+    """`strength` as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is not a real number.
+    ValueError
+        If it is not finite.
+    """
+    if not isinstance(strength, numbers.Real):
+        raise TypeError(f"strength must be a real number, got {type(strength).__name__}")
+    value = float(strength)
+    if not math.isfinite(value):
+        raise ValueError(f"strength must be finite, got {value}")
+    return value

@@ -1,0 +1,281 @@
+"""Steering maps for generative models: sparse affine maps of activations, learnt end to end from unpaired prompts.
+
+Arrays need only NumPy; `collect`, `fit_end_to_end`, `fit_incremental` and ``SteeringMaps.attach`` import torch when
+they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ._threads import get_num_threads, set_num_threads
+from .maps import AffineMap, SteeringMaps
+
+if TYPE_CHECKING:
+    import re
+
+    from numpy.typing import NDArray
+
+    from .models.train import FitResult
+
+try:
+    __version__ = version("lineas")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AffineMap",
+    "SteeringMaps",
+    "collect",
+    "fit_end_to_end",
+    "fit_incremental",
+    "get_num_threads",
+    "set_num_threads",
+]
+
+
+def collect(
+    model: Any,
+    data: Any,
+    *,
+    layers: str | list[str] | re.Pattern[str],
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    batch_size: int | None = 32,
+    forward: Callable[[Any, Any], Any] | None = None,
+    pooling: str = "mean",
+    progress: bool = False,
+) -> dict[str, NDArray]:
+    """Take pooled activations out of a model: one row a prompt, one array a module.
+
+    The model is called as it is, in eval mode, without gradients, and left early once the last of the modules has
+    been seen; mode, flags and random state are restored afterwards, also after an error.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    data : list[str], batch or list of batches
+        Texts (these need `tokenizer`), one batch, or a list of batches. A batch that is a dict is passed as
+        ``model(**batch)``, a tensor as ``model(batch)``, a tuple as ``model(*batch)``.
+    layers : str, list[str] or re.Pattern
+        Modules by glob on their full dotted name, a list of globs, or a compiled regular expression that must match
+        the whole name.
+    tokenizer : transformers tokenizer, optional
+        For texts. One without a pad token is left as it is; the padding is done here.
+    max_length : int, optional
+        Longest text in tokens; longer ones are cut. Default: no limit.
+    batch_size : int, default 32
+        Texts a forward pass.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the model where the two ways above do not fit.
+    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
+        Over the tokens under the attention mask. "all" keeps each real token as a row of its own.
+    progress : bool, default False
+        Show a progress bar.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        float32 [n, d] by module name, in execution order.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong type, texts come without a tokenizer, or a module's output holds no tensor.
+    ValueError
+        If no module matches `layers` (near names are listed), a matched module is not run, there is no prompt, or a
+        mask does not fit the activation it belongs to.
+    """
+    from .models.collect import collect
+
+    return collect(
+        model,
+        data,
+        layers=layers,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        batch_size=batch_size,
+        forward=forward,
+        pooling=pooling,
+        progress=progress,
+    )
+
+
+def fit_end_to_end(
+    model: Any,
+    source: Any,
+    target: Any,
+    *,
+    layers: str | list[str] | re.Pattern[str],
+    loss_layers: str | list[str] | re.Pattern[str] | None = None,
+    init: SteeringMaps | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    held_out: tuple[Any, Any] | None = None,
+    pooling: str = "mean",
+    l1: float = 0.0,
+    group: float = 0.0,
+    l1_bias: float | None = None,
+    group_bias: float | None = None,
+    scaling: str = "layer-mean",
+    optimizer: str = "sgd",
+    lr: float = 0.3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    steps: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> FitResult:
+    """Fit the maps of all modules together by gradient descent through the model (LinEAS, arXiv 2503.10679).
+
+    Minimises the squared 2-Wasserstein distances between the pooled activations of the steered source prompts and
+    those of the unsteered target prompts, summed over the neurons of each loss module, plus a sparse group lasso on
+    slopes - 1 and shifts. A step is a gradient step on all maps followed by the exact proximal step, so zeros are
+    exact. The weights of the model are not changed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    source, target : list[str], batch or list of batches
+        The prompts to move and the prompts to move them to; unpaired, of any two numbers, at least 2 each. A list
+        of batches forms one step. See `collect` for what a batch is.
+    layers : str, list[str] or re.Pattern
+        Modules that get a map: a glob, a list of globs or a compiled regular expression.
+    loss_layers : str, list[str] or re.Pattern, optional
+        Modules at which the distance is taken. Default: the modules of `layers`.
+    init : SteeringMaps, optional
+        Where to start. Default: the identity.
+    tokenizer, max_length, forward
+        As in `collect`.
+    held_out : (source, target), optional
+        Two more sets, on which the loss is recorded at every step and by which the best maps are chosen.
+    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
+        Over the tokens under the attention mask.
+    l1, group : float, default 0.0
+        Penalties: ``l1 * (||w - 1||_1 + ||b||_1) + group * sqrt(d) * (||w - 1||_2 + ||b||_2)`` for each module of d
+        neurons.
+    l1_bias, group_bias : float, optional
+        The penalties of the shifts b, where they are to differ from those of the slopes w.
+    scaling : {"layer-mean", "paper", "reference"}, default "layer-mean"
+        With D_l the sum over the neurons of module l of squared W2: the mean of D_l over modules, their sum
+        (eq. 4 of the paper), or the mean of D_l min(n, m) / d, which is what the published code minimises and what
+        its rates and penalties fit.
+    optimizer : {"sgd", "adam"}, default "sgd"
+        Gradient descent without momentum, or Adam with bias correction.
+    lr : float, default 0.3
+        The first rate; it falls along a cosine to a thousandth of itself, and is the step of the prox too.
+    betas : (float, float), default (0.9, 0.999)
+        Decay rates of Adam.
+    steps : int, default 20
+        Number of steps.
+    seed : int, default 0
+        Of torch's random numbers during the fit, for models that draw any. The state is restored afterwards.
+    progress : bool, default True
+        Show a progress bar.
+
+    Returns
+    -------
+    FitResult
+        ``maps`` (`SteeringMaps`: the best ones by held-out loss, without `held_out` those after the last step) and
+        ``history`` (arrays "loss" [S] before each step, "layer_loss" [S, L], "held_out_loss", "lr", "penalty",
+        "support"). Ctrl-C and a loss that is not finite end the fit early and keep the best maps so far.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong type.
+    ValueError
+        If a setting is out of range, no module matches, a set has fewer than 2 prompts, or a map could not influence
+        any loss; the message names the argument or the module.
+    """
+    from .models.train import fit_end_to_end
+
+    return fit_end_to_end(
+        model,
+        source,
+        target,
+        layers=layers,
+        loss_layers=loss_layers,
+        init=init,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        forward=forward,
+        held_out=held_out,
+        pooling=pooling,
+        l1=l1,
+        group=group,
+        l1_bias=l1_bias,
+        group_bias=group_bias,
+        scaling=scaling,
+        optimizer=optimizer,
+        lr=lr,
+        betas=betas,
+        steps=steps,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def fit_incremental(
+    model: Any,
+    source: Any,
+    target: Any,
+    *,
+    layers: str | list[str] | re.Pattern[str],
+    method: str = "linear",
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    pooling: str = "mean",
+    progress: bool = True,
+) -> SteeringMaps:
+    """Fit closed-form maps module by module in execution order, each with the earlier maps on (AcT, arXiv 2410.23054).
+
+    One forward pass of the source prompts where they are one batch, otherwise one a module. The target activations
+    are taken without maps.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    source, target : list[str], batch or list of batches
+        As in `fit_end_to_end`.
+    layers : str, list[str] or re.Pattern
+        Modules that get a map.
+    method : {"mean", "gaussian", "linear"}, default "linear"
+        As in `fit`.
+    tokenizer, max_length, forward
+        As in `collect`.
+    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
+        Over the tokens under the attention mask.
+    progress : bool, default True
+        Show a progress bar.
+
+    Returns
+    -------
+    SteeringMaps
+        In execution order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fit` and `collect`.
+    """
+    from .models.incremental import fit_incremental
+
+    return fit_incremental(
+        model,
+        source,
+        target,
+        layers=layers,
+        method=method,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        forward=forward,
+        pooling=pooling,
+        progress=progress,
+    )
