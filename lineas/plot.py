@@ -27,7 +27,8 @@ def history(result: Any, ax: Axes | None = None) -> Axes:
     ----------
     result : FitResult or mapping
         What `lineas.fit_end_to_end` returned, or its ``.history``: arrays ``"loss"`` [S] and, where the fit had a
-        held-out set, ``"held_out_loss"``. A point at step k is the loss of the maps after k updates.
+        held-out set, ``"held_out_loss"``. A point at step k is the loss of the maps after k updates; a FitResult also
+        tells which maps were kept.
     ax : matplotlib.axes.Axes, optional
 
     Returns
@@ -51,9 +52,9 @@ def history(result: Any, ax: Axes | None = None) -> Axes:
     held_out = np.asarray(values.get("held_out_loss", ()))
     if held_out.size:
         _line(ax, held_out, "held-out sets", ORANGE, "s")
-        if np.isfinite(held_out).any():
-            best = int(np.nanargmin(np.where(np.isfinite(held_out), held_out, np.nan)))
-            ax.axvline(best, color=GREY, linewidth=1, linestyle=":", label=f"lowest held-out loss, step {best}")
+    best = getattr(result, "best_step", None)
+    if best is not None:
+        ax.axvline(best, color=GREY, linewidth=1, linestyle=":", label=f"maps kept: step {best}")
     ax.set_xlabel("step")
     ax.set_ylabel("loss (squared Wasserstein distance)")
     ax.legend(frameon=False)
@@ -72,14 +73,7 @@ def support(maps: SteeringMaps, ax: Axes | None = None) -> Axes:
     Returns
     -------
     matplotlib.axes.Axes
-
-    Raises
-    ------
-    ValueError
-        If `maps` is empty.
     """
-    if len(maps) == 0:
-        raise ValueError("maps: expected at least one module, got none")
     ax = _axes(ax)
     pattern, labels = _short_names(list(maps))
     shares = [100.0 * m.support / m.weight.size for m in maps.values()]
