@@ -1,0 +1,117 @@
+"""Pooled activations out of a model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import calling, sites
+from .autograd import POOLINGS, pool
+
+
+def pool_output(name: str, module: nn.Module, tensor: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Pool the output `tensor` of a module over its tokens, or pixels, to one row a prompt.
+
+    Parameters
+    ----------
+    name, module : str, torch.nn.Module
+        The module, and what to call it in error messages.
+    tensor : Tensor
+        Its output: [B, T, d], [B, d], or with further axes of positions; see `sites.to_tokens`.
+    mask : Tensor [B, T] or None
+        The batch's attention mask. Outputs without an axis of tokens, [B, d] and images, are pooled without it.
+    pooling : str
+        See `lineas.models.autograd.pool`.
+
+    Returns
+    -------
+    Tensor [B, d], or [number of tokens, d] for "all"
+
+    Raises
+    ------
+    ValueError
+        When the mask is of another length than the output; names the module.
+    """
+    tokens = sites.to_tokens(module, tensor)
+    if mask is not None:
+        if tensor.ndim == 3 and mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"{name}: the attention mask must have the shape {list(tokens.shape[:2])} of the output's tokens, "
+                f"got {list(mask.shape)}"
+            )
+        if tensor.ndim == 2 and len(mask) != len(tensor):
+            raise ValueError(
+                f"{name}: the output must have a row for each of the {len(mask)} prompts of the attention mask, "
+                f"got {len(tensor)} rows"
+            )
+    return pool(tokens, mask if tensor.ndim == 3 else None, pooling)
+
+
+def check_pooling(pooling: str) -> None:
+    """ValueError where `pooling` is none of the engine's."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
+
+
+def collect(
+    model: nn.Module,
+    data: Any,
+    *,
+    layers: sites.Layers,
+    tokenizer: Callable[..., Any] | None = None,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    forward: calling.Forward | None = None,
+    pooling: str = "mean",
+    progress: bool = False,
+) -> dict[str, NDArray[np.float32]]:
+    """See `lineas.collect`."""
+    check_pooling(pooling)
+    batches = calling.as_batches(
+        data, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size, argument="data"
+    )
+    names = sites.resolve(model, layers)
+    with calling.frozen(model, gradients=False):
+        shown = tqdm(batches, "collect", disable=not progress)
+        return collect_batches(model, shown, names, forward=forward, pooling=pooling)
+
+
+def collect_batches(
+    model: nn.Module,
+    batches: Iterable[calling.Batch],
+    names: Sequence[str],
+    *,
+    forward: calling.Forward | None,
+    pooling: str,
+) -> dict[str, NDArray[np.float32]]:
+    """Pooled activations [n, d] of the modules `names`, in execution order, over `batches`; the model is frozen."""
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    for batch in batches:
+        for name, rows in _pooled(model, batch, names, forward, pooling).items():
+            parts.setdefault(name, []).append(rows)
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _pooled(
+    model: nn.Module,
+    batch: calling.Batch,
+    names: Sequence[str],
+    forward: calling.Forward | None,
+    pooling: str,
+) -> dict[str, NDArray[np.float32]]:
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
+        if name not in found:  # a module called twice counts with its first call
+            found[name] = to_numpy(pool_output(name, module, tensor, batch.mask, pooling))
+
+    calling.Capture().run(model, batch, names, on_output, forward=forward)
+    return found
+
+
+def to_numpy(pooled: Tensor) -> NDArray[np.float32]:
+    """Pooled activations as a float32 array that shares no memory with the model."""
+    return np.array(pooled.detach().cpu(), dtype=np.float32)
