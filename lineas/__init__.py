@@ -11,7 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ._threads import get_num_threads, set_num_threads
+from .local import GaussianMap, bures_map, covariance, fit
+from .losses import prox_sparse_group, wasserstein, wasserstein_grad
 from .maps import AffineMap, SteeringMaps
+from .moments import Moments, moments
+from .storage import load
 
 if TYPE_CHECKING:
     import re
@@ -27,12 +31,22 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "AffineMap",
+    "GaussianMap",
+    "Moments",
     "SteeringMaps",
+    "bures_map",
     "collect",
+    "covariance",
+    "fit",
     "fit_end_to_end",
     "fit_incremental",
     "get_num_threads",
+    "load",
+    "moments",
+    "prox_sparse_group",
     "set_num_threads",
+    "wasserstein",
+    "wasserstein_grad",
 ]
 
 

@@ -71,6 +71,14 @@ def as_engine(x: Any, name: str) -> NDArray:
         For any other dtype (integers and booleans included: what they would mean as activations is not ours to
         guess), for masked arrays (their mask would be lost) and for sparse or quantised tensors.
     """
+    if (
+        type(x) is np.ndarray
+        and x.dtype.char in "efd"
+        and x.dtype.isnative
+        and x.flags.c_contiguous
+        and x.flags.aligned
+    ):
+        return x  # the usual case, without the microseconds of the general one
     if is_tensor(x):
         return np.require(_from_tensor(x, name), requirements="CA")
     if isinstance(x, np.ma.MaskedArray):
@@ -146,19 +154,22 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     return mass
 
 
-def as_strength(strength: Any) -> float:
-    """`strength` as a float.
-
-    Raises
-    ------
-    TypeError
-        If it is not a real number.
-    ValueError
-        If it is not finite.
-    """
-    if not isinstance(strength, numbers.Real):
-        raise TypeError(f"strength must be a real number, got {type(strength).__name__}")
-    value = float(strength)
+def _as_finite(value: Any, name: str) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     if not math.isfinite(value):
-        raise ValueError(f"strength must be finite, got {value}")
+        raise ValueError(f"{name} must be finite, got {float(value)}")
+    return float(value)
+
+
+def as_strength(strength: Any) -> float:
+    """`strength` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
+    return _as_finite(strength, "strength")
+
+
+def as_not_negative(value: Any, name: str) -> float:
+    """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite or negative."""
+    value = _as_finite(value, name)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
     return value

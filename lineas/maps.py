@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def _parameter(x: ArrayLike, name: str) -> NDArray:
     array = as_engine(x, name)
     if array.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{name} must be float32 or float64, got dtype {'bfloat16' if array.dtype == np.uint16 else array.dtype}")
+        seen = "bfloat16" if array.dtype == np.uint16 else array.dtype
+        raise TypeError(f"{name} must be float32 or float64, got dtype {seen}")
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must have shape [d] with d >= 1, got shape {array.shape}")
     bad = np.flatnonzero(~np.isfinite(array))
@@ -184,7 +185,9 @@ class AffineMap:
     def with_strength(self, strength: float) -> "AffineMap":
         """Return the map that at strength 1 does what this one does at `strength`."""
         s = as_strength(strength)
-        return AffineMap((1 + s * (self.weight - 1)).astype(self.dtype), (s * self.bias).astype(self.dtype))
+        # (1 - s) + s w, not 1 + s (w - 1): strength 1 then gives w to the last bit, however small it is.
+        weight = np.where(self.weight == 1, 1, (1 - s) + s * self.weight.astype(np.float64))
+        return AffineMap(weight.astype(self.dtype), (s * self.bias.astype(np.float64)).astype(self.dtype))
 
     def inverse(self) -> "AffineMap":
         """Return the map that undoes this one at strength 1: (z - bias) / weight.
@@ -354,7 +357,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
             If there is no map for a name, or as `AffineMap.transform`, with the module named.
         """
         if not isinstance(activations, Mapping):
-            raise TypeError(f"activations must be a mapping from module name to array, got {type(activations).__name__}")
+            raise TypeError(
+                f"activations must be a mapping from module name to array, got {type(activations).__name__}"
+            )
         unknown = [name for name in activations if name not in self._maps]
         if unknown:
             raise ValueError(f"no map for module {unknown[0]!r}: {_near(str(unknown[0]), list(self._maps))}")
@@ -473,7 +478,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
         rows = []
         for name, one in self._maps.items():
             slope, shift = (float(np.linalg.norm(x.astype(np.float64))) for x in (one.weight - 1, one.bias))
-            rows.append((name, f"{one.d}", f"{one.support} ({one.support / one.d:.1%})", f"{slope:.4g}", f"{shift:.4g}"))
+            rows.append(
+                (name, f"{one.d}", f"{one.support} ({one.support / one.d:.1%})", f"{slope:.4g}", f"{shift:.4g}")
+            )
         rows.append(("total", f"{self.d}", f"{self.support} ({self.support / self.d:.1%})", "", ""))
         width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = []

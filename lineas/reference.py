@@ -10,6 +10,8 @@ References
 LinEAS: arXiv 2503.10679. AcT: arXiv 2410.23054.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -107,10 +109,15 @@ def wasserstein(
     return value.astype(dtype), (grad * weight).astype(dtype), grad_weight.astype(dtype), grad_bias.astype(dtype)
 
 
+def _at_strength(weight: NDArray, strength: float) -> NDArray:
+    """Slopes of a map at a strength, float64: exactly 1 where they are 1, exactly `weight` at strength 1."""
+    return np.where(weight == 1, 1, (1 - strength) + strength * weight.astype(np.float64))
+
+
 def affine_apply(z: NDArray, weight: NDArray, bias: NDArray, strength: float) -> NDArray:
     """z + s ((weight - 1) z + bias) on `z` [outer, d, inner], in the type of `z`."""
     work = widen(z)
-    slope = (1 + strength * (weight.astype(np.float64) - 1)).astype(work.dtype)
+    slope = _at_strength(weight, strength).astype(work.dtype)
     shift = (strength * bias.astype(np.float64)).astype(work.dtype)
     return narrow(slope[:, None] * work + shift[:, None], like=z)
 
@@ -120,7 +127,7 @@ def affine_backward(
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Gradients of `affine_apply` in z (with its type), weight [d] and bias [d] (in the working type)."""
     work, grad = widen(z), widen(grad_out)
-    slope = (1 + strength * (weight.astype(np.float64) - 1)).astype(work.dtype)
+    slope = _at_strength(weight, strength).astype(work.dtype)
     grad_weight = strength * np.sum(grad.astype(np.float64) * work, axis=(0, 2))
     grad_bias = strength * np.sum(grad, axis=(0, 2), dtype=np.float64)
     grad_z = narrow(slope[:, None] * grad, like=z)
@@ -152,9 +159,7 @@ def pool(x: NDArray, mask: NDArray | None, mode: str) -> tuple[NDArray, NDArray 
     return out, index
 
 
-def pool_backward(
-    grad_out: NDArray, mask: NDArray | None, mode: str, index: NDArray | None, tokens: int
-) -> NDArray:
+def pool_backward(grad_out: NDArray, mask: NDArray | None, mode: str, index: NDArray | None, tokens: int) -> NDArray:
     """Gradient of `pool` in x [B, tokens, d]: a mean spreads it, the other modes hand it to the chosen tokens."""
     d = grad_out.shape[1]
     if mask is not None:
@@ -235,7 +240,7 @@ def step(
             v[...] = beta2 * v + (1 - beta2) * g * g
             x -= lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
     penalty = 0.0
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+    for a, b in pairwise(offsets):
         weight[a:b] = 1 + prox_sparse_group(weight[a:b] - 1, lr, l1, group)
         bias[a:b] = prox_sparse_group(bias[a:b], lr, l1_bias, group_bias)
         for x, lam1, lam2 in ((weight[a:b] - 1, l1, group), (bias[a:b], l1_bias, group_bias)):

@@ -1,0 +1,286 @@
+"""Closed-form maps from arrays: no model, no iterations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arrays import (
+    as_engine,
+    as_mass,
+    as_not_negative,
+    as_sample,
+    as_strength,
+    is_tensor,
+    same_working_type,
+    widen,
+    working_dtype,
+)
+from ._threads import get_num_threads
+from .maps import AffineMap, SteeringMaps
+
+METHODS = ("mean", "gaussian", "linear")
+
+Weights = ArrayLike | Mapping[str, ArrayLike] | None
+
+
+def _mass(weights: Weights, module: str | None, rows: int, argument: str) -> NDArray | None:
+    """Row weights of one module, where `weights` is one array for all modules or one for each."""
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        return as_mass(weights[module], rows, f"{argument}[{module!r}]")
+    return as_mass(weights, rows, argument)
+
+
+def _check_names(wanted: Sequence[str], seen: Mapping[str, Any], argument: str) -> None:
+    missing = [name for name in wanted if name not in seen]
+    extra = [name for name in seen if name not in wanted]
+    if missing or extra:
+        parts = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
+        parts += [f"it also has {', '.join(map(repr, extra))}"] if extra else []
+        raise ValueError(f"{argument} must have the modules of source: {', '.join(parts)}")
+
+
+def fit(
+    source: ArrayLike | Mapping[str, ArrayLike],
+    target: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    method: str = "linear",
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+) -> AffineMap | SteeringMaps:
+    """Fit maps that move source activations to target activations, one slope and one shift a neuron, in closed form.
+
+    Parameters
+    ----------
+    source : array_like, torch.Tensor or Mapping
+        Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32 or float64.
+    target : array_like, torch.Tensor or Mapping
+        Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
+    method : {"linear", "gaussian", "mean"}, default "linear"
+        "linear": the least-squares line through the quantiles, ``w = cov(u_(), v_()) / var(u)`` (Lin-AcT,
+        arXiv 2410.23054); exact for unequal sizes, through the overlaps of the two quantile functions.
+        "gaussian": ``w = sd(v) / sd(u)``. "mean": ``w = 1``. The means match in all three. A source neuron that is
+        constant gets ``w = 1``.
+    source_weights, target_weights : array_like or Mapping, optional
+        Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
+        positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance.
+
+    Returns
+    -------
+    AffineMap or SteeringMaps
+        An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
+        activations of a module (either side) are float64, else float32.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the four, or one of `source` and `target` is a mapping and the other is not.
+    ValueError
+        If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
+        column are named), or `method` is unknown.
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> source = np.array([[0.0], [1.0], [2.0]])
+    >>> lineas.fit(source, 3 * source + 1).transform(np.array([[10.0]]))
+    array([[31.]])
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    one = not isinstance(source, Mapping)
+    if one != (not isinstance(target, Mapping)):
+        kinds = f"{type(source).__name__} and {type(target).__name__}"
+        raise TypeError(f"source and target must both be arrays or both be mappings, got {kinds}")
+    for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
+        if isinstance(given, Mapping):
+            if one:
+                raise TypeError(f"{argument} must be an array where source is one, got a mapping")
+            _check_names(list(source), given, argument)
+    if one:
+        sources, targets = {None: source}, {None: target}
+    else:
+        if not source:
+            raise ValueError("source must hold at least one module")
+        _check_names(list(source), target, "target")
+        sources, targets = source, target
+
+    # The engine takes many modules in one call, but of one working type.
+    batches: dict[np.dtype, list[tuple]] = {}
+    for module, x in sources.items():
+        at = "" if module is None else f"[{module!r}]"
+        u, v = as_sample(x, f"source{at}", min_rows=2), as_sample(targets[module], f"target{at}", min_rows=2)
+        if u.shape[1] != v.shape[1]:
+            raise ValueError(
+                f"source{at} and target{at} must have the same number of columns, got shapes {u.shape} and {v.shape}"
+            )
+        u, v = same_working_type(u, v)
+        u_mass = _mass(source_weights, module, len(u), "source_weights")
+        v_mass = _mass(target_weights, module, len(v), "target_weights")
+        batches.setdefault(working_dtype(u), []).append((module, u, v, u_mass, v_mass, f"source{at}", f"target{at}"))
+    fitted = {}
+    for batch in batches.values():
+        modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
+        weights, biases = _core.fit_local(us, vs, u_masses, v_masses, method, u_names, v_names, get_num_threads())
+        for module, weight, bias, name in zip(modules, weights, biases, u_names, strict=True):
+            try:
+                fitted[module] = AffineMap(weight, bias)
+            except ValueError as error:
+                raise ValueError(f"the map of {name} overflows {weight.dtype}: {error}") from None
+    if one:
+        return fitted[None]
+    from . import __version__
+
+    metadata = {"method": method, "version": __version__}
+    return SteeringMaps({module: fitted[module] for module in sources}, metadata)
+
+
+def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
+    """Covariance matrix of the columns of a sample, computed in float64 by OpenBLAS.
+
+    Parameters
+    ----------
+    x : array_like or torch.Tensor
+        [n, d], n >= 2; float16, bfloat16, float32 or float64.
+    weights : array_like, optional
+        Weights of the rows [n]: not negative, with a positive sum.
+
+    Returns
+    -------
+    ndarray
+        float64 [d, d], symmetric; ddof = 1, with `weights` the weighted population covariance.
+
+    Raises
+    ------
+    TypeError
+        If the dtype is another one.
+    ValueError
+        If shapes do not fit, a value is not finite (its row and column are named), or the weights are not weights.
+    """
+    x = as_sample(x, "x", min_rows=2)
+    return _core.covariance(x, None if weights is None else as_mass(weights, len(x), "weights"), "x")[1]
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMap:
+    """A map that mixes neurons: T(z) = matrix z + bias.
+
+    Parameters
+    ----------
+    matrix : ndarray
+        float64 [d, d].
+    bias : ndarray
+        float64 [d].
+    """
+
+    matrix: NDArray
+    bias: NDArray
+
+    def __post_init__(self) -> None:
+        matrix, bias = as_engine(self.matrix, "matrix"), as_engine(self.bias, "bias")
+        if matrix.dtype != np.float64 or bias.dtype != np.float64:
+            raise TypeError(f"matrix and bias must be float64, got dtypes {matrix.dtype} and {bias.dtype}")
+        if bias.ndim != 1 or matrix.shape != bias.shape * 2:
+            raise ValueError(f"matrix and bias must have shapes [d, d] and [d], got {matrix.shape} and {bias.shape}")
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "bias", bias)
+
+    def __repr__(self) -> str:
+        return f"GaussianMap(d={self.bias.size})"
+
+    def transform(self, z: Any, strength: float = 1.0) -> Any:
+        """Apply the map at a strength along the last axis: z + strength (matrix z + bias - z).
+
+        Parameters
+        ----------
+        z : array_like or torch.Tensor
+            [..., d]; float16, bfloat16, float32 or float64.
+        strength : float, default 1.0
+            0 is off, 1 the map.
+
+        Returns
+        -------
+        ndarray or torch.Tensor
+            A new array or tensor with the shape and dtype of `z`. Computed in float32, for float64 `z` in float64,
+            and rounded once.
+
+        Raises
+        ------
+        TypeError
+            If the dtype of `z` is another one, or `strength` is not a real number.
+        ValueError
+            If the last axis of `z` is not d long, or `strength` is not finite.
+        """
+        s = as_strength(strength)
+        matrix, bias = (1 - s) * np.eye(self.bias.size) + s * self.matrix, s * self.bias
+        shape = tuple(z.shape) if is_tensor(z) else np.shape(z)
+        if not shape or shape[-1] != self.bias.size:
+            raise ValueError(f"z must have {self.bias.size} channels on the last axis, got shape {shape}")
+        if is_tensor(z):
+            import torch
+
+            from .models.autograd import working_dtype as torch_working_dtype
+
+            work = torch_working_dtype(z.dtype)
+            matrix, bias = (torch.from_numpy(x).to(z.device, work) for x in (matrix, bias))
+            return (z.to(work) @ matrix.mT + bias).to(z.dtype)
+        array = as_engine(z, "z")
+        work = widen(array)
+        out = work @ matrix.T.astype(work.dtype) + bias.astype(work.dtype)
+        return out.astype(z.dtype if array.dtype == np.uint16 else array.dtype, copy=False)
+
+    def inverse(self) -> "GaussianMap":
+        """Return the map that undoes this one at strength 1.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is singular, which it is where the source had fewer rows than neurons and no ridge.
+        """
+        d = self.bias.size
+        if np.linalg.matrix_rank(self.matrix) < d:
+            raise ValueError(f"the map has no inverse: its matrix of {d} neurons is singular; fit it with a ridge > 0")
+        matrix = np.linalg.inv(self.matrix)
+        return GaussianMap(matrix, -matrix @ self.bias)
+
+
+def bures_map(source: ArrayLike, target: ArrayLike, *, ridge: float = 0.0) -> GaussianMap:
+    """The optimal transport map between the Gaussians with the means and covariances of two samples.
+
+    z -> A (z - mean(source)) + mean(target) with A symmetric and A cov(source) A = cov(target)
+    (Dowson and Landau 1982). Unlike the maps of `fit` it also matches the correlations of neurons.
+
+    Parameters
+    ----------
+    source, target : array_like or torch.Tensor
+        Samples [n, d] and [m, d], n, m >= 2; float16, bfloat16, float32 or float64.
+    ridge : float, default 0.0
+        Added to the variances of both. Directions in which the source has none are otherwise mapped to the mean of
+        the target; with fewer rows than neurons there always are some.
+
+    Returns
+    -------
+    GaussianMap
+        ``matrix`` [d, d] and ``bias`` [d], float64.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is another one, or `ridge` is not a real number.
+    ValueError
+        If shapes do not fit, a value is not finite, or `ridge` is negative or not finite.
+    """
+    u, v = as_sample(source, "source", min_rows=2), as_sample(target, "target", min_rows=2)
+    if u.shape[1] != v.shape[1]:
+        raise ValueError(f"source and target must have the same number of columns, got shapes {u.shape} and {v.shape}")
+    ridge = as_not_negative(ridge, "ridge")
+    mean_u, cov_u = _core.covariance(u, None, "source")
+    mean_v, cov_v = _core.covariance(v, None, "target")
+    matrix = _core.bures_map(cov_u, cov_v, ridge)
+    return GaussianMap(matrix, mean_v - matrix @ mean_u)
