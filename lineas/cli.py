@@ -1,0 +1,283 @@
+"""The command line ``lineas``: fit maps, generate with them, look at them, run the demo.
+
+Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lineas
+
+if TYPE_CHECKING:
+    from .models.train import FitResult
+
+INTERRUPTED = 130
+# Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.
+END_TO_END_ONLY = ("steps", "lr", "l1", "group", "scaling", "optimizer", "seed", "held_out_fraction")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments without the program's name. Default: those of the process.
+
+    Returns
+    -------
+    int
+        0 done, 2 bad input, 130 interrupted. Wrong usage raises SystemExit(2), as argparse does.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("lineas: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        print(f"lineas: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lineas", description="Steer generative models with sparse affine maps.")
+    parser.add_argument("--version", action="version", version=f"lineas {lineas.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    fit = commands.add_parser(
+        "fit", help="fit maps between two sets of prompts", description="Fit maps that move a model from --source to "
+        "--target, two text files of prompts, one a line.",
+    )  # fmt: skip
+    _add_model(fit)
+    fit.add_argument("--source", required=True, type=Path, metavar="FILE", help="prompts to move, one a line")
+    fit.add_argument("--target", required=True, type=Path, metavar="FILE", help="prompts to move them to, one a line")
+    fit.add_argument("--layers", required=True, nargs="+", metavar="GLOB", help="modules that get a map")
+    fit.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="safetensors file to write")
+    fit.add_argument(
+        "--method",
+        choices=("end-to-end", "incremental", "linear", "gaussian", "mean"),
+        default="end-to-end",
+        help="end-to-end: all maps together, by gradient steps; incremental: linear maps, each fitted with the "
+        "earlier ones on; the others: each module by itself (default: %(default)s)",
+    )
+    fit.add_argument("--pooling", default="mean", help="mean, min, max, last or all, over the tokens (default: mean)")
+    fit.add_argument("--max-length", type=int, metavar="N", help="cut prompts to N tokens")
+    only = fit.add_argument_group("end-to-end fits only")
+    only.add_argument("--steps", type=int, metavar="N", help="steps (default: 20)")
+    only.add_argument("--lr", type=float, metavar="RATE", help="first learning rate (default: 0.3)")
+    only.add_argument("--l1", type=float, metavar="X", help="lasso penalty (default: 0)")
+    only.add_argument("--group", type=float, metavar="X", help="group lasso penalty of each module (default: 0)")
+    only.add_argument("--scaling", help="layer-mean, paper or reference (default: layer-mean)")
+    only.add_argument("--optimizer", help="sgd or adam (default: sgd)")
+    only.add_argument("--seed", type=int, metavar="N", help="seed of the fit (default: 0)")
+    only.add_argument(
+        "--held-out-fraction",
+        type=float,
+        metavar="X",
+        help="keep this share of both files, from their ends, out of the fit and choose the best maps by it",
+    )
+    fit.set_defaults(run=_fit)
+
+    generate = commands.add_parser(
+        "generate", help="continue prompts with maps on", description="Continue prompts with maps on, to stdout."
+    )
+    _add_model(generate)
+    generate.add_argument("prompt", nargs="*", help="prompts to continue")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="file of prompts, one a line")
+    generate.add_argument("--maps", required=True, type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
+    generate.add_argument(
+        "--strength",
+        type=float,
+        action="append",
+        metavar="X",
+        help="0 is off, 1 the maps (default: 1); given several times, every prompt is continued at each",
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="default: %(default)s")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy; default: 1")
+    generate.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default: %(default)s")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every prompt; default: 0")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="describe a file of maps", description="Describe a file of maps.")
+    info.add_argument("maps", type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser(
+        "demo", help="steer a small model and show the effect and its cost", description="Steer a small language "
+        "model from negative to positive; shows samples, scores and what the effect costs.",
+    )  # fmt: skip
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--steps", type=int, default=16, metavar="N", help="steps of the fit (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    demo.add_argument("--quick", action="store_true", help="fewer sentences and samples: only shows that it works")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="folder or hub id of a transformers model")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16", "float16", "auto"),
+        default="float32",
+        help="of the weights (default: %(default)s; auto: as they were saved)",
+    )
+    command.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _fit(args: argparse.Namespace) -> int:
+    settings = {name: value for name in END_TO_END_ONLY if (value := getattr(args, name)) is not None}
+    if settings and args.method != "end-to-end":
+        option = "--" + next(iter(settings)).replace("_", "-")
+        raise ValueError(f"{option} is for --method end-to-end only, got --method {args.method}")
+    source, target = _read_prompts(args.source), _read_prompts(args.target)
+    for path, prompts in ((args.source, source), (args.target, target)):
+        if len(prompts) < 2:
+            raise ValueError(f"{path}: expected at least 2 prompts, got {len(prompts)}")
+    fraction = settings.pop("held_out_fraction", None)
+    if fraction is not None:
+        (source, held_source), (target, held_target) = (
+            _split(args.source, source, fraction),
+            _split(args.target, target, fraction),
+        )
+        settings["held_out"] = (held_source, held_target)
+    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
+        raise ValueError(f"--output: expected a file in an existing folder, got {args.output}")
+
+    model, tokenizer = _load_model(args)
+    shared = {
+        "layers": args.layers[0] if len(args.layers) == 1 else args.layers,
+        "tokenizer": tokenizer,
+        "max_length": args.max_length,
+        "pooling": args.pooling,
+        "progress": not args.quiet,
+    }
+    if args.method == "end-to-end":
+        result = lineas.fit_end_to_end(model, source, target, **shared, **settings)
+        maps, interrupted = result.maps, result.stopped == "interrupted"
+        _report(result)
+    elif args.method == "incremental":
+        maps, interrupted = lineas.fit_incremental(model, source, target, **shared), False
+    else:
+        before, after = (lineas.collect(model, prompts, **shared) for prompts in (source, target))
+        fitted = lineas.fit(before, after, method=args.method)
+        origin = {"model": args.model, "layers": shared["layers"], "pooling": args.pooling}
+        maps, interrupted = lineas.SteeringMaps(fitted, {**fitted.metadata, **origin}), False
+    maps.save(args.output)
+    print(f"{maps!r}\nwritten to {args.output}")
+    return INTERRUPTED if interrupted else 0
+
+
+def _report(result: FitResult) -> None:
+    loss, held_out = result.history["loss"], result.history["held_out_loss"]
+    if loss.size:
+        print(f"loss: {loss[0]:.4g} before the first step, {loss[-1]:.4g} before the last")
+    if held_out.size:
+        print(f"held-out loss: {held_out[0]:.4g} before the first step, {result.held_out_loss:.4g} for the maps kept")
+    if result.stopped != "finished":
+        print(f"lineas: {result.stopped}; maps of step {result.best_step} kept", file=sys.stderr)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        prompts += _read_prompts(args.prompts)
+    if not prompts:
+        raise ValueError("expected a prompt or --prompts FILE with at least one, got none")
+    maps = lineas.load(args.maps)
+    strengths = args.strength or [1.0]
+    model, tokenizer = _load_model(args)
+    import torch
+
+    greedy = args.temperature == 0
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    with maps.attach(model) as handle, torch.inference_mode():
+        for prompt in prompts:
+            # Prompt by prompt: no padding, so any tokenizer will do, and a text does not depend on its neighbours.
+            batch = tokenizer(prompt, return_tensors="pt").to(model.device)
+            if batch["input_ids"].shape[1] == 0:
+                raise ValueError(f"prompt {prompt!r} has no tokens")
+            for strength in strengths:
+                handle.strength = strength
+                torch.manual_seed(args.seed)
+                tokens = model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=args.max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                    **how,
+                )
+                text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+                print(text if len(strengths) == 1 else f"[{strength:g}] {text}", flush=True)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    maps = lineas.load(args.maps)
+    print(repr(maps))
+    for key, value in maps.metadata.items():
+        if key == "settings":
+            value = ", ".join(f"{name}={setting}" for name, setting in value.items())
+        elif key == "history":  # long; the file keeps it
+            continue
+        print(f"{key}: {value}")
+    print()
+    print(maps.summary())
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    return run(args.output, steps=args.steps, seed=args.seed, quick=args.quick)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, without the blank ones."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
+        ) from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _split(path: Path, prompts: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Split off the last `fraction` of the prompts."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"--held-out-fraction: expected 0 < x < 1, got {fraction:g}")
+    kept = len(prompts) - round(fraction * len(prompts))
+    if min(kept, len(prompts) - kept) < 2:
+        raise ValueError(
+            f"--held-out-fraction: expected at least 2 prompts on each side, "
+            f"got {kept} fitted and {len(prompts) - kept} held out of {path}"
+        )
+    return prompts[:kept], prompts[kept:]
+
+
+def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f'this command needs torch and transformers: pip install "lineas[torch]" ({error})'
+        ) from error
+    if args.quiet:
+        transformers.utils.logging.disable_progress_bar()
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    try:
+        model = model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises an AssertionError
+        raise ValueError(f"--device: expected a device of this machine, got {args.device!r} ({error})") from None
+    return model.eval(), tokenizer
