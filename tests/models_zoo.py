@@ -16,8 +16,8 @@ from transformers import (
 )
 
 WORDS = (
-    "a the one this that my your our we you they it is was are were very quite not never good bad nice poor great awful "
-    "happy sad warm cold long short day night work food film train garden school house dog cat neighbour weather "
+    "a the one this that my your our we you they it is was are were very quite not never good bad nice poor great "
+    "awful happy sad warm cold long short day night work food film train garden school house dog cat neighbour weather "
     "morning evening and but so because today yesterday again always"
 ).split()
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -49,9 +49,7 @@ def texts(count: int, *, seed: int = 0, shortest: int = 3, longest: int = 9) -> 
     """Random sentences of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
-    return [
-        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator)) for length in lengths
-    ]
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator)) for length in lengths]
 
 
 def _decoder(config_class, model_class, seed: int, **settings) -> nn.Module:

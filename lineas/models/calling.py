@@ -445,9 +445,7 @@ def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def execution_order(
-    model: nn.Module, batch: Batch, names: Sequence[str], forward: Forward | None = None
-) -> list[str]:
+def execution_order(model: nn.Module, batch: Batch, names: Sequence[str], forward: Forward | None = None) -> list[str]:
     """`names` in the order in which a run of `batch` calls them first. Runs no further than the last of them.
 
     Raises

@@ -181,23 +181,13 @@ def to_tokens(module: nn.Module, tensor: Tensor) -> Tensor:
     return tokens.reshape(tokens.shape[0], count, tokens.shape[-1]).contiguous()
 
 
-def is_sequence(module: nn.Module, tensor: Tensor) -> bool:
-    """Whether the tokens of `to_tokens` are positions that an attention mask [B, T] speaks of.
+def spell(layers: Layers) -> str | list[str]:
+    """`layers` as text, for metadata; a regular expression as its pattern."""
+    if isinstance(layers, str | re.Pattern):
+        return layers if isinstance(layers, str) else layers.pattern
+    return [layer if isinstance(layer, str) else layer.pattern for layer in layers]
 
-    False for [B, d] outputs and for images and the like, which have more than one axis of positions.
-    """
-    return tensor.ndim == 3
 
-
-__all__ = [
-    "Layers",
-    "channel_axis",
-    "get_module",
-    "is_sequence",
-    "near_names",
-    "put",
-    "resolve",
-    "take",
-    "to_tokens",
-    "width",
-]
+def model_name(model: nn.Module) -> str | None:
+    """The name or folder that a transformers model was loaded by, if any."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
