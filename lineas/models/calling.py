@@ -56,6 +56,7 @@ def as_batches(
     data : texts, batch, or iterable of batches
         Texts are strings. A batch is a mapping, called as ``model(**batch)``, whose ``"attention_mask"``, where
         there is one, is the mask of its tokens; or a tensor or tuple, called as ``model(x)`` or ``model(*x)``.
+        In an iterable a list is taken like a tuple, since that is what a `DataLoader` gives.
     tokenizer : callable, optional
         A transformers tokenizer; needed for texts. It is not modified: padding is done here, on its
         ``padding_side``, also where it has no pad token.
@@ -99,10 +100,10 @@ def _all_texts(data: Sequence[Any]) -> bool:
 def _as_batch(data: Any, argument: str) -> Batch:
     if isinstance(data, Tensor):
         return Batch(args=(data,))
-    if isinstance(data, tuple):
+    if isinstance(data, tuple | list) and not any(isinstance(entry, str) for entry in data):
         if not data:
             raise ValueError(f"{argument} is empty")
-        return Batch(args=data)
+        return Batch(args=tuple(data))
     if not isinstance(data, Mapping):
         raise TypeError(f"{argument} must be a mapping, a tensor or a tuple, got {type(data).__name__}")
     if not data:
@@ -312,9 +313,8 @@ def _check_differentiable(model: nn.Module) -> None:
         reentrant = getattr(function, "keywords", {}).get("use_reentrant")
         if reentrant or (reentrant is None and getattr(function, "func", function) is checkpoint):
             raise ValueError(
-                "model: reentrant gradient checkpointing gives no gradient where the weights are frozen; use "
-                'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), '
-                "that is, use_reentrant=False"
+                "model: reentrant gradient checkpointing gives no gradient where the weights are frozen; "
+                "switch checkpointing on with use_reentrant=False"
             )
 
 

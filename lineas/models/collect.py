@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -114,4 +115,4 @@ def _pooled(
 
 def to_numpy(pooled: Tensor) -> NDArray[np.float32]:
     """Pooled activations as a float32 array that shares no memory with the model."""
-    return np.array(pooled.detach().cpu(), dtype=np.float32)
+    return pooled.detach().to("cpu", torch.float32).numpy().copy()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
@@ -92,8 +93,8 @@ def width(module: nn.Module) -> int | None:
         return int(shape[-1])
     weight = getattr(module, "weight", None)
     # Language models bring RMSNorm classes of their own, whose gain alone tells the width.
-    if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1:
-        return weight.shape[0]
+    if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and not is_lazy(weight):
+        return weight.shape[0] if weight.ndim == 1 else None
     return None
 
 
