@@ -134,6 +134,7 @@ class AffineMap:
         return np.array_equal(self.weight, other.weight) and np.array_equal(self.bias, other.bias)
 
     __hash__ = None  # equality ignores the dtype; nobody needs maps as keys
+    __array_ufunc__ = None  # NumPy leaves `map @ array` to us, so that it is a TypeError
 
     def __repr__(self) -> str:
         return f"AffineMap(d={self.d}, support={self.support}, dtype={self.dtype})"
@@ -330,7 +331,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
     def __repr__(self) -> str:
         method = self._metadata.get("method")
         origin = "" if method is None else f", method={method!r}"
-        return f"SteeringMaps({len(self)} modules, {self.d} neurons, support={self.support}{origin})"
+        return f"SteeringMaps(modules={len(self)}, d={self.d}, support={self.support}{origin})"
 
     def transform(self, activations: Mapping[str, Any], strength: float = 1.0, axis: int = -1) -> dict[str, Any]:
         """Apply each map to the activations of its module; see `AffineMap.transform`.

@@ -291,6 +291,7 @@ def covariance(x: NDArray, mass: NDArray | None = None) -> tuple[NDArray, NDArra
     mean = p @ x
     centred = x - mean
     cov = (p[:, None] * centred).T @ centred
+    cov = (cov + cov.T) / 2
     return mean, cov if mass is not None else cov * (len(x) / (len(x) - 1))
 
 

@@ -1,0 +1,28 @@
+"""Fixtures of all tests. torch is not imported here: the array tests run without it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# Same examples in every run, and no clock: the machines are shared.
+settings.register_profile("lineas", derandomize=True, deadline=None, database=None, max_examples=40)
+settings.load_profile("lineas")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20250310)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Load a file of golden vectors by its name without the ending."""
+    folder = Path(__file__).parent / "golden"
+
+    def load(name):
+        with np.load(folder / f"{name}.npz") as file:
+            return dict(file)
+
+    return load
