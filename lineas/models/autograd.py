@@ -162,9 +162,8 @@ def _torch_pool(x: Tensor, mask: Tensor | None, mode: str) -> Tensor:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if mode == "all":
         return x[mask]
-    empty = ~mask.any(dim=1)
-    if empty.any():
-        raise ValueError(f"mask: row {int(empty.nonzero()[0])} has no real token")
+    if not mask.any(dim=1).all():
+        raise ValueError("a row of the mask keeps no token")
     real = mask[:, :, None]
     if mode == "mean":
         # where, not a product: a padded position may hold NaN

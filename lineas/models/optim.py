@@ -1,16 +1,17 @@
-"""The proximal gradient step on the parameters of all maps at once: the C engine on the CPU, torch elsewhere."""
+"""The parameters of all maps at once and their proximal gradient step: the C engine on the CPU, torch elsewhere."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _core
 from .._threads import get_num_threads
+from ..maps import AffineMap
 
 ADAM_EPS = 1e-8
 
@@ -21,19 +22,74 @@ def cosine_rate(lr: float, step: int, steps: int) -> float:
     return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * step / steps))
 
 
-class ProximalOptimizer:
-    """Gradient steps, each followed by the proximal operator of the sparse group lasso, on flat parameters.
-
-    Slopes and shifts of all modules lie one after the other in two tensors that every step updates in place. The
-    penalty is l1 ||x||_1 + group sqrt(d) ||x||_2, summed over the groups x = weight - 1 and x = bias of every module
-    (LinEAS, arXiv 2503.10679, section 3).
+class FlatMaps:
+    """The slopes and shifts of the maps of several modules, one module after the other in two flat tensors.
 
     Parameters
     ----------
-    weight, bias : Tensor [D]
-        Parameters, float32 or float64.
-    offsets : array of int64 [L + 1]
-        Module k owns [offsets[k], offsets[k + 1]).
+    widths : mapping of str to int
+        The number of neurons of every module, in execution order. The maps start as identities.
+    dtype : torch.dtype
+        float32 or float64.
+    device : torch.device
+        Where the parameters live.
+    """
+
+    def __init__(self, widths: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.names = list(widths)
+        self.offsets = np.cumsum([0, *widths.values()], dtype=np.int64)
+        total = int(self.offsets[-1])
+        self.weight = torch.ones(total, dtype=dtype, device=device)
+        self.bias = torch.zeros(total, dtype=dtype, device=device)
+
+    def load(self, maps: Mapping[str, AffineMap]) -> None:
+        """Copy maps in.
+
+        Raises
+        ------
+        ValueError
+            If the names or the widths of ``maps`` are not those of the modules.
+        """
+        missing, extra = sorted(set(self.names) - set(maps)), sorted(set(maps) - set(self.names))
+        if missing or extra:
+            raise ValueError(
+                f"init must have one map for each of the {len(self.names)} mapped modules: "
+                f"missing {missing[:3]}, not mapped {extra[:3]}"
+            )
+        for name, width, start in zip(self.names, np.diff(self.offsets), self.offsets, strict=False):
+            if len(maps[name].weight) != width:
+                raise ValueError(f"init: module {name!r} has {width} neurons, its map has {len(maps[name].weight)}")
+            self.weight[start : start + width] = torch.tensor(maps[name].weight)
+            self.bias[start : start + width] = torch.tensor(maps[name].bias)
+
+    def leaves(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Slopes and shifts of every module as gradient leaves that share the flat memory."""
+        sizes = np.diff(self.offsets).tolist()
+        return {
+            name: (weight.detach().requires_grad_(), bias.detach().requires_grad_())
+            for name, weight, bias in zip(self.names, self.weight.split(sizes), self.bias.split(sizes), strict=True)
+        }
+
+    def snapshot(self) -> dict[str, AffineMap]:
+        """The maps as they stand, copied."""
+        sizes = np.diff(self.offsets).tolist()
+        weights, biases = self.weight.cpu().split(sizes), self.bias.cpu().split(sizes)
+        return {
+            name: AffineMap(weight.numpy().copy(), bias.numpy().copy())
+            for name, weight, bias in zip(self.names, weights, biases, strict=True)
+        }
+
+
+class ProximalOptimizer:
+    """Gradient steps on `FlatMaps`, each followed by the proximal operator of the sparse group lasso.
+
+    The penalty is l1 ||x||_1 + group sqrt(d) ||x||_2, summed over the groups x = weight - 1 and x = bias of every
+    module (LinEAS, arXiv 2503.10679, section 3).
+
+    Parameters
+    ----------
+    maps : FlatMaps
+        The parameters; every step updates them in place.
     optimizer : {"sgd", "adam"}
         Plain gradient descent without momentum, or Adam with bias correction, eps 1e-8 and no weight decay.
     betas : (float, float)
@@ -46,9 +102,7 @@ class ProximalOptimizer:
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor,
-        offsets: NDArray[np.int64],
+        maps: FlatMaps,
         *,
         optimizer: str,
         betas: tuple[float, float],
@@ -57,11 +111,12 @@ class ProximalOptimizer:
         l1_bias: float,
         group_bias: float,
     ) -> None:
-        self.weight, self.bias, self.offsets = weight, bias, offsets
+        self.maps = maps
         self.penalties = (l1, group, l1_bias, group_bias)
         self.betas = betas
         self.taken = 0
-        self.moments = [torch.zeros_like(x) for x in (weight, weight, bias, bias)] if optimizer == "adam" else None
+        start = (maps.weight, maps.weight, maps.bias, maps.bias)
+        self.moments = [torch.zeros_like(x) for x in start] if optimizer == "adam" else None
 
     def step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
         """Take one step at rate ``lr``, which is also the tau of the proximal operator.
@@ -78,61 +133,64 @@ class ProximalOptimizer:
         ValueError
             If a gradient is not finite; the parameters are then unchanged.
         """
+        step = self._engine_step if self.maps.weight.device.type == "cpu" else self._torch_step
+        result = step(grad_weight, grad_bias, lr)
         self.taken += 1
-        if self.weight.device.type == "cpu":
-            adam = None
-            if self.moments is not None:
-                adam = (*(m.numpy() for m in self.moments), self.taken, *self.betas, ADAM_EPS)
-            return _core.step(
-                self.weight.numpy(),
-                self.bias.numpy(),
-                grad_weight.numpy(),
-                grad_bias.numpy(),
-                self.offsets,
-                lr,
-                *self.penalties,
-                adam,
-                get_num_threads(),
-            )
-        return self._torch_step(grad_weight, grad_bias, lr)
+        return result
+
+    def _engine_step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
+        adam = None
+        if self.moments is not None:
+            adam = (*(m.numpy() for m in self.moments), self.taken + 1, *self.betas, ADAM_EPS)
+        return _core.step(
+            self.maps.weight.numpy(),
+            self.maps.bias.numpy(),
+            grad_weight.numpy(),
+            grad_bias.numpy(),
+            self.maps.offsets,
+            lr,
+            *self.penalties,
+            adam,
+            get_num_threads(),
+        )
 
     def _torch_step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
         """Twin of the engine's step in torch operations."""
-        for grad in (grad_weight, grad_bias):
+        weight, bias = self.maps.weight, self.maps.bias
+        for name, grad in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
             if not grad.isfinite().all():
-                raise ValueError(f"gradient is not finite at {int((~grad.isfinite()).nonzero()[0])}")
+                raise ValueError(f"{name} is not finite at {int((~grad.isfinite()).nonzero()[0])}")
         if self.moments is None:
-            self.weight.sub_(grad_weight, alpha=lr)
-            self.bias.sub_(grad_bias, alpha=lr)
+            weight.sub_(grad_weight, alpha=lr)
+            bias.sub_(grad_bias, alpha=lr)
         else:
             m_weight, v_weight, m_bias, v_bias = self.moments
-            self._adam(self.weight, grad_weight, m_weight, v_weight, lr)
-            self._adam(self.bias, grad_bias, m_bias, v_bias, lr)
+            self._adam(weight, grad_weight, m_weight, v_weight, lr)
+            self._adam(bias, grad_bias, m_bias, v_bias, lr)
         l1, group, l1_bias, group_bias = self.penalties
-        penalty = 0.0
-        for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            slope, shift = self.weight[start:stop], self.bias[start:stop]
-            moved, cost = _torch_prox(slope - 1, lr, l1, group)
-            slope.copy_(1 + moved)
+        penalty = weight.new_zeros(())
+        for start, stop in zip(self.maps.offsets[:-1], self.maps.offsets[1:], strict=True):
+            moved, cost = _torch_prox(weight[start:stop] - 1, lr, l1, group)
+            weight[start:stop] = 1 + moved
             penalty += cost
-            moved, cost = _torch_prox(shift, lr, l1_bias, group_bias)
-            shift.copy_(moved)
+            moved, cost = _torch_prox(bias[start:stop], lr, l1_bias, group_bias)
+            bias[start:stop] = moved
             penalty += cost
-        return penalty, int(((self.weight != 1) | (self.bias != 0)).sum())
+        return penalty.item(), int(((weight != 1) | (bias != 0)).sum())
 
     def _adam(self, values: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float) -> None:
         beta1, beta2 = self.betas
+        taken = self.taken + 1
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = (second / (1 - beta2**self.taken)).sqrt_().add_(ADAM_EPS)
-        values.addcdiv_(first, root, value=-lr / (1 - beta1**self.taken))
+        root = (second / (1 - beta2**taken)).sqrt_().add_(ADAM_EPS)
+        values.addcdiv_(first, root, value=-lr / (1 - beta1**taken))
 
 
-def _torch_prox(x: Tensor, tau: float, l1: float, group: float) -> tuple[Tensor, float]:
-    """Proximal operator of one group x [d] at ``tau``, and the penalty at the result."""
+def _torch_prox(x: Tensor, tau: float, l1: float, group: float) -> tuple[Tensor, Tensor]:
+    """Proximal operator of one group x [d] at ``tau``, and the penalty at the result; no copy to the host."""
     x = torch.nn.functional.softshrink(x, tau * l1)
-    norm = x.norm().item()
     width = math.sqrt(len(x))
-    factor = max(1 - tau * group * width / norm, 0.0) if norm > 0 else 0.0
-    x = x * factor
-    return x, l1 * x.abs().sum().item() + group * width * norm * factor
+    norm = x.norm().clamp(min=torch.finfo(x.dtype).tiny)  # a zero group stays zero, without 0 / 0
+    x = x * (1 - tau * group * width / norm).clamp(min=0)
+    return x, l1 * x.abs().sum() + group * width * x.norm()

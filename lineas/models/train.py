@@ -1,0 +1,359 @@
+"""End-to-end fits: all maps at once, by proximal gradient steps through the model (LinEAS, arXiv 2503.10679)."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..maps import SteeringMaps
+from . import calling, sites
+from .autograd import sort_columns
+from .collect import check_pooling
+from .objective import SCALINGS, Leaves, NonFinite, Objective, Sets, check_count
+from .optim import FlatMaps, ProximalOptimizer, cosine_rate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What an end-to-end fit found.
+
+    Attributes
+    ----------
+    maps : SteeringMaps
+        With held-out data the maps with the lowest held-out loss, otherwise the maps after the last step. After a
+        loss that was not finite, the last maps whose loss was.
+    history : dict of str to array
+        One entry for each step taken: "loss" [S], the value before the step, without penalties; "layer_loss" [S, L],
+        the term of every loss module; "held_out_loss" [S], before the step as well ([0] without held-out data);
+        "lr" [S]; "penalty" [S], after the step and not multiplied by the rate; "support" [S], neurons with a slope
+        other than 1 or a shift other than 0 after the step.
+    best_step : int
+        How many steps ``maps`` had taken: 0 are the maps that the fit started from.
+    stopped : str
+        "finished", "interrupted", or "not finite at step k: ..." with the module and the value.
+    held_out_loss : float or None
+        The held-out loss of ``maps``.
+    """
+
+    maps: SteeringMaps
+    history: dict[str, NDArray]
+    best_step: int
+    stopped: str
+    held_out_loss: float | None = None
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the loss over the steps; see `lineas.plot.history`."""
+        from ..plot import history
+
+        return history(self, ax=ax)
+
+    def __repr__(self) -> str:
+        losses = self.history["loss"]
+        course = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}" if len(losses) else "no step"
+        held_out = "" if self.held_out_loss is None else f", held-out {self.held_out_loss:.4g}"
+        return (
+            f"FitResult({len(self.maps)} maps, {course} in {len(losses)} steps{held_out}, "
+            f"best_step={self.best_step}, stopped={self.stopped!r})"
+        )
+
+
+class _Course:
+    """What a running fit has gone through, and the best maps that it has seen."""
+
+    def __init__(self, maps: FlatMaps) -> None:
+        self.maps = maps
+        self.records: list[tuple[float, NDArray, float, float, float, int]] = []
+        self.best: tuple[Tensor, Tensor] | None = None
+        self.best_step = 0
+        self.best_loss: float | None = None
+        self.stopped = "finished"
+
+    def keep(self, held_out_loss: float | None) -> None:
+        """Keep the maps as they stand, unless a lower held-out loss was seen."""
+        if held_out_loss is None or self.best_loss is None or held_out_loss < self.best_loss:
+            self.best = (self.maps.weight.clone(), self.maps.bias.clone())
+            self.best_step, self.best_loss = len(self.records), held_out_loss
+
+    def history(self, modules: int, held_out: bool) -> dict[str, NDArray]:
+        """The arrays of `FitResult.history`."""
+        columns = zip(*self.records, strict=True) if self.records else [()] * 6
+        losses, terms, trials, rates, penalties, supports = columns
+        return {
+            "loss": np.array(losses, dtype=np.float64),
+            "layer_loss": np.array(terms, dtype=np.float64).reshape(len(losses), modules),
+            "held_out_loss": np.array(trials if held_out else (), dtype=np.float64),
+            "lr": np.array(rates, dtype=np.float64),
+            "penalty": np.array(penalties, dtype=np.float64),
+            "support": np.array(supports, dtype=np.int64),
+        }
+
+
+def fit_end_to_end(
+    model: nn.Module,
+    source: Any,
+    target: Any,
+    *,
+    layers: sites.Layers,
+    loss_layers: sites.Layers | None = None,
+    init: SteeringMaps | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: calling.Forward | None = None,
+    held_out: tuple[Any, Any] | None = None,
+    pooling: str = "mean",
+    l1: float = 0.0,
+    group: float = 0.0,
+    l1_bias: float | None = None,
+    group_bias: float | None = None,
+    scaling: str = "layer-mean",
+    optimizer: str = "sgd",
+    lr: float = 0.3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    steps: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> FitResult:
+    """Fit the maps of all modules at once; `lineas.fit_end_to_end` describes the arguments.
+
+    The target activations are computed once, without maps. Every step runs the source through the model with the
+    maps on, leaves it after the last loss module, and takes a gradient step on slopes and shifts followed by the
+    proximal operator of the penalties. The graphs of all source batches are kept until the step is taken.
+
+    Held-out data cost one more forward pass of their source a step, and one at the end, without gradients.
+
+    Returns
+    -------
+    FitResult
+        Ctrl-C during the steps ends the fit and keeps the best maps. So does a loss that becomes non-finite, with a
+        RuntimeWarning.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, no module matches, a module that carries a map gets no gradient, or the
+        model's activations are not finite before any step.
+    """
+    penalties = {
+        "l1": _check_real("l1", l1, 0.0),
+        "group": _check_real("group", group, 0.0),
+        "l1_bias": _check_real("l1_bias", l1 if l1_bias is None else l1_bias, 0.0),
+        "group_bias": _check_real("group_bias", group if group_bias is None else group_bias, 0.0),
+    }
+    check_pooling(pooling)
+    _check_choice("scaling", scaling, SCALINGS)
+    _check_choice("optimizer", optimizer, OPTIMIZERS)
+    lr = _check_real("lr", lr, 0.0, strict=True)
+    betas = _check_betas(betas)
+    steps, seed = _check_integer("steps", steps, 1), _check_integer("seed", seed, 0)
+    if init is not None and not isinstance(init, Mapping):
+        raise TypeError(f"init must be a SteeringMaps, got {type(init).__name__}")
+
+    def batches(data: Any, argument: str) -> list[calling.Batch]:
+        return calling.as_batches(data, tokenizer=tokenizer, max_length=max_length, argument=argument)
+
+    data = {"source": batches(source, "source"), "target": batches(target, "target")}
+    if held_out is not None:
+        if not isinstance(held_out, tuple | list) or len(held_out) != 2:
+            raise ValueError(f"held_out must be a pair (source, target), got {type(held_out).__name__}")
+        data["held_out source"] = batches(held_out[0], "held_out source")
+        data["held_out target"] = batches(held_out[1], "held_out target")
+    map_names = sites.resolve(model, layers)
+    loss_names = map_names if loss_layers is None else sites.resolve(model, loss_layers, argument="loss_layers")
+
+    with calling.frozen(model):
+        torch.manual_seed(seed)
+        objective = _objective(model, data["source"][0], map_names, loss_names, forward, pooling, scaling)
+        fitted, trial = (
+            Sets(f"{part}source", data[f"{part}source"], _targets(objective, data[f"{part}target"], f"{part}target"))
+            if f"{part}source" in data
+            else None
+            for part in ("", "held_out ")
+        )
+        maps = FlatMaps(objective.widths, objective.dtype, objective.device)
+        if init is not None:
+            maps.load(init)
+        stepper = ProximalOptimizer(maps, optimizer=optimizer, betas=betas, **penalties)
+        course = _run(objective, fitted, trial, stepper, lr, steps, progress)
+
+    history = course.history(len(loss_names), held_out is not None)
+    metadata = {
+        "method": "end-to-end",
+        "version": __version__,
+        "model": _model_name(model),
+        "layers": _spell(layers),
+        "loss_layers": _spell(layers if loss_layers is None else loss_layers),
+        "pooling": pooling,
+        "settings": {
+            "scaling": scaling,
+            "optimizer": optimizer,
+            "lr": lr,
+            "betas": list(betas),
+            "steps": steps,
+            "seed": seed,
+            "max_length": max_length,
+            **penalties,
+        },
+        "history": {
+            "loss": history["loss"].tolist(),
+            "held_out_loss": history["held_out_loss"].tolist(),
+            "best_step": course.best_step,
+            "stopped": course.stopped,
+        },
+    }
+    found = SteeringMaps(maps.snapshot(), metadata)
+    return FitResult(found, history, course.best_step, course.stopped, course.best_loss)
+
+
+def _objective(
+    model: nn.Module,
+    batch: calling.Batch,
+    map_names: list[str],
+    loss_names: list[str],
+    forward: calling.Forward | None,
+    pooling: str,
+    scaling: str,
+) -> Objective:
+    """The objective with both lists of names in execution order, which a first run finds."""
+    order = calling.execution_order(model, batch, list(dict.fromkeys([*map_names, *loss_names])), forward)
+    last = max(map(order.index, loss_names))
+    late = [name for name in map_names if order.index(name) > last]
+    if late:
+        raise ValueError(
+            f"layers: module {late[0]!r} runs after {order[last]!r}, the last of loss_layers: no gradient reaches it"
+        )
+    return Objective(
+        model,
+        sorted(map_names, key=order.index),
+        sorted(loss_names, key=order.index),
+        forward=forward,
+        pooling=pooling,
+        scaling=scaling,
+    )
+
+
+def _targets(objective: Objective, batches: Sequence[calling.Batch], argument: str) -> list[Tensor]:
+    """Sorted target activations of the loss modules."""
+    samples = objective.survey(batches)
+    check_count(samples, argument)
+    return sort_columns(samples, [f"{argument}: {name}" for name in objective.loss_names])
+
+
+def _run(
+    objective: Objective,
+    fitted: Sets,
+    trial: Sets | None,
+    stepper: ProximalOptimizer,
+    lr: float,
+    steps: int,
+    progress: bool,
+) -> _Course:
+    """Take the steps until they are done, the user interrupts or a value is not finite; leave the best maps."""
+    maps = stepper.maps
+    course = _Course(maps)
+    bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
+    try:
+        for step in range(steps):
+            leaves = maps.leaves()
+            loss, terms, grad_weight, grad_bias = objective.gradient(fitted, leaves)
+            held_out_loss = _held_out_loss(objective, trial, leaves)
+            course.keep(held_out_loss)
+            rate = cosine_rate(lr, step, steps)
+            penalty, support = stepper.step(grad_weight, grad_bias, rate)
+            course.records.append((loss, terms.numpy(force=True), held_out_loss, rate, penalty, support))
+            _check_maps(maps)
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update()
+        course.keep(_held_out_loss(objective, trial, maps.leaves()))
+    except NonFinite as error:
+        if course.best is None:
+            raise ValueError(f"the loss is not finite before any step: {error}") from None
+        course.stopped = f"not finite at step {len(course.records)}: {error}"
+        warnings.warn(
+            f"fit_end_to_end stopped, {course.stopped}; the maps after {course.best_step} steps are kept",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    except KeyboardInterrupt:
+        course.stopped = "interrupted"
+        if trial is None or course.best is None:
+            course.keep(None)
+    finally:
+        bar.close()
+    maps.weight.copy_(course.best[0])
+    maps.bias.copy_(course.best[1])
+    return course
+
+
+def _held_out_loss(objective: Objective, trial: Sets | None, leaves: Leaves) -> float | None:
+    """The loss on held-out sets, None without them."""
+    if trial is None:
+        return None
+    with torch.no_grad():
+        return objective.loss(trial, leaves)[0].item()
+
+
+def _check_maps(maps: FlatMaps) -> None:
+    for name, (weight, bias) in maps.leaves().items():
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise NonFinite(f"{name}: map is not finite")
+
+
+def _check_real(argument: str, value: Any, low: float, *, strict: bool = False) -> float:
+    """A finite real number above ``low``, or not below it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value) or value < low or (strict and value == low):
+        raise ValueError(f"{argument} must be finite and {'>' if strict else '>='} {low:g}, got {value:g}")
+    return value
+
+
+def _check_integer(argument: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument} must be an integer, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{argument} must be >= {low}, got {value}")
+    return int(value)
+
+
+def _check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_betas(betas: Any) -> tuple[float, float]:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    pair = tuple(_check_real("betas", beta, 0.0) for beta in betas)
+    if max(pair) >= 1:
+        raise ValueError(f"betas must be < 1, got {betas!r}")
+    return pair
+
+
+def _spell(layers: Any) -> str | list[str]:
+    """Spell a choice of modules for the metadata."""
+    if isinstance(layers, re.Pattern):
+        return layers.pattern
+    return layers if isinstance(layers, str) else list(layers)
+
+
+def _model_name(model: nn.Module) -> str | None:
+    """The name that a transformers model was loaded by, if any."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
