@@ -124,16 +124,16 @@ def test_data_that_is_no_batch_is_refused(data, error, message):
 
 
 def test_texts_without_a_tokenizer_are_refused():
-    with pytest.raises(ValueError, match="^source holds texts: pass tokenizer="):
+    with pytest.raises(ValueError, match=r"^source holds texts: pass tokenizer="):
         batches_of(["a"], tokenizer=None)
 
 
 @pytest.mark.parametrize("argument", ["max_length", "batch_size"])
 def test_lengths_and_sizes_are_checked(argument):
-    with pytest.raises(ValueError, match=f"^{argument} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"^{argument} must be at least 1, got 0"):
         batches_of(["a"], **{argument: 0})
     for value in (2.0, True, "2"):
-        with pytest.raises(TypeError, match=f"^{argument} must be an integer or None, got {value!r}"):
+        with pytest.raises(TypeError, match=rf"^{argument} must be an integer or None, got {value!r}"):
             batches_of(["a"], **{argument: value})
 
 
@@ -358,7 +358,7 @@ def test_buffers_made_under_inference_mode_are_an_error_too():
     model = models_zoo.cnn()
     with torch.inference_mode():
         model.bn.running_mean = torch.zeros(6)
-    with pytest.raises(ValueError, match="buffer 'bn.running_mean' was made under"):
+    with pytest.raises(ValueError, match=r"buffer 'bn.running_mean' was made under"):
         with calling.frozen(model):
             raise AssertionError("not reached")
 
@@ -381,7 +381,7 @@ def test_reentrant_checkpointing_is_refused(mode):
     else:
         switch_on_checkpointing(model, **mode)
     before = state_of(model)
-    with pytest.raises(ValueError, match="^model: reentrant gradient checkpointing .*use_reentrant=False"):
+    with pytest.raises(ValueError, match=r"^model: reentrant gradient checkpointing .*use_reentrant=False"):
         with calling.frozen(model):
             raise AssertionError("not reached")
     assert state_of(model) == before
@@ -575,7 +575,7 @@ def test_a_module_that_is_never_called_is_named():
     (batch,) = calling.as_batches(torch.ones(1, 2), argument="x")
     with pytest.raises(ValueError, match=r"^module 'unused' was not called when the model ran \(nor were 1 others\)"):
         calling.execution_order(model, batch, ["used", "unused", "other"])
-    with pytest.raises(ValueError, match="^module 'unused' was not called before 'used' when the model ran"):
+    with pytest.raises(ValueError, match=r"^module 'unused' was not called before 'used' when the model ran"):
         calling.Capture().run(model, batch, ["used", "unused"], nothing, last="used")
     assert hooks_on(model) == 0
 
@@ -623,7 +623,7 @@ def test_an_output_without_a_hidden_state_names_the_module():
             return self.part(x)
 
     (batch,) = calling.as_batches(torch.ones(1, 2), argument="x")
-    with pytest.raises(TypeError, match="^part: the output must be a tensor, .*got dict"):
+    with pytest.raises(TypeError, match=r"^part: the output must be a tensor, .*got dict"):
         calling.execution_order(Odd(), batch, ["part"])
 
 

@@ -37,14 +37,14 @@ def test_a_list_of_globs_gives_each_module_once_in_the_order_of_the_model(llama)
 
 def test_a_regular_expression_must_match_the_whole_name(llama):
     assert sites.resolve(llama, re.compile(r"model\.layers\.[02]")) == ["model.layers.0", "model.layers.2"]
-    with pytest.raises(ValueError, match="no module matches 'layers"):
+    with pytest.raises(ValueError, match=r"no module matches 'layers"):
         sites.resolve(llama, re.compile(r"layers\.0"))
 
 
 def test_globs_and_regular_expressions_mix_and_case_counts(llama):
     found = sites.resolve(llama, [re.compile("lm_head"), "model.norm"])
     assert found == ["model.norm", "lm_head"]
-    with pytest.raises(ValueError, match="no module matches 'LM_HEAD'"):
+    with pytest.raises(ValueError, match=r"no module matches 'LM_HEAD'"):
         sites.resolve(llama, "LM_HEAD")
 
 
@@ -55,20 +55,24 @@ def test_no_match_lists_near_names_with_layers_written_as_a_star(llama):
 
 
 def test_no_match_names_the_glob_of_a_list_that_failed_and_some_modules_where_nothing_is_near(llama):
-    with pytest.raises(ValueError, match="^layers: no module matches '£££'; the model's first names: model, model.emb"):
+    with pytest.raises(
+        ValueError, match=r"^layers: no module matches '£££'; the model's first names: model, model.emb"
+    ):
         sites.resolve(llama, ["model.norm", "£££"])
-    with pytest.raises(ValueError, match="the model has no modules"):
+    with pytest.raises(ValueError, match=r"the model has no modules"):
         sites.resolve(nn.Linear(2, 2), "*")
 
 
 @pytest.mark.parametrize("layers", [3, None, [1], {"a": 1}, b"model"])
 def test_layers_of_another_type_are_refused(llama, layers):
-    with pytest.raises(TypeError, match="^layers must be a glob, a compiled regular expression or a list of them, got"):
+    with pytest.raises(
+        TypeError, match=r"^layers must be a glob, a compiled regular expression or a list of them, got"
+    ):
         sites.resolve(llama, layers)
 
 
 def test_an_empty_list_of_layers_is_refused(llama):
-    with pytest.raises(ValueError, match="^layers is empty"):
+    with pytest.raises(ValueError, match=r"^layers is empty"):
         sites.resolve(llama, [])
 
 
@@ -76,9 +80,9 @@ def test_get_module_finds_by_name_or_lists_near_names(llama):
     assert sites.get_module(llama, "model.layers.1.mlp") is llama.model.layers[1].mlp
     with pytest.raises(ValueError, match=r"^LlamaForCausalLM has no module 'layers.1.mlp'; similar names: .*layers"):
         sites.get_module(llama, "layers.1.mlp")
-    with pytest.raises(ValueError, match="has no module ''"):
+    with pytest.raises(ValueError, match=r"has no module ''"):
         sites.get_module(llama, "")
-    with pytest.raises(ValueError, match="has no module 'model.config'"):  # an attribute, but not a module
+    with pytest.raises(ValueError, match=r"has no module 'model.config'"):  # an attribute, but not a module
         sites.get_module(llama, "model.config")
 
 
@@ -143,7 +147,7 @@ def test_a_tensor_is_taken_whole_never_its_first_row():
     ids=["none", "none first", "empty", "dict", "empty output", "integers"],
 )
 def test_an_output_without_a_hidden_state_is_an_error_that_names_the_module(output, seen):
-    with pytest.raises(TypeError, match=f"^blocks.3: the output must be .*{seen}"):
+    with pytest.raises(TypeError, match=rf"^blocks.3: the output must be .*{seen}"):
         sites.take(output, "blocks.3")
 
 

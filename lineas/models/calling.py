@@ -118,6 +118,9 @@ def _as_batch(data: Any, argument: str) -> Batch:
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise ValueError(f"{argument}: 'attention_mask' must be [batch, tokens], got shape {tuple(mask.shape)}")
+    if mask is not None and not (mask != 0).any(dim=1).all():
+        row = int((mask == 0).all(dim=1).nonzero()[0])
+        raise ValueError(f"{argument}: row {row} of 'attention_mask' has no real token")
     return Batch(kwargs=kwargs, mask=mask)
 
 

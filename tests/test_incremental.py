@@ -1,0 +1,186 @@
+"""Incremental fits: each module with the earlier maps on."""
+
+import models_zoo
+import numpy as np
+import pytest
+import torch
+
+import lineas
+
+FAMILIES = list(models_zoo.LANGUAGE_MODELS)
+SOURCE, TARGET = models_zoo.texts(8), models_zoo.texts(11, seed=1)
+
+
+def settings_of(family, **more):
+    return {"layers": models_zoo.NORMS[family], "tokenizer": models_zoo.tokenizer()} | more
+
+
+def batches(texts, size):
+    tokenizer = models_zoo.tokenizer()
+    return [
+        dict(tokenizer(texts[start : start + size], padding=True, return_tensors="pt"))
+        for start in range(0, len(texts), size)
+    ]
+
+
+def naive_walk(model, source, target, layers, method, **settings):
+    """One pass a module: collect under the maps so far, fit the next one."""
+    wanted = lineas.collect(model, target, layers=layers, **settings)
+    maps = {}
+    for name, values in wanted.items():
+        if not maps:
+            found = lineas.collect(model, source, layers=name, **settings)[name]
+        else:
+            with lineas.SteeringMaps(maps).attach(model):
+                found = lineas.collect(model, source, layers=name, **settings)[name]
+        maps[name] = lineas.fit(found, values, method=method)
+    return lineas.SteeringMaps(maps)
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name in expected:
+        np.testing.assert_allclose(found[name].weight, expected[name].weight, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[name].bias, expected[name].bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["linear", "gaussian", "mean"])
+def test_it_equals_the_naive_walk_of_one_pass_a_module(family, method):
+    model = models_zoo.LANGUAGE_MODELS[family]()
+    settings = settings_of(family)
+    found = lineas.fit_incremental(model, SOURCE, TARGET, method=method, progress=False, **settings)
+    assert_same(found, naive_walk(model, SOURCE, TARGET, method=method, **settings))
+    # It is not the fit of all modules at once.
+    at_once = lineas.fit(
+        lineas.collect(model, SOURCE, **settings), lineas.collect(model, TARGET, **settings), method=method
+    )
+    last = list(found)[-1]
+    assert found[next(iter(found))] == at_once[next(iter(found))]
+    assert np.abs(found[last].bias - at_once[last].bias).max() > 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "all"])
+def test_several_batches_equal_one(pooling):
+    model = models_zoo.llama()
+    settings = {"layers": models_zoo.NORMS["llama"], "pooling": pooling, "progress": False}
+    one = lineas.fit_incremental(model, batches(SOURCE, 8), batches(TARGET, 11), **settings)
+    several = lineas.fit_incremental(model, batches(SOURCE, 3), batches(TARGET, 4), **settings)
+    assert_same(several, one)
+
+
+def test_forward_passes_are_one_of_a_single_source_batch_and_else_one_a_module():
+    model = models_zoo.llama()
+    calls = []
+    model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    head = []
+    model.lm_head.register_forward_hook(lambda *_: head.append(1))
+    settings = {"layers": models_zoo.NORMS["llama"], "progress": False}
+    lineas.fit_incremental(model, batches(SOURCE, 8), batches(TARGET, 4), **settings)
+    assert len(calls) == 1 + 3
+    del calls[:]
+    lineas.fit_incremental(model, batches(SOURCE, 4), batches(TARGET, 11), **settings)
+    assert len(calls) == 2 * models_zoo.LAYERS + 1
+    assert head == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steered_activations_match_the_target_better_at_every_module(family):
+    model = models_zoo.LANGUAGE_MODELS[family]()
+    settings = settings_of(family)
+    maps = lineas.fit_incremental(model, SOURCE, TARGET, progress=False, **settings)
+    wanted = lineas.collect(model, TARGET, **settings)
+    before = lineas.collect(model, SOURCE, **settings)
+    with maps.attach(model):
+        after = lineas.collect(model, SOURCE, **settings)
+    for name in maps:
+        far, near = (lineas.wasserstein(acts[name], wanted[name]).sum() for acts in (before, after))
+        assert near < 0.7 * far
+        # Means are matched exactly by the fit, so also in the steered model.
+        np.testing.assert_allclose(after[name].mean(axis=0), wanted[name].mean(axis=0), atol=1e-4)
+
+
+def test_a_cnn_is_mapped_channel_by_channel():
+    model = models_zoo.cnn()
+    source, target = models_zoo.images(12), 0.5 + 2 * models_zoo.images(9, seed=1)
+    maps = lineas.fit_incremental(model, source, target, layers=["bn", "gn"], progress=False)
+    assert {name: one.d for name, one in maps.items()} == {"bn": 6, "gn": 8}
+    assert_same(maps, naive_walk(model, source, target, ["bn", "gn"], "linear"))
+
+
+def test_a_module_called_twice_is_fitted_at_its_first_call_and_mapped_at_both():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.end = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.end(self.shared(self.shared(x)))
+
+    torch.manual_seed(0)
+    model, source, target = Twice(), torch.randn(6, 2), torch.randn(6, 2) + 1
+    layers = ["shared", "end"]
+    assert_same(
+        lineas.fit_incremental(model, source, target, layers=layers, progress=False),
+        naive_walk(model, source, target, layers, "linear"),
+    )
+
+
+def test_bfloat16_models_get_float32_maps():
+    model = models_zoo.llama().to(torch.bfloat16)
+    maps = lineas.fit_incremental(model, SOURCE, TARGET, progress=False, **settings_of("llama"))
+    assert all(one.dtype == np.float32 for one in maps.values())
+    assert_same(maps, naive_walk(model, SOURCE, TARGET, method="linear", **settings_of("llama")))
+
+
+def test_metadata_says_where_the_maps_come_from():
+    model = models_zoo.llama()
+    model.config._name_or_path = "tiny/llama"
+    maps = lineas.fit_incremental(
+        model, SOURCE, TARGET, method="gaussian", max_length=5, progress=False, **settings_of("llama")
+    )
+    assert maps.metadata == {
+        "method": "incremental",
+        "version": lineas.__version__,
+        "model": "tiny/llama",
+        "layers": models_zoo.NORMS["llama"],
+        "pooling": "mean",
+        "settings": {"local_method": "gaussian", "max_length": 5},
+    }
+
+
+def test_the_model_is_left_as_it_was_also_after_errors():
+    model = models_zoo.gpt2(training=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    lineas.fit_incremental(model, SOURCE, TARGET, progress=False, **settings_of("gpt2"))
+    with pytest.raises(ValueError, match=r"^source\['transformer.h.0.ln_2'\] must have"):
+        lineas.fit_incremental(model, SOURCE[:1], TARGET, progress=False, **settings_of("gpt2"))
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("method", "sparse", "^method must be one of 'mean', 'gaussian', 'linear', got 'sparse'"),
+        ("pooling", "median", "^pooling must be one of .*, got 'median'"),
+        ("tokenizer", None, "^source holds texts: pass tokenizer="),
+        ("layers", "layers.*", "^layers: no module matches 'layers.*'"),
+    ],
+)
+def test_bad_settings_are_refused(argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        lineas.fit_incremental(models_zoo.llama(), SOURCE, TARGET, **settings_of("llama", **{argument: value}))
+
+
+def test_empty_sets_are_named():
+    with pytest.raises(ValueError, match=r"^target is empty"):
+        lineas.fit_incremental(models_zoo.llama(), SOURCE, [], **settings_of("llama"))
+
+
+def test_progress_counts_modules(capfd):
+    lineas.fit_incremental(models_zoo.llama(), SOURCE, TARGET, **settings_of("llama"))
+    assert "3/3" in capfd.readouterr().err
+    lineas.fit_incremental(models_zoo.llama(), SOURCE, TARGET, progress=False, **settings_of("llama"))
+    assert capfd.readouterr().err == ""
