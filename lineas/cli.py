@@ -34,7 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 done, 2 bad input, 130 interrupted. Wrong usage raises SystemExit(2), as argparse does.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse before Python 3.12.7 fills a "*" positional together with the one before it, that is, with nothing: the
+    # prompts that stand behind an option are left over.
+    if rest and ("prompt" not in args or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.prompt = [*args.prompt, *rest]
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -113,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "model from negative to positive; shows samples, scores and what the effect costs.",
     )  # fmt: skip
     demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
-    demo.add_argument("--steps", type=int, default=16, metavar="N", help="steps of the fit (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=12, metavar="N", help="steps of the fit (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     demo.add_argument("--quick", action="store_true", help="fewer sentences and samples: only shows that it works")
     demo.set_defaults(run=_demo)

