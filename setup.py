@@ -38,6 +38,9 @@ debug = sanitize or os.environ.get("LINEAS_DEBUG") == "1"
 
 # No contraction into FMA and never -ffast-math: every build of the kernels gives the same bits.
 compile_args = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic"]
+# As system headers: NumPy's macros turn object pointers into function pointers, which -Wpedantic would report as ours.
+for folder in (np.get_include(), openblas.get_include_dir()):
+    compile_args += ["-isystem", folder]
 link_args = []
 if debug:
     compile_args += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
@@ -56,7 +59,7 @@ setup(
             "lineas._core",
             sources=sources,
             depends=headers,
-            include_dirs=["csrc", np.get_include(), openblas.get_include_dir()],
+            include_dirs=["csrc"],
             define_macros=[
                 ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
                 ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),

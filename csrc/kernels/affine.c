@@ -1,0 +1,89 @@
+/* z -> weight * z + bias at a strength, and its gradients. */
+#include "lineas.h"
+
+#include "core/threads.h"
+#include "kernels/load.h"
+
+#define MOST_CHUNKS 64
+
+typedef struct affine_context {
+    const void *z, *grad_out;
+    lns_dtype dtype;
+    int64_t outer, d, inner;
+    const void *weight, *bias; /* bias NULL: backward */
+    double strength;
+    void *scale;  /* [2, d] real: scales, then shifts */
+    double *sums; /* [chunks, 2, d] */
+    int64_t chunk_rows;
+    void *out;
+} affine_context;
+
+#define LNS_BODY "kernels/affine_body.h"
+#define LNS_ONE_VARIANT
+#include "kernels/variants.h"
+
+static void (*const PREPARE[2])(const affine_context *) = LNS_TABLE(prepare);
+static const lns_loop_body APPLY[2] = LNS_TABLE(affine_units);
+static const lns_loop_body GRAD_Z[2] = LNS_TABLE(grad_z_units);
+static const lns_loop_body SUM[2] = LNS_TABLE(sum_units);
+static void (*const FINISH[2])(const affine_context *, int64_t, void *, void *) = LNS_TABLE(finish);
+
+/* Chunks of rows are fixed by the sizes alone, so that sums do not depend on the number of threads. */
+static int64_t chunk_rows(int64_t outer)
+{
+    const int64_t rows = (outer + MOST_CHUNKS - 1) / MOST_CHUNKS;
+    return rows < LNS_FOLD ? LNS_FOLD : rows;
+}
+
+static int bad_sizes(int64_t outer, int64_t d, int64_t inner)
+{
+    return outer < 0 || d < 1 || inner < 0 || lns_mul(lns_mul(lns_mul(outer, d), inner), 8) < 0;
+}
+
+int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner, lns_dtype dtype)
+{
+    (void)dtype;
+    if (bad_sizes(outer, d, inner)) {
+        return -1;
+    }
+    const int64_t chunks = (outer + chunk_rows(outer) - 1) / chunk_rows(outer);
+    return lns_pad(lns_mul(d, 16)) + lns_mul(d, 16 * chunks);
+}
+
+lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, int64_t inner, const void *weight,
+                      const void *bias, double strength, int threads, void *work, void *out)
+{
+    const int is_double = lns_is_double(dtype);
+    affine_context c = {.z = z, .dtype = dtype, .outer = outer, .d = d, .inner = inner, .weight = weight, .bias = bias,
+                        .strength = strength, .scale = work, .out = out};
+    if (bad_sizes(outer, d, inner)) {
+        return LNS_BAD_SIZE;
+    }
+    const int64_t units = inner == 1 ? outer : outer * d;
+    PREPARE[is_double](&c);
+    lns_parallel_for(units, lns_thread_count(units, outer * d * inner / 4, threads), APPLY[is_double], &c);
+    return LNS_OK;
+}
+
+lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, int64_t d, int64_t inner,
+                               const void *weight, double strength, const void *grad_out, int threads, void *work,
+                               void *grad_z, void *grad_weight, void *grad_bias)
+{
+    const int is_double = lns_is_double(dtype);
+    affine_context c = {.z = z, .grad_out = grad_out, .dtype = dtype, .outer = outer, .d = d, .inner = inner,
+                        .weight = weight, .strength = strength, .scale = work, .out = grad_z};
+    if (bad_sizes(outer, d, inner)) {
+        return LNS_BAD_SIZE;
+    }
+    const int64_t units = inner == 1 ? outer : outer * d, cost = outer * d * inner / 4;
+    c.sums = (double *)(void *)((char *)work + lns_pad(d * 16));
+    c.chunk_rows = chunk_rows(outer);
+    const int64_t chunks = (outer + c.chunk_rows - 1) / c.chunk_rows;
+    if (grad_z != NULL) {
+        PREPARE[is_double](&c);
+        lns_parallel_for(units, lns_thread_count(units, cost, threads), GRAD_Z[is_double], &c);
+    }
+    lns_parallel_for(chunks, lns_thread_count(chunks, cost, threads), SUM[is_double], &c);
+    FINISH[is_double](&c, chunks, grad_weight, grad_bias);
+    return LNS_OK;
+}

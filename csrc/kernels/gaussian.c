@@ -1,0 +1,107 @@
+/* The optimal transport map between Gaussians with full covariances, by LAPACK. */
+#include "lineas.h"
+
+#include <float.h>
+
+#include "core/blas.h"
+#include "kernels/load.h"
+
+/* Largest d whose LAPACK work size, 2 d^2 + 6 d + 1, is an int. */
+#define MOST_DIMENSIONS 32000
+
+typedef struct buffers {
+    double *vectors, *square, *other;  /* [d, d] each */
+    double *values, *roots, *lapack;   /* [d], [d], [1 + 6 d + 2 d^2] */
+    int *integers;                     /* [3 + 5 d] */
+} buffers;
+
+static int64_t lapack_size(int64_t d)
+{
+    return 1 + 6 * d + 2 * d * d;
+}
+
+int64_t lns_bures_map_worksize(int64_t d)
+{
+    if (d < 1 || d > MOST_DIMENSIONS) {
+        return -1;
+    }
+    return (3 * d * d + 2 * d + lapack_size(d)) * (int64_t)sizeof(double) + (3 + 5 * d) * (int64_t)sizeof(int);
+}
+
+/* Eigenvalues (ascending) and, as rows of matrix, eigenvectors of the symmetric matrix given there. */
+static lns_status eigen(double *matrix, double *values, int64_t d, const buffers *b)
+{
+    const int n = (int)d, size = (int)lapack_size(d), integers = (int)(3 + 5 * d);
+    int info = 0;
+    LNS_LAPACK(dsyevd)("V", "L", &n, matrix, &n, values, b->lapack, &size, b->integers, &integers, &info);
+    return info == 0 ? LNS_OK : LNS_NO_CONVERGENCE;
+}
+
+/* out = A op(B), all [d, d] row-major. */
+static void multiply(CBLAS_TRANSPOSE transpose_a, CBLAS_TRANSPOSE transpose_b, int64_t d, const double *a,
+                     const double *b, double *out)
+{
+    const int n = (int)d;
+    LNS_CBLAS(dgemm)(CblasRowMajor, transpose_a, transpose_b, n, n, n, 1, a, n, b, n, 0, out, n);
+}
+
+static double root(double x)
+{
+    return x > 0 ? sqrt(x) : 0;
+}
+
+lns_status lns_bures_map(const double *source, const double *target, int64_t d, double ridge, void *work, double *map)
+{
+    if (d < 1 || d > MOST_DIMENSIONS) {
+        return LNS_BAD_SIZE;
+    }
+    double *memory = work;
+    buffers b = {.vectors = memory, .square = memory + d * d, .other = memory + 2 * d * d};
+    b.values = memory + 3 * d * d;
+    b.roots = b.values + d;
+    b.lapack = b.roots + d;
+    b.integers = (int *)(void *)(b.lapack + lapack_size(d));
+
+    /* source + ridge I = V' diag(lambda) V, V the rows of vectors; R = diag(lambda)^(1/2). */
+    memcpy(b.vectors, source, (size_t)(d * d) * sizeof(double));
+    for (int64_t j = 0; j < d; j++) {
+        b.vectors[j * d + j] += ridge;
+    }
+    lns_status status = eigen(b.vectors, b.values, d, &b);
+    if (status != LNS_OK) {
+        return status;
+    }
+    const double cutoff = (double)d * DBL_EPSILON * b.values[d - 1];
+    for (int64_t j = 0; j < d; j++) {
+        b.roots[j] = b.values[j] > cutoff ? root(b.values[j]) : 0;
+    }
+    /* In the basis V: M = R V (target + ridge I) V' R, and A = V' R^-1 M^(1/2) R^-1 V. */
+    multiply(CblasNoTrans, CblasNoTrans, d, b.vectors, target, b.square);
+    multiply(CblasNoTrans, CblasTrans, d, b.square, b.vectors, b.other);
+    for (int64_t i = 0; i < d; i++) {
+        b.other[i * d + i] += ridge;
+        for (int64_t j = 0; j < d; j++) {
+            b.other[i * d + j] *= b.roots[i] * b.roots[j];
+        }
+    }
+    status = eigen(b.other, b.values, d, &b);
+    if (status != LNS_OK) {
+        return status;
+    }
+    for (int64_t k = 0; k < d; k++) {
+        const double fourth = sqrt(root(b.values[k]));
+        for (int64_t j = 0; j < d; j++) {
+            b.other[k * d + j] *= b.roots[j] > 0 ? fourth / b.roots[j] : 0;
+        }
+    }
+    /* other = mu^(1/4) W R^-1, so R^-1 M^(1/2) R^-1 is its Gram matrix. */
+    multiply(CblasTrans, CblasNoTrans, d, b.other, b.other, b.square);
+    multiply(CblasTrans, CblasNoTrans, d, b.vectors, b.square, b.other);
+    multiply(CblasNoTrans, CblasNoTrans, d, b.other, b.vectors, map);
+    for (int64_t i = 0; i < d; i++) {
+        for (int64_t j = 0; j < i; j++) {
+            map[i * d + j] = map[j * d + i] = 0.5 * (map[i * d + j] + map[j * d + i]);
+        }
+    }
+    return LNS_OK;
+}

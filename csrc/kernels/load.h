@@ -1,0 +1,188 @@
+/* Reading samples: conversion to the working type, sizes, and the search for values that are not finite. */
+#ifndef LNS_LOAD_H
+#define LNS_LOAD_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "lineas.h"
+
+/* Work memory is cut into pieces that begin on a cache line. */
+#define LNS_ALIGN 64
+
+/* Reductions in float are folded into double after so many rows. */
+#define LNS_FOLD 32
+
+/* Columns that a streaming loop handles at once: the accumulators of a strip stay in the first-level cache. */
+#define LNS_STRIP 512
+
+static inline int lns_is_double(lns_dtype dtype)
+{
+    return dtype == LNS_F64;
+}
+
+static inline int64_t lns_element_size(lns_dtype dtype)
+{
+    return dtype == LNS_F64 ? 8 : dtype == LNS_F32 ? 4 : 2;
+}
+
+static inline const void *lns_element(const void *data, lns_dtype dtype, int64_t index)
+{
+    return (const char *)data + index * lns_element_size(dtype);
+}
+
+/* a * b for sizes; -1 where the product, or an argument, is negative or over 2^62. */
+static inline int64_t lns_mul(int64_t a, int64_t b)
+{
+    const int64_t limit = INT64_C(1) << 62;
+    if (a < 0 || b < 0 || (a > 0 && b > limit / a)) {
+        return -1;
+    }
+    return a * b;
+}
+
+/* Rounds a byte count up to whole cache lines; -1 stays -1. */
+static inline int64_t lns_pad(int64_t bytes)
+{
+    return bytes < 0 ? -1 : (bytes + LNS_ALIGN - 1) / LNS_ALIGN * LNS_ALIGN;
+}
+
+static inline int lns_sample_ok(const lns_sample *s)
+{
+    return s->n >= 1 && s->d >= 1 && lns_mul(lns_mul(s->n, s->d), 8) >= 0;
+}
+
+static inline float lns_from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float lns_bf16_to_f32(uint16_t h)
+{
+    return lns_from_bits((uint32_t)h << 16);
+}
+
+/* IEEE binary16 to binary32, exact, without branches so that loops vectorise: shifting exponent and mantissa into place
+ * leaves the exponent biased by 15 instead of 127, which the product with 2^112 mends, also for subnormals. */
+static inline float lns_f16_to_f32(uint16_t h)
+{
+    const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
+    const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+    const float scaled = lns_from_bits(magnitude) * 0x1p112f;
+    uint32_t bits;
+    memcpy(&bits, &scaled, sizeof bits);
+    return lns_from_bits(bits | special | (uint32_t)(h & 0x8000u) << 16);
+}
+
+static inline uint16_t lns_f32_to_bf16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    const uint32_t nan = (bits >> 16) | 0x40u;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+/* binary32 to binary16, to nearest with ties to even. */
+static inline uint16_t lns_f32_to_f16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return (uint16_t)(sign | 0x7e00u);
+    }
+    if (magnitude >= 0x477ff000u) { /* 65520 and above round to infinity */
+        return (uint16_t)(sign | 0x7c00u);
+    }
+    if (magnitude < 0x38800000u) { /* below 2^-14: adding 0.5 lines the mantissa up with binary16's subnormals */
+        const float shifted = lns_from_bits(magnitude) + 0.5f;
+        uint32_t subnormal;
+        memcpy(&subnormal, &shifted, sizeof subnormal);
+        return (uint16_t)(sign | (subnormal - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
+}
+
+/* `count` elements from `index` on, as float. dtype is not LNS_F64. */
+static inline void lns_load_f32(float *out, const void *data, lns_dtype dtype, int64_t index, int64_t count)
+{
+    const void *from = lns_element(data, dtype, index);
+    if (dtype == LNS_F32) {
+        memcpy(out, from, (size_t)count * sizeof(float));
+    } else if (dtype == LNS_BF16) {
+        const uint16_t *h = from;
+        for (int64_t i = 0; i < count; i++) {
+            out[i] = lns_bf16_to_f32(h[i]);
+        }
+    } else {
+        const uint16_t *h = from;
+        for (int64_t i = 0; i < count; i++) {
+            out[i] = lns_f16_to_f32(h[i]);
+        }
+    }
+}
+
+static inline void lns_load_f64(double *out, const void *data, lns_dtype dtype, int64_t index, int64_t count)
+{
+    (void)dtype;
+    memcpy(out, lns_element(data, LNS_F64, index), (size_t)count * sizeof(double));
+}
+
+/* One element of any dtype. */
+static inline double lns_value(const void *data, lns_dtype dtype, int64_t index)
+{
+    if (dtype == LNS_F64) {
+        return ((const double *)data)[index];
+    }
+    float value;
+    lns_load_f32(&value, data, dtype, index, 1);
+    return value;
+}
+
+/* Finds the first value of the sample, in row order, that is not finite within columns [begin, end). */
+static inline int lns_find_not_finite(const lns_sample *s, int64_t begin, int64_t end, lns_place *place)
+{
+    for (int64_t i = 0; i < s->n; i++) {
+        for (int64_t j = begin; j < end; j++) {
+            const double value = lns_value(s->data, s->dtype, i * s->d + j);
+            if (!isfinite(value)) {
+                place->row = i;
+                place->column = j;
+                place->value = value;
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Checks row weights; LNS_BAD_MASS with the row in place (row -1: the sum is not positive and finite). */
+static inline lns_status lns_check_mass(const lns_sample *s, lns_place *place)
+{
+    double sum = 0;
+    if (s->mass == NULL) {
+        return LNS_OK;
+    }
+    for (int64_t i = 0; i < s->n; i++) {
+        if (!(s->mass[i] >= 0) || !isfinite(s->mass[i])) {
+            place->row = i;
+            place->value = s->mass[i];
+            return LNS_BAD_MASS;
+        }
+        sum += s->mass[i];
+    }
+    if (!(sum > 0) || !isfinite(sum)) {
+        place->row = -1;
+        place->value = sum;
+        return LNS_BAD_MASS;
+    }
+    return LNS_OK;
+}
+
+#endif

@@ -1,0 +1,159 @@
+/* Streaming statistics: count, mean, squared deviations, range; and covariances (OpenBLAS). */
+#include "lineas.h"
+
+#include "core/blas.h"
+#include "core/threads.h"
+#include "kernels/load.h"
+
+#define MOST_CHUNKS 64
+#define LEAST_ROWS 256
+
+typedef struct moments_context {
+    const lns_sample *sample;
+    int64_t chunk_rows;
+    double *states; /* [chunks, 4, d]: mean, m2, low, high */
+    int bad[LNS_MAX_THREADS];
+} moments_context;
+
+#define LNS_BODY "kernels/moments_body.h"
+#define LNS_ONE_VARIANT
+#include "kernels/variants.h"
+
+static const lns_loop_body MOMENTS[2] = LNS_TABLE(moments_units);
+
+/* Chunks of rows are fixed by n alone, so that the result does not depend on the number of threads. */
+static int64_t chunk_rows(int64_t n)
+{
+    const int64_t rows = (n + MOST_CHUNKS - 1) / MOST_CHUNKS;
+    return rows < LEAST_ROWS ? LEAST_ROWS : rows;
+}
+
+int64_t lns_moments_worksize(int64_t n, int64_t d)
+{
+    if (n < 1 || d < 1) {
+        return -1;
+    }
+    const int64_t chunks = (n + chunk_rows(n) - 1) / chunk_rows(n);
+    return lns_mul(lns_mul(chunks + 1, 4 * (int64_t)sizeof(double)), d);
+}
+
+static lns_moments state_at(double *memory, int64_t count, int64_t d)
+{
+    return (lns_moments){count, memory, memory + d, memory + 2 * d, memory + 3 * d};
+}
+
+lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d)
+{
+    if (d < 1 || state->count < 0 || other->count < 0 || state->count > INT64_MAX - other->count) {
+        return LNS_BAD_SIZE;
+    }
+    if (other->count == 0) {
+        return LNS_OK;
+    }
+    const double a = (double)state->count, b = (double)other->count, both = a + b;
+    for (int64_t j = 0; j < d; j++) {
+        const double delta = other->mean[j] - state->mean[j];
+        state->mean[j] = a == 0 ? other->mean[j] : state->mean[j] + delta * (b / both);
+        state->m2[j] = a == 0 ? other->m2[j] : state->m2[j] + other->m2[j] + delta * delta * (a / both * b);
+        state->low[j] = other->low[j] < state->low[j] ? other->low[j] : state->low[j];
+        state->high[j] = other->high[j] > state->high[j] ? other->high[j] : state->high[j];
+    }
+    state->count += other->count;
+    return LNS_OK;
+}
+
+lns_status lns_moments_update(const lns_sample *sample, int threads, void *work, lns_moments *state, lns_place *place)
+{
+    const int64_t d = sample->d;
+    lns_place found = {0};
+    moments_context c = {.sample = sample, .states = work};
+    if (!lns_sample_ok(sample) || state->count < 0 || state->count > INT64_MAX - sample->n) {
+        return LNS_BAD_SIZE;
+    }
+    c.chunk_rows = chunk_rows(sample->n);
+    const int64_t chunks = (sample->n + c.chunk_rows - 1) / c.chunk_rows;
+    threads = lns_thread_count(chunks, sample->n * d / 3, threads);
+    lns_parallel_for(chunks, threads, MOMENTS[lns_is_double(sample->dtype)], &c);
+    for (int t = 0; t < threads; t++) {
+        /* A sum can also overflow without a bad value; then the infinity in the result is the truth. */
+        if (c.bad[t] && lns_find_not_finite(sample, 0, d, &found)) {
+            if (place != NULL) {
+                *place = found;
+            }
+            return LNS_NOT_FINITE;
+        }
+    }
+    lns_moments sum = state_at(c.states + chunks * 4 * d, state->count, d);
+    const size_t bytes = (size_t)d * sizeof(double);
+    memcpy(sum.mean, state->mean, bytes);
+    memcpy(sum.m2, state->m2, bytes);
+    memcpy(sum.low, state->low, bytes);
+    memcpy(sum.high, state->high, bytes);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t first = chunk * c.chunk_rows;
+        const int64_t rows = sample->n - first < c.chunk_rows ? sample->n - first : c.chunk_rows;
+        const lns_moments part = state_at(c.states + chunk * 4 * d, rows, d);
+        lns_moments_merge(&sum, &part, d);
+    }
+    memcpy(state->mean, sum.mean, bytes);
+    memcpy(state->m2, sum.m2, bytes);
+    memcpy(state->low, sum.low, bytes);
+    memcpy(state->high, sum.high, bytes);
+    state->count = sum.count;
+    return LNS_OK;
+}
+
+int64_t lns_covariance_worksize(int64_t n, int64_t d)
+{
+    if (n < 1 || d < 1 || n > INT32_MAX || d > INT32_MAX) {
+        return -1;
+    }
+    return lns_mul(lns_mul(n, d), sizeof(double));
+}
+
+lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, double *covariance, lns_place *place)
+{
+    const int64_t n = sample->n, d = sample->d;
+    double *centred = work; /* [n, d], each row times the root of its weight */
+    lns_place found = {0};
+    if (!lns_sample_ok(sample) || n > INT32_MAX || d > INT32_MAX || (sample->mass == NULL && n < 2)) {
+        return LNS_BAD_SIZE;
+    }
+    lns_status status = lns_check_mass(sample, &found);
+    if (status == LNS_OK && lns_find_not_finite(sample, 0, d, &found)) {
+        status = LNS_NOT_FINITE;
+    }
+    if (status != LNS_OK) {
+        if (place != NULL) {
+            *place = found;
+        }
+        return status;
+    }
+    double total = 0;
+    memset(mean, 0, (size_t)d * sizeof(double));
+    for (int64_t i = 0; i < n; i++) {
+        const double mass = sample->mass != NULL ? sample->mass[i] : 1;
+        total += mass;
+        for (int64_t j = 0; j < d; j++) {
+            centred[i * d + j] = lns_value(sample->data, sample->dtype, i * d + j);
+            mean[j] += mass * centred[i * d + j];
+        }
+    }
+    for (int64_t j = 0; j < d; j++) {
+        mean[j] /= total;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const double root = sample->mass != NULL ? sqrt(sample->mass[i]) : 1;
+        for (int64_t j = 0; j < d; j++) {
+            centred[i * d + j] = root * (centred[i * d + j] - mean[j]);
+        }
+    }
+    LNS_CBLAS(dsyrk)(CblasRowMajor, CblasUpper, CblasTrans, (int)d, (int)n,
+                     1 / (sample->mass != NULL ? total : total - 1), centred, (int)d, 0, covariance, (int)d);
+    for (int64_t i = 0; i < d; i++) {
+        for (int64_t j = 0; j < i; j++) {
+            covariance[i * d + j] = covariance[j * d + i];
+        }
+    }
+    return LNS_OK;
+}

@@ -1,0 +1,24 @@
+/* Template body: sorting whole samples. */
+#include "kernels/tile_body.h"
+
+static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thread)
+{
+    sort_context *c = context;
+    char *work = (char *)c->work + thread * c->work_each;
+    real *tile = (real *)(void *)work;
+    int64_t k = 0, first = 0; /* module of the unit, and its first unit */
+    for (int64_t unit = begin; unit < end; unit++) {
+        while (unit - first >= lns_tiles(c->samples[k].d, c->samples[k].dtype)) {
+            first += lns_tiles(c->samples[k].d, c->samples[k].dtype);
+            k++;
+        }
+        const lns_sample *s = &c->samples[k];
+        const int64_t column = (unit - first) * LANES;
+        char *rest = work + s->n * LNS_TILE_ROW;
+        const VNAME(order) order = VNAME(order_at)(&rest, s->n, 0);
+        VNAME(load_tile)(s, column, tile);
+        VNAME(sort_tile)(tile, s->n, &order);
+        c->bad[thread] |= !VNAME(sorted_finite)(tile, s->n);
+        VNAME(store_tile)(tile, s->n, s->d, column, c->out[k]);
+    }
+}

@@ -1,0 +1,156 @@
+/* Tiles: LANES neighbouring columns of a sample, n rows of exactly one cache line each. All sorting happens in tiles.
+ * What does not depend on the working type stands here, the rest in tile_body.h. */
+#ifndef LNS_TILE_H
+#define LNS_TILE_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "core/threads.h"
+#include "kernels/load.h"
+
+#define LNS_TILE_ROW 64 /* bytes in a row of a tile */
+
+/* Up to here a network sorts all lanes of a tile at once, recording its decisions where the ranks are wanted; above,
+ * each column is sorted by radix. */
+#define LNS_NETWORK_ROWS 1024
+#define LNS_RECORD_ROWS 256
+
+/* Rows (i of the source, k of the target) whose quantile functions overlap over `mass` of (0, 1). */
+typedef struct lns_segment {
+    int64_t i, k;
+    double mass;
+} lns_segment;
+
+/* Largest power of two below n (n >= 2): where Batcher's merge exchange begins. */
+static inline int64_t lns_network_top(int64_t n)
+{
+    int64_t top = 1;
+    while (top * 2 < n) {
+        top *= 2;
+    }
+    return top;
+}
+
+/* Comparators of one stage of the network: pairs (i, i + distance) with (i & p) == r. */
+static inline int64_t lns_network_stage_size(int64_t n, int64_t p, int64_t r, int64_t distance)
+{
+    int64_t size = 0;
+    for (int64_t block = r; block < n - distance; block += 2 * p) {
+        size += block + p < n - distance ? p : n - distance - block;
+    }
+    return size;
+}
+
+/* Comparators of the merge exchange network on n rows (Knuth, The Art of Computer Programming 3, 5.2.2 M). */
+static inline int64_t lns_network_size(int64_t n)
+{
+    int64_t size = 0;
+    if (n < 2) {
+        return 0;
+    }
+    const int64_t top = lns_network_top(n);
+    for (int64_t p = top; p >= 1; p /= 2) {
+        size += lns_network_stage_size(n, p, 0, p);
+        for (int64_t q = top; q > p; q /= 2) {
+            size += lns_network_stage_size(n, p, p, q - p);
+        }
+    }
+    return size;
+}
+
+/* Bytes of work that sorting a tile of n rows takes, with its ranks remembered where `ranked`. */
+static inline int64_t lns_order_bytes(int64_t n, int ranked)
+{
+    int64_t bytes = lns_mul(n, LNS_TILE_ROW); /* keys; also the column under way when ranks are undone */
+    const int64_t pairs = lns_mul(n, 32);
+    if (bytes < 0 || pairs < 0 || n > UINT32_MAX) {
+        return -1;
+    }
+    if (ranked && n <= LNS_RECORD_ROWS) {
+        bytes += lns_network_size(n) * LNS_TILE_ROW;
+    }
+    return bytes + lns_pad(pairs) + (ranked ? lns_mul(n, LNS_TILE_ROW) : 0);
+}
+
+/* The common refinement of {i / n} and {k / m}: at most n + m - 1 segments, for samples of equally weighted rows. */
+static inline int64_t lns_segments(int64_t n, int64_t m, lns_segment *out)
+{
+    const double unit = 1.0 / ((double)n * (double)m);
+    int64_t count = 0, i = 0, k = 0, left_i = m, left_k = n;
+    while (i < n) {
+        const int64_t step = left_i < left_k ? left_i : left_k;
+        out[count++] = (lns_segment){i, k, (double)step * unit};
+        left_i -= step;
+        left_k -= step;
+        if (left_i == 0) {
+            i++;
+            left_i = m;
+        }
+        if (left_k == 0) {
+            k++;
+            left_k = n;
+        }
+    }
+    return count;
+}
+
+/* The same for weighted rows in the order rank_*[0..] of one column; a NULL mass means equal weights. The last row of
+ * each side takes what rounding leaves over. */
+static inline int64_t lns_weighted_segments(int64_t n, const double *mass_u, double total_u, const uint32_t *rank_u,
+                                            int64_t m, const double *mass_v, double total_v, const uint32_t *rank_v,
+                                            lns_segment *out)
+{
+    int64_t count = 0, i = 0, k = 0;
+    double left_u = mass_u ? mass_u[rank_u[0]] / total_u : 1.0 / (double)n;
+    double left_v = mass_v ? mass_v[rank_v[0]] / total_v : 1.0 / (double)m;
+    for (;;) {
+        const int last_u = i == n - 1, last_v = k == m - 1;
+        const int take_u = last_v || (!last_u && left_u <= left_v);
+        const double mass = take_u ? left_u : left_v;
+        out[count++] = (lns_segment){i, k, mass > 0 ? mass : 0};
+        if (last_u && last_v) {
+            return count;
+        }
+        if (take_u) {
+            left_v -= left_u;
+            i++;
+            left_u = mass_u ? mass_u[rank_u[i]] / total_u : 1.0 / (double)n;
+        } else {
+            left_u -= left_v;
+            k++;
+            left_v = mass_v ? mass_v[rank_v[k]] / total_v : 1.0 / (double)m;
+        }
+    }
+}
+
+/* Sum of the row weights; the number of rows where they are equal. */
+static inline double lns_total_mass(const lns_sample *s)
+{
+    double sum = 0;
+    for (int64_t i = 0; s->mass != NULL && i < s->n; i++) {
+        sum += s->mass[i];
+    }
+    return s->mass != NULL ? sum : (double)s->n;
+}
+
+/* Columns are handled in whole tiles: how many a sample of d columns has. */
+static inline int64_t lns_tiles(int64_t d, lns_dtype dtype)
+{
+    const int64_t lanes = LNS_TILE_ROW / (lns_is_double(dtype) ? 8 : 4);
+    return (d + lanes - 1) / lanes;
+}
+
+/* Rough cost in nanoseconds of sorting n * d values, to choose the number of threads. */
+static inline int64_t lns_sort_cost(int64_t n, int64_t d)
+{
+    int bits = 1;
+    while ((INT64_C(1) << bits) < n && bits < 30) {
+        bits++;
+    }
+    return (int64_t)(0.03 * (double)n * (double)d * bits * (bits + 1));
+}
+
+#endif

@@ -1,0 +1,151 @@
+/* Template body: closed-form maps of a tile of the source to a tile of the target. */
+#include "kernels/tile_body.h"
+
+/* Means, variance of u and covariance of the paired quantiles of one or LANES columns. Sums are taken around the median
+ * rows, so that a large mean costs no digits; a constant column gives exactly zero variance. */
+static inline void VNAME(quantile_sums)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
+                                        int64_t count, double *restrict mean_u, double *restrict mean_v,
+                                        double *restrict variance, double *restrict covariance, const int lanes)
+{
+    const real *middle_u = u + n / 2 * LANES, *middle_v = v + m / 2 * LANES;
+    for (int l = 0; l < lanes; l++) {
+        mean_u[l] = mean_v[l] = variance[l] = covariance[l] = 0;
+    }
+    for (int64_t s = 0; s < count; s++) {
+        const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
+        const double mass = segments[s].mass;
+        for (int l = 0; l < lanes; l++) {
+            const double x = (double)a[l] - (double)middle_u[l], y = (double)b[l] - (double)middle_v[l];
+            const double weighted = mass * x;
+            mean_u[l] += weighted;
+            mean_v[l] += mass * y;
+            variance[l] += weighted * x;
+            covariance[l] += weighted * y;
+        }
+    }
+    for (int l = 0; l < lanes; l++) {
+        variance[l] -= mean_u[l] * mean_u[l];
+        covariance[l] -= mean_u[l] * mean_v[l];
+        mean_u[l] += (double)middle_u[l];
+        mean_v[l] += (double)middle_v[l];
+    }
+}
+
+/* Mean and variance of the columns of a tile (ddof = 1, or the weighted population's), around its first row. */
+static inline void VNAME(tile_moments)(const real *tile, const lns_sample *s, double total, double *restrict mean,
+                                       double *restrict variance)
+{
+    for (int l = 0; l < LANES; l++) {
+        mean[l] = variance[l] = 0;
+    }
+    for (int64_t i = 0; i < s->n; i++) {
+        const double mass = (s->mass != NULL ? s->mass[i] : 1) / total;
+        for (int l = 0; l < LANES; l++) {
+            mean[l] += mass * ((double)tile[i * LANES + l] - (double)tile[l]);
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        mean[l] += (double)tile[l];
+    }
+    for (int64_t i = 0; i < s->n; i++) {
+        const double mass = s->mass != NULL ? s->mass[i] / total : 1 / (double)(s->n - 1);
+        for (int l = 0; l < LANES; l++) {
+            const double x = (double)tile[i * LANES + l] - mean[l];
+            variance[l] += mass * (x * x);
+        }
+    }
+}
+
+/* A constant column, told exactly: rounding can leave its variance a little above zero. */
+static inline void VNAME(constant_columns)(const real *tile, int64_t n, int *constant)
+{
+    for (int l = 0; l < LANES; l++) {
+        constant[l] = 1;
+    }
+    for (int64_t i = 1; i < n; i++) {
+        for (int l = 0; l < LANES; l++) {
+            constant[l] &= tile[i * LANES + l] == tile[l];
+        }
+    }
+}
+
+static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method method, const lns_segment *shared,
+                           int64_t shared_count, double total_u, double total_v, char *work)
+{
+    const lns_sample *source = &job->source, *target = &job->target;
+    const int64_t n = source->n, m = target->n, lanes = source->d - column < LANES ? source->d - column : LANES;
+    const int weighted = source->mass != NULL || target->mass != NULL;
+    double mean_u[LANES], mean_v[LANES], variance[LANES], other[LANES];
+    int constant[LANES];
+
+    real *u = (real *)(void *)work;
+    work += n * LNS_TILE_ROW;
+    real *v = (real *)(void *)work;
+    work += m * LNS_TILE_ROW;
+    const VNAME(order) order_u = VNAME(order_at)(&work, n, weighted);
+    const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted);
+    lns_segment *own = (lns_segment *)(void *)work;
+
+    VNAME(load_tile)(source, column, u);
+    VNAME(load_tile)(target, column, v);
+    VNAME(constant_columns)(u, n, constant);
+    if (method != LNS_LINEAR) {
+        if (!VNAME(rows_finite)(u, 0, n) || !VNAME(rows_finite)(v, 0, m)) {
+            return 0;
+        }
+        VNAME(tile_moments)(u, source, total_u, mean_u, variance);
+        VNAME(tile_moments)(v, target, total_v, mean_v, other);
+    } else {
+        if (weighted) {
+            VNAME(sort_by_column)(u, n, &order_u);
+            VNAME(sort_by_column)(v, m, &order_v);
+        } else {
+            VNAME(sort_tile)(u, n, &order_u);
+            VNAME(sort_tile)(v, m, &order_v);
+        }
+        if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
+            return 0;
+        }
+        if (!weighted) {
+            VNAME(quantile_sums)(u, n, v, m, shared, shared_count, mean_u, mean_v, variance, other, LANES);
+        }
+        for (int64_t l = 0; weighted && l < lanes; l++) {
+            const int64_t count = lns_weighted_segments(n, source->mass, total_u, order_u.rows + l * n, m, target->mass,
+                                                        total_v, order_v.rows + l * m, own);
+            VNAME(quantile_sums)(u + l, n, v + l, m, own, count, mean_u + l, mean_v + l, variance + l, other + l, 1);
+        }
+    }
+    for (int64_t l = 0; l < lanes; l++) {
+        double slope = 1;
+        if (method != LNS_MEAN && !constant[l] && variance[l] > 0) {
+            slope = method == LNS_GAUSSIAN ? sqrt(other[l] / variance[l]) : other[l] / variance[l];
+        }
+        ((real *)job->weight)[column + l] = (real)slope;
+        ((real *)job->bias)[column + l] = (real)(mean_v[l] - slope * mean_u[l]);
+    }
+    return 1;
+}
+
+static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thread)
+{
+    fit_context *c = context;
+    char *work = (char *)c->work + thread * c->work_each;
+    lns_segment *segments = (lns_segment *)(void *)work;
+    int64_t k = 0, first = 0, prepared = -1, count = 0;
+    double total_u = 0, total_v = 0;
+    for (int64_t unit = begin; unit < end; unit++) {
+        while (unit - first >= lns_tiles(c->jobs[k].source.d, c->jobs[k].source.dtype)) {
+            first += lns_tiles(c->jobs[k].source.d, c->jobs[k].source.dtype);
+            k++;
+        }
+        const lns_fit_job *job = &c->jobs[k];
+        if (prepared != k) {
+            prepared = k;
+            total_u = lns_total_mass(&job->source);
+            total_v = lns_total_mass(&job->target);
+            count = lns_segments(job->source.n, job->target.n, segments);
+        }
+        c->bad[thread] |= !VNAME(fit_tile)(job, (unit - first) * LANES, c->method, segments, count, total_u, total_v,
+                                           work + c->segments_each);
+    }
+}

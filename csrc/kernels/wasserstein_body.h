@@ -1,0 +1,247 @@
+/* Template body: squared W2 of a tile against its target, with gradients. */
+#include "kernels/tile_body.h"
+
+/* Adds one column block's part of a float sum to its double total, and starts the next part. */
+static inline void VNAME(fold)(real *restrict part, double *restrict total)
+{
+    for (int l = 0; l < LANES; l++) {
+        total[l] += (double)part[l];
+        part[l] = 0;
+    }
+}
+
+/* Equal sizes and weights: row i of the sorted tiles meets row i alone. g may be NULL. */
+static inline void VNAME(w2_equal)(const real *restrict u, const real *restrict v, int64_t n, real *restrict g,
+                                   double *restrict value)
+{
+    const real twice = (real)(2.0 / (double)n);
+    real part[LANES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        real difference[LANES];
+        for (int l = 0; l < LANES; l++) {
+            difference[l] = u[i * LANES + l] - v[i * LANES + l];
+            part[l] += difference[l] * difference[l];
+        }
+        for (int l = 0; g != NULL && l < LANES; l++) {
+            g[i * LANES + l] = twice * difference[l];
+        }
+        if (i % LNS_FOLD == LNS_FOLD - 1) {
+            VNAME(fold)(part, value);
+        }
+    }
+    VNAME(fold)(part, value);
+    for (int l = 0; l < LANES; l++) {
+        value[l] /= (double)n;
+    }
+}
+
+/* The same along segments, for `lanes` columns of the tiles (a constant: LANES, or 1 where each has its own segments). */
+static inline void VNAME(w2_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
+                                      double *value, const int lanes)
+{
+    int64_t row = -1;
+    for (int64_t s = 0; s < count; s++) {
+        const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
+        const double mass = segments[s].mass;
+        const real twice = (real)(2 * mass);
+        for (int l = 0; l < lanes; l++) {
+            const double difference = (double)a[l] - (double)b[l];
+            value[l] += mass * (difference * difference);
+        }
+        if (g == NULL) {
+            continue;
+        }
+        real *to = g + segments[s].i * LANES;
+        if (segments[s].i != row) {
+            row = segments[s].i;
+            for (int l = 0; l < lanes; l++) {
+                to[l] = 0;
+            }
+        }
+        for (int l = 0; l < lanes; l++) {
+            to[l] += twice * (a[l] - b[l]);
+        }
+    }
+}
+
+/* Entries of u that are equal share the mean of their target quantiles: each gets its share by mass of their summed
+ * gradient. u is sorted, g in the same order; rank (or NULL) tells the rows, mass (or NULL) their weights. */
+static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const double *mass, const uint32_t *rank)
+{
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        double sum = 0, weight = 0;
+        for (end = begin; end < n && u[end * LANES] == u[begin * LANES]; end++) {
+            sum += (double)g[end * LANES];
+            weight += mass != NULL ? mass[rank[end]] : 1;
+        }
+        for (int64_t i = begin; end - begin > 1 && i < end; i++) {
+            const double own = mass != NULL ? mass[rank[i]] : 1;
+            g[i * LANES] = weight > 0 ? (real)(sum * (own / weight)) : 0;
+        }
+    }
+}
+
+static inline int VNAME(any_ties)(const real *u, int64_t n)
+{
+    key tied[LANES] = {0};
+    int any = 0;
+    for (int64_t i = 0; i + 1 < n; i++) {
+        for (int l = 0; l < LANES; l++) {
+            tied[l] |= u[i * LANES + l] == u[(i + 1) * LANES + l] ? -1 : 0;
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        any |= tied[l] != 0;
+    }
+    return any;
+}
+
+/* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z. */
+static inline void VNAME(w2_through_map)(real *restrict g, const real *restrict z, const real *restrict weight,
+                                         int64_t n, double *restrict grad_weight, double *restrict grad_bias)
+{
+    real part_weight[LANES] = {0}, part_bias[LANES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        for (int l = 0; l < LANES; l++) {
+            const real here = g[i * LANES + l];
+            part_weight[l] += here * z[i * LANES + l];
+            part_bias[l] += here;
+            g[i * LANES + l] = here * weight[l];
+        }
+        if (i % LNS_FOLD == LNS_FOLD - 1) {
+            VNAME(fold)(part_weight, grad_weight);
+            VNAME(fold)(part_bias, grad_bias);
+        }
+    }
+    VNAME(fold)(part_weight, grad_weight);
+    VNAME(fold)(part_bias, grad_bias);
+}
+
+static inline void VNAME(store_row)(const double *from, int64_t lanes, void *out, int64_t column)
+{
+    for (int64_t l = 0; out != NULL && l < lanes; l++) {
+        ((real *)out)[column + l] = (real)from[l];
+    }
+}
+
+/* One tile of one job; returns whether everything was finite. */
+static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, const lns_segment *shared,
+                          int64_t shared_count, double total_u, double total_v, char *work)
+{
+    const int64_t n = job->u.n, m = job->v.n, d = job->u.d, lanes = d - column < LANES ? d - column : LANES;
+    const int weighted = job->u.mass != NULL || job->v.mass != NULL;
+    const int gradient = job->grad_u != NULL || job->grad_weight != NULL || job->grad_bias != NULL;
+    const int ranked_u = gradient || weighted;
+    double value[LANES] = {0}, grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
+    real weight[LANES] = {0};
+
+    real *u = (real *)(void *)work;
+    work += n * LNS_TILE_ROW;
+    real *z = (real *)(void *)work; /* source order; only where a map is given */
+    work += job->weight != NULL ? n * LNS_TILE_ROW : 0;
+    real *v = (real *)(void *)work;
+    work += m * LNS_TILE_ROW;
+    real *g = (real *)(void *)work;
+    work += n * LNS_TILE_ROW;
+    const VNAME(order) order_u = VNAME(order_at)(&work, n, ranked_u);
+    const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted);
+    lns_segment *own = (lns_segment *)(void *)work;
+
+    if (job->weight != NULL) {
+        real bias[LANES] = {0};
+        memcpy(weight, (const real *)job->weight + column, (size_t)lanes * sizeof(real));
+        memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
+        VNAME(load_tile)(&job->u, column, z);
+        for (int64_t i = 0; i < n; i++) {
+            for (int l = 0; l < LANES; l++) {
+                u[i * LANES + l] = weight[l] * z[i * LANES + l] + bias[l];
+            }
+        }
+    } else {
+        VNAME(load_tile)(&job->u, column, u);
+    }
+    VNAME(load_tile)(&job->v, column, v);
+
+    if (weighted) {
+        VNAME(sort_by_column)(u, n, &order_u);
+        VNAME(sort_by_column)(v, m, &order_v);
+    } else {
+        if (gradient) {
+            VNAME(rank_tile)(u, n, &order_u);
+        } else {
+            VNAME(sort_tile)(u, n, &order_u);
+        }
+        if (!v_sorted) {
+            VNAME(sort_tile)(v, m, &order_v);
+        }
+    }
+    /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
+    if (!VNAME(sorted_finite)(u, n) ||
+        !(v_sorted ? VNAME(rows_finite)(v, 0, m) : VNAME(sorted_finite)(v, m))) {
+        return 0;
+    }
+
+    if (weighted) {
+        for (int64_t l = 0; l < lanes; l++) {
+            const int64_t count = lns_weighted_segments(n, job->u.mass, total_u, order_u.rows + l * n, m, job->v.mass,
+                                                        total_v, order_v.rows + l * m, own);
+            VNAME(w2_segments)(u + l, v + l, own, count, gradient ? g + l : NULL, value + l, 1);
+        }
+    } else if (n == m) {
+        VNAME(w2_equal)(u, v, n, gradient ? g : NULL, value);
+    } else {
+        VNAME(w2_segments)(u, v, shared, shared_count, gradient ? g : NULL, value, LANES);
+    }
+    VNAME(store_row)(value, lanes, job->value, column);
+    if (!gradient) {
+        return 1;
+    }
+
+    if (VNAME(any_ties)(u, n)) {
+        for (int64_t l = 0; l < lanes; l++) {
+            VNAME(share_ties)(u + l, g + l, n, job->u.mass, weighted ? order_u.rows + l * n : NULL);
+        }
+    }
+    if (weighted) {
+        VNAME(unrank_by_column)(g, n, &order_u);
+    } else {
+        VNAME(unrank_tile)(g, n, &order_u);
+    }
+    if (job->weight != NULL) {
+        VNAME(w2_through_map)(g, z, weight, n, grad_weight, grad_bias);
+        VNAME(store_row)(grad_weight, lanes, job->grad_weight, column);
+        VNAME(store_row)(grad_bias, lanes, job->grad_bias, column);
+    }
+    if (job->grad_u != NULL) {
+        VNAME(store_tile)(g, n, d, column, job->grad_u);
+    }
+    return 1;
+}
+
+static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int thread)
+{
+    w2_context *c = context;
+    char *work = (char *)c->work + thread * c->work_each;
+    lns_segment *segments = (lns_segment *)(void *)work;
+    int64_t k = 0, first = 0, prepared = -1, count = 0;
+    double total_u = 0, total_v = 0;
+    for (int64_t unit = begin; unit < end; unit++) {
+        while (unit - first >= lns_tiles(c->jobs[k].u.d, c->jobs[k].u.dtype)) {
+            first += lns_tiles(c->jobs[k].u.d, c->jobs[k].u.dtype);
+            k++;
+        }
+        const lns_w2_job *job = &c->jobs[k];
+        if (prepared != k) {
+            prepared = k;
+            count = 0;
+            if (job->u.mass != NULL || job->v.mass != NULL) {
+                total_u = lns_total_mass(&job->u);
+                total_v = lns_total_mass(&job->v);
+            } else if (job->u.n != job->v.n) {
+                count = lns_segments(job->u.n, job->v.n, segments);
+            }
+        }
+        c->bad[thread] |= !VNAME(w2_tile)(job, (unit - first) * LANES, c->v_sorted, segments, count, total_u, total_v,
+                                          work + c->segments_each);
+    }
+}
