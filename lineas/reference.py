@@ -29,8 +29,9 @@ def narrow(x: NDArray, like: NDArray) -> NDArray:
 
 
 def sort_columns(x: NDArray) -> NDArray:
-    """Sort every column of `x` [n, d] in the working type."""
-    return np.sort(widen(x), axis=0)
+    """Sort every column of `x` [n, d] in the working type; -0 comes before +0."""
+    x = widen(x)
+    return np.take_along_axis(x, np.lexsort((~np.signbit(x), x), axis=0), axis=0)
 
 
 def segments(p: NDArray, q: NDArray) -> tuple[NDArray, NDArray, NDArray]:

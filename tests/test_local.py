@@ -242,9 +242,9 @@ def test_weighted_covariance_against_numpy(rng):
 def test_covariance_errors():
     with pytest.raises(ValueError, match=r"x must have at least 2 rows and 1 column, got shape \(1, 3\)"):
         lineas.covariance(np.ones((1, 3)))
-    with pytest.raises(ValueError, match="x: nan at row 1, column 0"):
+    with pytest.raises(ValueError, match=r"x: nan at row 1, column 0"):
         lineas.covariance(np.array([[0.0], [np.nan]]))
-    with pytest.raises(ValueError, match="weights must be finite and not negative, got -1.0 at row 0"):
+    with pytest.raises(ValueError, match=r"weights must be finite and not negative, got -1.0 at row 0"):
         lineas.covariance(np.ones((2, 3)), weights=[-1, 1])
 
 
@@ -283,7 +283,7 @@ def test_bures_map_of_few_rows(rng):
     assert np.isfinite(one.matrix).all() and np.linalg.matrix_rank(one.matrix) == 2
     np.testing.assert_allclose(one.transform(u).mean(0), v.mean(0), rtol=1e-10, atol=1e-12)
     with pytest.raises(
-        ValueError, match="the map has no inverse: its matrix of 6 neurons is singular; fit it with a ridge"
+        ValueError, match=r"the map has no inverse: its matrix of 6 neurons is singular; fit it with a ridge"
     ):
         one.inverse()
     ridged = lineas.bures_map(u, v, ridge=0.01)
@@ -315,15 +315,15 @@ def test_gaussian_map_errors(rng):
     one = GaussianMap(np.eye(3), np.zeros(3))
     with pytest.raises(ValueError, match=r"z must have 3 channels on the last axis, got shape \(2, 4\)"):
         one.transform(np.ones((2, 4)))
-    with pytest.raises(TypeError, match="z must be float16, .* got dtype int64"):
+    with pytest.raises(TypeError, match=r"z must be float16, .* got dtype int64"):
         one.transform(np.ones((2, 3), int))
-    with pytest.raises(ValueError, match="strength must be finite, got nan"):
+    with pytest.raises(ValueError, match=r"strength must be finite, got nan"):
         one.transform(np.ones((2, 3)), np.nan)
     with pytest.raises(
         ValueError, match=r"matrix and bias must have shapes \[d, d\] and \[d\], got \(3, 2\) and \(3,\)"
     ):
         GaussianMap(np.ones((3, 2)), np.zeros(3))
-    with pytest.raises(TypeError, match="matrix and bias must be float64, got dtypes float32 and float64"):
+    with pytest.raises(TypeError, match=r"matrix and bias must be float64, got dtypes float32 and float64"):
         GaussianMap(np.ones((3, 3), np.float32), np.zeros(3))
 
 

@@ -156,9 +156,9 @@ def test_bad_input(function, change, error, text):
 def test_bad_tensors():
     torch = pytest.importorskip("torch")
     v = np.zeros((2, 3))
-    with pytest.raises(TypeError, match="u must be float16, .* got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"u must be float16, .* got dtype torch.int64"):
         lineas.wasserstein(torch.ones(2, 3, dtype=torch.int64), v)
-    with pytest.raises(TypeError, match="u must be a dense tensor, got layout torch.sparse_coo"):
+    with pytest.raises(TypeError, match=r"u must be a dense tensor, got layout torch.sparse_coo"):
         lineas.wasserstein(torch.ones(2, 3).to_sparse(), v)
 
 

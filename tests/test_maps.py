@@ -146,9 +146,9 @@ def test_composition_promotes():
 
 
 def test_composition_of_other_widths():
-    with pytest.raises(ValueError, match="cannot compose maps of 2 and 3 neurons"):
+    with pytest.raises(ValueError, match=r"cannot compose maps of 2 and 3 neurons"):
         AffineMap.identity(2) @ AffineMap.identity(3)
-    with pytest.raises(TypeError, match="'AffineMap' does not support ufuncs"):
+    with pytest.raises(TypeError, match=r"'AffineMap' does not support ufuncs"):
         AffineMap.identity(2) @ np.eye(2)
 
 
@@ -165,7 +165,7 @@ def test_equality():
     assert one != AffineMap(np.array([2.0]), np.array([0.0]))
     assert one != AffineMap(np.array([2.0, 1.0]), np.array([1.0, 0.0]))
     assert one != "map"
-    with pytest.raises(TypeError, match="unhashable"):
+    with pytest.raises(TypeError, match=r"unhashable"):
         hash(one)
 
 
@@ -174,11 +174,11 @@ def test_a_map_is_immutable():
     one = AffineMap(weight, np.zeros(3))
     weight[0] = 7
     assert one.weight[0] == 1
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError, match=r"read-only"):
         one.weight[0] = 7
-    with pytest.raises(AttributeError, match="an AffineMap is immutable: cannot set 'weight'"):
+    with pytest.raises(AttributeError, match=r"an AffineMap is immutable: cannot set 'weight'"):
         one.weight = weight
-    with pytest.raises(AttributeError, match="an AffineMap is immutable: cannot delete 'bias'"):
+    with pytest.raises(AttributeError, match=r"an AffineMap is immutable: cannot delete 'bias'"):
         del one.bias
     for twin in (pickle.loads(pickle.dumps(one)), copy.copy(one), copy.deepcopy(one)):
         assert twin == one and not twin.weight.flags.writeable
@@ -193,7 +193,7 @@ def test_a_map_from_tensors():
     torch = pytest.importorskip("torch")
     one = AffineMap(torch.nn.Parameter(torch.ones(3)), torch.zeros(3))
     assert one == AffineMap.identity(3)
-    with pytest.raises(TypeError, match="weight must be float32 or float64, got dtype bfloat16"):
+    with pytest.raises(TypeError, match=r"weight must be float32 or float64, got dtype bfloat16"):
         AffineMap(torch.ones(3, dtype=torch.bfloat16), torch.zeros(3))
 
 
@@ -287,7 +287,7 @@ def test_a_missing_module_lists_near_names(pair):
 
 
 def test_steering_maps_are_immutable(pair):
-    with pytest.raises(TypeError, match="does not support item assignment"):
+    with pytest.raises(TypeError, match=r"does not support item assignment"):
         pair["layers.0"] = AffineMap.identity(3)
     pair.metadata["settings"]["l1"] = 7
     assert pair.metadata == {"method": "linear", "settings": {"l1": 0.5}}
@@ -324,7 +324,7 @@ def test_errors_of_transform_name_the_module(pair):
         pair.transform({"layers.1": np.ones((1, 3))})
     with pytest.raises(TypeError, match=r"activations\['layers.1'\]: z must be .* got dtype int64"):
         pair.transform({"layers.1": np.ones((1, 2), int)})
-    with pytest.raises(TypeError, match="activations must be a mapping from module name to array, got ndarray"):
+    with pytest.raises(TypeError, match=r"activations must be a mapping from module name to array, got ndarray"):
         pair.transform(np.ones((1, 3)))
 
 
@@ -335,7 +335,7 @@ def test_inverse_of_several(pair, rng):
         np.testing.assert_allclose(back[name], z[name], rtol=1e-6)
     assert pair.inverse().metadata == {"method": "inverse", "parts": [pair.metadata]}
     flat = SteeringMaps({"a": AffineMap(np.zeros(2), np.zeros(2))})
-    with pytest.raises(ValueError, match="module 'a': the map has no inverse: weight is 0 at neuron 0 and 1 other"):
+    with pytest.raises(ValueError, match=r"module 'a': the map has no inverse: weight is 0 at neuron 0 and 1 other"):
         flat.inverse()
 
 
@@ -356,9 +356,9 @@ def test_composition_of_several(pair):
     assert both["layers.0"] == pair["layers.0"] and both["layers.1"] == pair["layers.1"]
     assert both["layers.2"] == AffineMap.identity(4)
     assert both.metadata == {"method": "composition", "parts": [pair.metadata, {"x": 1}]}
-    with pytest.raises(ValueError, match="module 'layers.0': cannot compose maps of 2 and 3 neurons"):
+    with pytest.raises(ValueError, match=r"module 'layers.0': cannot compose maps of 2 and 3 neurons"):
         SteeringMaps({"layers.0": AffineMap.identity(2)}) @ pair
-    with pytest.raises(TypeError, match="unsupported operand"):
+    with pytest.raises(TypeError, match=r"unsupported operand"):
         pair @ pair["layers.0"]
 
 
@@ -399,12 +399,12 @@ def test_select(pair):
     assert list(pair.select("*.1")) == ["layers.1"]
     assert list(pair.select(["layers.1", "*.0"])) == ["layers.0", "layers.1"]  # execution order stays
     assert pair.select("*") == pair and pair.select("*").metadata == pair.metadata
-    with pytest.raises(ValueError, match="no module matches 'layer.0': there are 'layers.0'"):
+    with pytest.raises(ValueError, match=r"no module matches 'layer.0': there are 'layers.0'"):
         pair.select("layer.0")
     with pytest.raises(ValueError, match=r"no module matches 'blocks.\*'"):
         pair.select(["*.0", "blocks.*"])
     for bad in (3, [], [3], None):
-        with pytest.raises(TypeError, match="modules must be a glob or a list of globs"):
+        with pytest.raises(TypeError, match=r"modules must be a glob or a list of globs"):
             pair.select(bad)
 
 

@@ -94,13 +94,13 @@ def test_a_bad_batch_changes_nothing(rng):
     seen = lineas.moments(x)
     bad = x.copy()
     bad[4, 2] = np.nan
-    with pytest.raises(ValueError, match="x: nan at row 4, column 2"):
+    with pytest.raises(ValueError, match=r"x: nan at row 4, column 2"):
         seen.update(bad)
     with pytest.raises(ValueError, match=r"x must have 3 columns as before, got shape \(2, 4\)"):
         seen.update(np.ones((2, 4)))
     check(seen, x)
     fresh = Moments()
-    with pytest.raises(ValueError, match="x: nan at row 4, column 2"):
+    with pytest.raises(ValueError, match=r"x: nan at row 4, column 2"):
         fresh.update(bad)
     assert fresh.count == 0 and fresh.d is None
     check(fresh.update(np.ones((2, 5)) * [[1], [2]]), np.ones((2, 5)) * [[1], [2]])
@@ -136,17 +136,17 @@ def test_bad_data(data, options, error, text):
 
 def test_bad_use(rng):
     for read in ("mean", "min", "max"):
-        with pytest.raises(ValueError, match="these moments have seen no rows yet"):
+        with pytest.raises(ValueError, match=r"these moments have seen no rows yet"):
             getattr(Moments(), read)
-    with pytest.raises(ValueError, match="a variance with ddof=1 needs more than 1 rows, got 0"):
+    with pytest.raises(ValueError, match=r"a variance with ddof=1 needs more than 1 rows, got 0"):
         Moments().variance()
     one = lineas.moments(np.ones((1, 3)))
-    with pytest.raises(ValueError, match="a variance with ddof=1 needs more than 1 rows, got 1"):
+    with pytest.raises(ValueError, match=r"a variance with ddof=1 needs more than 1 rows, got 1"):
         one.std()
     assert np.array_equal(one.variance(ddof=0), np.zeros(3))
-    with pytest.raises(ValueError, match="ddof must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"ddof must be at least 0, got -1"):
         one.variance(ddof=-1)
-    with pytest.raises(ValueError, match="cannot merge moments of 3 and 2 neurons"):
+    with pytest.raises(ValueError, match=r"cannot merge moments of 3 and 2 neurons"):
         one.merge(lineas.moments(np.ones((1, 2))))
-    with pytest.raises(TypeError, match="other must be a Moments, got ndarray"):
+    with pytest.raises(TypeError, match=r"other must be a Moments, got ndarray"):
         one.merge(np.ones((1, 3)))

@@ -123,7 +123,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(maps, path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left"):
         maps.save(path)
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == [path.name]
@@ -140,21 +140,21 @@ def test_an_interrupted_save_leaves_nothing(maps, path, monkeypatch):
 
 
 def test_save_to_bad_places(maps, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
         maps.save(tmp_path / "nowhere" / "maps.safetensors")
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match=r"directory"):
         maps.save(tmp_path)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(TypeError, match="maps must be a SteeringMaps, got AffineMap"):
+    with pytest.raises(TypeError, match=r"maps must be a SteeringMaps, got AffineMap"):
         storage.save(maps["a.first"], tmp_path / "x")
 
 
 def test_load_from_bad_places(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.safetensors"):
         lineas.load(tmp_path / "nothing.safetensors")
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         lineas.load(tmp_path)
-    with pytest.raises(TypeError, match="str, bytes or os.PathLike"):
+    with pytest.raises(TypeError, match=r"str, bytes or os.PathLike"):
         lineas.load(3)
 
 
@@ -212,7 +212,7 @@ def test_a_hostile_pickle_is_not_run(path, tmp_path):
             return open, (str(tmp_path / "touched"), "w")
 
     path.write_bytes(pickle.dumps(Touch()))
-    with pytest.raises(ValueError, match="not a sound safetensors file"):
+    with pytest.raises(ValueError, match=r"not a sound safetensors file"):
         lineas.load(path)
     assert not (tmp_path / "touched").exists()
 
@@ -256,7 +256,7 @@ def test_bad_headers(maps, path, changes, text):
 
 def test_a_file_without_header_metadata(maps, path):
     save_file(tensors_of(maps), path)
-    with pytest.raises(ValueError, match="is not a file of lineas maps: its header says format None"):
+    with pytest.raises(ValueError, match=r"is not a file of lineas maps: its header says format None"):
         lineas.load(path)
 
 
