@@ -40,7 +40,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     raise TypeError(f"activations must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def _on_engine(tensor: Tensor) -> bool:
+def on_engine(tensor: Tensor) -> bool:
     """Whether the engine can work on the tensor's memory."""
     return tensor.device.type == "cpu"
 
@@ -130,7 +130,7 @@ def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, chann
     """
     work = working_dtype(z.dtype)
     weight, bias = weight.to(z.device, work), bias.to(z.device, work)
-    if _on_engine(z):
+    if on_engine(z):
         return _Affine.apply(z, weight, bias, float(strength), channel_axis)
     return _torch_affine(z, weight, bias, float(strength), channel_axis)
 
@@ -162,8 +162,9 @@ def _torch_pool(x: Tensor, mask: Tensor | None, mode: str) -> Tensor:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if mode == "all":
         return x[mask]
-    if not mask.any(dim=1).all():
-        raise ValueError("a row of the mask keeps no token")
+    some = mask.any(dim=1)
+    if not some.all():
+        raise ValueError(f"mask: row {int(some.long().argmin())} keeps no token")
     real = mask[:, :, None]
     if mode == "mean":
         # where, not a product: a padded position may hold NaN
@@ -208,7 +209,7 @@ def pool(x: Tensor, mask: Tensor | None = None, mode: str = "mean") -> Tensor:
         if mask.shape != x.shape[:2]:
             raise ValueError(f"mask must have the shape {list(x.shape[:2])} of the tokens, got {list(mask.shape)}")
         mask = mask.to(x.device) != 0
-    return _Pool.apply(x, mask, mode) if _on_engine(x) else _torch_pool(x, mask, mode)
+    return _Pool.apply(x, mask, mode) if on_engine(x) else _torch_pool(x, mask, mode)
 
 
 # --- the squared Wasserstein distance ---------------------------------------------------------------------------------
@@ -314,14 +315,14 @@ def wasserstein(us: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence
     ValueError
         If a sample holds a NaN or an infinity: "<name>: nan at row 3, column 17".
     """
-    if all(map(_on_engine, us)):
+    if all(map(on_engine, us)):
         return _Wasserstein.apply(targets, names, *us)
     return _torch_wasserstein(us, targets, names)
 
 
 def sort_columns(samples: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
     """Sort every column of the samples [n_k, d_k], ascending, into new tensors; NaN and infinities as above."""
-    if all(map(_on_engine, samples)):
+    if all(map(on_engine, samples)):
         return list(map(torch.from_numpy, _core.sort_columns(list(map(_array, samples)), names, get_num_threads())))
     for sample, name in zip(samples, names, strict=True):
         check_finite(sample, name)

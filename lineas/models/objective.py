@@ -145,9 +145,12 @@ class Objective:
         for name, grad in zip([*maps, *maps], grads, strict=True):
             if grad is None:
                 raise ValueError(f"layers: no gradient reaches module {name!r}: no loss module depends on its output")
-            if not grad.isfinite().all():
-                raise NonFinite(f"{sets.argument}: {name}: the gradient is not finite")
-        return total.item(), terms, torch.cat(grads[: len(maps)]), torch.cat(grads[len(maps) :])
+        grad_weight, grad_bias = torch.cat(grads[: len(maps)]), torch.cat(grads[len(maps) :])
+        if not (grad_weight.isfinite().all() and grad_bias.isfinite().all()):
+            # The last module in execution order: backwards, the first in which something went wrong.
+            bad = [name for name, grad in zip([*maps, *maps], grads, strict=True) if not grad.isfinite().all()]
+            raise NonFinite(f"{sets.argument}: {max(bad, key=self.map_names.index)}: the gradient is not finite")
+        return total.item(), terms, grad_weight, grad_bias
 
     def loss(self, sets: Sets, maps: Leaves, capture: calling.Capture | None = None) -> tuple[Tensor, Tensor]:
         """The loss with the maps on; ``capture`` runs the model, and holds the hooks for a backward pass.

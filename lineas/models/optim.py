@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _core
 from .._threads import get_num_threads
 from ..maps import AffineMap
+from .autograd import on_engine
 
 ADAM_EPS = 1e-8
 
@@ -133,7 +134,7 @@ class ProximalOptimizer:
         ValueError
             If a gradient is not finite; the parameters are then unchanged.
         """
-        step = self._engine_step if self.maps.weight.device.type == "cpu" else self._torch_step
+        step = self._engine_step if on_engine(self.maps.weight) else self._torch_step
         result = step(grad_weight, grad_bias, lr)
         self.taken += 1
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,8 +169,10 @@ def fit_end_to_end(
 
     data = {"source": batches(source, "source"), "target": batches(target, "target")}
     if held_out is not None:
-        if not isinstance(held_out, tuple | list) or len(held_out) != 2:
-            raise ValueError(f"held_out must be a pair (source, target), got {type(held_out).__name__}")
+        if not isinstance(held_out, tuple | list):
+            raise TypeError(f"held_out must be a pair (source, target), got {type(held_out).__name__}")
+        if len(held_out) != 2:
+            raise ValueError(f"held_out must be a pair (source, target), got {len(held_out)} entries")
         data["held_out source"] = batches(held_out[0], "held_out source")
         data["held_out target"] = batches(held_out[1], "held_out target")
     map_names = sites.resolve(model, layers)
@@ -196,9 +197,9 @@ def fit_end_to_end(
     metadata = {
         "method": "end-to-end",
         "version": __version__,
-        "model": _model_name(model),
-        "layers": _spell(layers),
-        "loss_layers": _spell(layers if loss_layers is None else loss_layers),
+        "model": sites.model_name(model),
+        "layers": sites.spell(layers),
+        "loss_layers": sites.spell(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
         "settings": {
             "scaling": scaling,
@@ -310,9 +311,11 @@ def _held_out_loss(objective: Objective, trial: Sets | None, leaves: Leaves) -> 
 
 
 def _check_maps(maps: FlatMaps) -> None:
-    for name, (weight, bias) in maps.leaves().items():
-        if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise NonFinite(f"{name}: map is not finite")
+    """Raise NonFinite where a step took a map out of the range of its dtype."""
+    finite = maps.weight.isfinite() & maps.bias.isfinite()
+    if not finite.all():
+        module = np.searchsorted(maps.offsets, int((~finite).nonzero()[0]), side="right") - 1
+        raise NonFinite(f"{maps.names[module]}: the map is not finite")
 
 
 def _check_real(argument: str, value: Any, low: float, *, strict: bool = False) -> float:
@@ -345,15 +348,3 @@ def _check_betas(betas: Any) -> tuple[float, float]:
     if max(pair) >= 1:
         raise ValueError(f"betas must be < 1, got {betas!r}")
     return pair
-
-
-def _spell(layers: Any) -> str | list[str]:
-    """Spell a choice of modules for the metadata."""
-    if isinstance(layers, re.Pattern):
-        return layers.pattern
-    return layers if isinstance(layers, str) else list(layers)
-
-
-def _model_name(model: nn.Module) -> str | None:
-    """The name that a transformers model was loaded by, if any."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
