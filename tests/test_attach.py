@@ -106,6 +106,12 @@ def test_strength_0_gives_the_same_bits(family):
         assert torch.equal(logits(model), expected)
 
 
+def test_strength_0_does_not_touch_the_output():
+    model, x = Returns(lambda x: (x, 1)), torch.tensor([[-0.0, float("nan"), 2.0]])
+    with random_maps({"part": 3}).attach(model, strength=0):
+        assert model(x)[0] is x
+
+
 def test_neurons_outside_the_support_keep_their_bits_at_any_strength():
     model = models_zoo.mlp()
     weight, bias = np.ones(7, np.float32), np.zeros(7, np.float32)

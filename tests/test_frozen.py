@@ -150,12 +150,12 @@ def gradients_through(model, family, texts):
             def on_output(name, module, tensor, batch=batch, pooled=pooled):
                 calls.append(name)
                 out = affine(tensor, weights[name], bias)
-                if name not in pooled:
-                    pooled[name] = pool_output(name, module, out, batch.mask, "mean")
+                if name not in pooled:  # not when layers run again, so what it saves must not count there
+                    pooled[name] = pool_output(name, module, out.square(), batch.mask, "mean")
                 return out
 
             capture.run(model, batch, names, on_output, last=names[-1])
-            loss = loss + sum(value.square().sum() for value in pooled.values())
+            loss = loss + sum(value.sum() for value in pooled.values())
         loss.backward()
     return [weight.grad for weight in weights.values()], len(calls)
 

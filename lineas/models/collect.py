@@ -114,5 +114,5 @@ def _pooled(
 
 
 def to_numpy(pooled: Tensor) -> NDArray[np.float32]:
-    """Pooled activations as a float32 array that shares no memory with the model."""
-    return pooled.detach().to("cpu", torch.float32).numpy().copy()
+    """Pooled activations, which share no memory with the model's, as a float32 array."""
+    return pooled.detach().to("cpu", torch.float32).numpy()
