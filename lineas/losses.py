@@ -155,8 +155,9 @@ def prox_sparse_group(x: ArrayLike, *, tau: float, l1: float, group: float) -> N
         raise TypeError(f"x must be float32 or float64, got dtype {seen}")
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"x must have shape [d] with d >= 1, got shape {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array))
-    if bad.size:
-        raise ValueError(f"x must be finite, got {array[bad[0]]} at entry {bad[0]}")
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = int(np.argmin(finite))
+        raise ValueError(f"x must be finite, got {array[at]} at entry {at}")
     settings = (as_not_negative(tau, "tau"), as_not_negative(l1, "l1"), as_not_negative(group, "group"))
     return _core.prox_sparse_group(array, *settings)

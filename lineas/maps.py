@@ -27,9 +27,10 @@ def _parameter(x: ArrayLike, name: str) -> NDArray:
         raise TypeError(f"{name} must be float32 or float64, got dtype {seen}")
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must have shape [d] with d >= 1, got shape {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array))
-    if bad.size:
-        raise ValueError(f"{name} must be finite, got {array[bad[0]]} at neuron {bad[0]}")
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = int(np.argmin(finite))
+        raise ValueError(f"{name} must be finite, got {array[at]} at neuron {at}")
     return array
 
 

@@ -1,7 +1,11 @@
+import doctest
+import importlib
 import importlib.metadata
 import inspect
 import subprocess
 import sys
+
+import pytest
 
 import lineas
 
@@ -39,3 +43,22 @@ def test_every_kernel_has_a_twin():
 
     kernels = {name for name in dir(_core) if not name.startswith("_")} - {"cpu", "blas"}
     assert kernels and all(callable(getattr(reference, name, None)) for name in kernels)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("collect", "collect"), ("fit_end_to_end", "train"), ("fit_incremental", "incremental")]
+)
+def test_the_surface_has_the_signatures_of_the_models_room(name, module):
+    pytest.importorskip("torch")
+    there = getattr(importlib.import_module(f"lineas.models.{module}"), name)
+    ours, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (getattr(lineas, name), there)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("module", ["losses", "local", "maps", "moments"])
+def test_the_examples_in_docstrings(module):
+    result = doctest.testmod(importlib.import_module(f"lineas.{module}"))
+    assert result.attempted > 0 and result.failed == 0
