@@ -56,7 +56,7 @@ def wasserstein(
     Returns
     -------
     ndarray
-        [d], float64 if `u` or `v` is float64, else float32.
+        [d], float64 if `u` or `v` is float64, else float32; inf where the square exceeds that type.
 
     Raises
     ------
