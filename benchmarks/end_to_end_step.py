@@ -1,0 +1,121 @@
+"""Cost of one end-to-end step on SmolLM2-135M (32 prompts x 32 tokens) over the bare forward and backward pass.
+
+The bare step runs the same frozen model on the same batch with a gradient leaf at the first mapped module's output,
+leaves the forward after the last loss module, and goes backward from the sum of that module's output. Everything
+that a fit adds (maps, pooling, loss, optimiser) is in the other step. The two alternate, in turns as to which is
+first, and the median of the paired ratios is printed; the goal is at most 1.10.
+
+    python benchmarks/end_to_end_step.py [--rounds 9] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lineas
+from lineas._demo_model import load_smollm2
+from lineas.models import calling, sites
+from lineas.models.autograd import sort_columns
+from lineas.models.objective import Objective, Sets
+from lineas.models.optim import FlatMaps, ProximalOptimizer
+
+LAYERS = "model.layers.*.post_attention_layernorm"
+PROMPTS, TOKENS = 32, 32
+
+
+class _Leave(BaseException):
+    pass
+
+
+def bare_step(model: nn.Module, ids: Tensor, first: nn.Module, last: nn.Module) -> None:
+    """Forward from a leaf at ``first`` to ``last``, backward from the sum of the latter's output."""
+    found = {}
+
+    def start(module, args, output):
+        found["leaf"] = output.detach().requires_grad_()
+        return found["leaf"]
+
+    def stop(module, args, output):
+        found["end"] = output
+        raise _Leave
+
+    handles = [first.register_forward_hook(start), last.register_forward_hook(stop)]
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Leave:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.autograd.grad(found["end"].sum(), found["leaf"])
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="paired measurements (default 9)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lineas.set_num_threads(args.threads)
+
+    model, _ = load_smollm2()
+    generator = torch.Generator().manual_seed(0)
+    source, target = torch.randint(model.config.vocab_size, (2, PROMPTS, TOKENS), generator=generator)
+    mask = torch.ones(PROMPTS, TOKENS, dtype=torch.long)
+    names = sites.resolve(model, LAYERS)
+    batch, other = (calling.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask) for x in (source, target))
+
+    with calling.frozen(model):
+        objective = Objective(model, names, names, forward=None, pooling="mean", scaling="layer-mean")
+        sets = Sets("source", [batch], sort_columns(objective.survey([other]), names))
+        maps = FlatMaps(objective.widths, objective.dtype, objective.device)
+        stepper = ProximalOptimizer(
+            maps, optimizer="sgd", betas=(0.9, 0.999), l1=1e-3, group=1e-3, l1_bias=1e-3, group_bias=1e-3
+        )
+
+        def step() -> None:
+            _, _, grad_weight, grad_bias = objective.gradient(sets, maps.leaves())
+            stepper.step(grad_weight, grad_bias, 1e-3)
+
+        ends = [model.get_submodule(names[0]), model.get_submodule(names[-1])]
+
+        def bare() -> None:
+            bare_step(model, source, *ends)
+
+        step(), bare()
+        pairs = []
+        for turn in range(args.rounds):
+            first, second = (bare, step) if turn % 2 == 0 else (step, bare)
+            times = [seconds(first), seconds(second)]
+            pairs.append(times if turn % 2 == 0 else times[::-1])
+
+    bare_times, step_times = zip(*pairs, strict=True)
+    ratios = sorted(s / b for b, s in pairs)
+    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, kernels {lineas._core.cpu()}")
+    print(f"SmolLM2-135M, {PROMPTS} prompts x {TOKENS} tokens, {len(names)} modules x {objective.widths[names[0]]}")
+    print(f"bare step        {statistics.median(bare_times):7.3f} s (median of {args.rounds})")
+    print(f"end-to-end step  {statistics.median(step_times):7.3f} s")
+    print(f"ratio            {statistics.median(ratios):7.3f}   (from {ratios[0]:.3f} to {ratios[-1]:.3f})")
+
+
+if __name__ == "__main__":
+    main()
