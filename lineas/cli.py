@@ -288,3 +288,7 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises an AssertionError
         raise ValueError(f"--device: expected a device of this machine, got {args.device!r} ({error})") from None
     return model.eval(), tokenizer
+
+
+if __name__ == "__main__":
+    sys.exit(main())
