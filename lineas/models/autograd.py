@@ -61,7 +61,11 @@ def _tensor(array: NDArray, dtype: torch.dtype) -> Tensor:
 
 
 class _Affine(Function):
-    """The engine's affine map. It keeps the activation in its own dtype, where torch would keep a float32 copy."""
+    """The engine's affine map.
+
+    It keeps the activation in its own dtype, where torch would keep a float32 copy, and sums both parameter
+    gradients in one pass over it; torch writes the product of activation and gradient out first.
+    """
 
     @staticmethod
     def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor, strength: float, axis: int) -> Tensor:
@@ -102,9 +106,8 @@ def _torch_affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float, chan
     """Twin of `affine` in torch operations: ``weight`` and ``bias`` in the working dtype of ``z``."""
     shape = [1] * z.ndim
     shape[channel_axis] = -1
-    work = z.to(weight.dtype)
-    change = torch.addcmul(bias.view(shape), work, (weight - 1).view(shape))
-    return torch.add(work, change, alpha=strength).to(z.dtype)
+    slope, shift = 1 + strength * (weight - 1), strength * bias
+    return torch.addcmul(shift.view(shape), z.to(weight.dtype), slope.view(shape)).to(z.dtype)
 
 
 def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, channel_axis: int = -1) -> Tensor:

@@ -105,9 +105,7 @@ class Objective:
         for batch in batches:
             pooled: dict[str, Tensor] = {}
 
-            def on_output(
-                name: str, module: nn.Module, tensor: Tensor, batch=batch, pooled=pooled
-            ) -> Tensor | None:
+            def on_output(name: str, module: nn.Module, tensor: Tensor, batch=batch, pooled=pooled) -> Tensor | None:
                 replaced = act(name, module, tensor) if name in mapped else None
                 if name in parts and name not in pooled:  # a module called twice counts with its first call
                     seen = tensor if replaced is None else replaced

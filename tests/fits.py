@@ -1,0 +1,46 @@
+"""Short end-to-end fits of tiny models, and what their tests compare."""
+
+import models_zoo as zoo
+import numpy as np
+import torch
+
+from lineas import fit_end_to_end
+
+QUIET = dict(progress=False)
+
+
+def tokens(texts, **settings):
+    return dict(zoo.tokenizer(**settings)(texts, return_tensors="pt", padding=True))
+
+
+def prompts(count, seed):
+    return tokens(zoo.texts(count, seed=seed))
+
+
+def snapshot(model):
+    """What a fit must leave as it was."""
+    return (
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        {name: module.training for name, module in model.named_modules()},
+        sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()),
+        torch.get_rng_state().tolist(),
+    )
+
+
+def same_maps(a, b, **tolerance):
+    assert list(a) == list(b)
+    for name in a:
+        np.testing.assert_allclose(a[name].weight, b[name].weight, **{"rtol": 0, "atol": 0, **tolerance})
+        np.testing.assert_allclose(a[name].bias, b[name].bias, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+def rows(batch, start, stop):
+    return {name: value[start:stop] for name, value in batch.items()}
+
+
+def short_fit(model, source=None, target=None, **settings):
+    """Fit a tiny Llama on six random prompts a side, in a few steps, unless told otherwise."""
+    source = prompts(6, 1) if source is None else source
+    target = prompts(6, 2) if target is None else target
+    settings = {"layers": zoo.NORMS["llama"], "lr": 0.02, "steps": 4, **QUIET, **settings}
+    return fit_end_to_end(model, source, target, **settings)
