@@ -223,7 +223,6 @@ class _Wasserstein(Function):
 
     @staticmethod
     def forward(ctx, targets: Sequence[Tensor], names: Sequence[str], *us: Tensor) -> tuple[Tensor, ...]:
-        gradient = any(ctx.needs_input_grad[2:])
         values, grads, _, _ = _core.wasserstein(
             [_array(u) for u in us],
             [_array(v) for v in targets],
@@ -232,12 +231,12 @@ class _Wasserstein(Function):
             None,
             None,
             True,
-            2 if gradient else 0,
+            2 if any(ctx.needs_input_grad[2:]) else 0,
             names,
             [f"target of {name}" for name in names],
             get_num_threads(),
         )
-        if gradient:
+        if grads is not None:
             ctx.save_for_backward(*map(torch.from_numpy, grads))
         return tuple(map(torch.from_numpy, values))
 

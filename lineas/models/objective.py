@@ -69,7 +69,7 @@ class Objective:
         self.forward, self.pooling, self.scaling = forward, pooling, scaling
         self.widths: dict[str, int] = {}
         self.dtype = torch.float64
-        self.device: torch.device | None = None
+        self.device = torch.device("cpu")
 
     def survey(self, batches: Sequence[calling.Batch]) -> list[Tensor]:
         """Run batches without maps: learn the mapped modules' widths, the working dtype and the device.
@@ -86,9 +86,10 @@ class Objective:
                 raise ValueError(f"module {name!r} has {width} neurons in one call and {self.widths[name]} in another")
             if working_dtype(tensor.dtype) == torch.float32:
                 self.dtype = torch.float32
-            self.device = self.device or tensor.device
+            if name == self.map_names[0]:
+                self.device = tensor.device
 
-        self.device, self.dtype = None, torch.float64
+        self.dtype = torch.float64
         with torch.no_grad():
             return self._responses(calling.Capture(), batches, look)
 
@@ -135,18 +136,21 @@ class Objective:
             If a map has no influence on the loss.
         """
         weights, biases = zip(*maps.values(), strict=True)
-        grads: Sequence[Tensor | None] = [None] * (2 * len(maps))
+        leaves = [*weights, *biases]
         with calling.Capture() as capture:  # checkpointed layers run again on the way back and need their maps
             total, terms = self.loss(sets, maps, capture)
-            if total.requires_grad:
-                grads = torch.autograd.grad(total, [*weights, *biases], allow_unused=True)
-        for name, grad in zip([*maps, *maps], grads, strict=True):
-            if grad is None:
-                raise ValueError(f"layers: no gradient reaches module {name!r}: no loss module depends on its output")
+            found = (
+                torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+            )
+        names = [*maps, *maps]
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) < len(names):
+            name = next(name for name, grad in zip(names, found, strict=True) if grad is None)
+            raise ValueError(f"layers: no gradient reaches module {name!r}: no loss module depends on its output")
         grad_weight, grad_bias = torch.cat(grads[: len(maps)]), torch.cat(grads[len(maps) :])
         if not (grad_weight.isfinite().all() and grad_bias.isfinite().all()):
             # The last module in execution order: backwards, the first in which something went wrong.
-            bad = [name for name, grad in zip([*maps, *maps], grads, strict=True) if not grad.isfinite().all()]
+            bad = [name for name, grad in zip(names, grads, strict=True) if not grad.isfinite().all()]
             raise NonFinite(f"{sets.argument}: {max(bad, key=self.map_names.index)}: the gradient is not finite")
         return total.item(), terms, grad_weight, grad_bias
 

@@ -142,7 +142,8 @@ class ProximalOptimizer:
     def _engine_step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
         adam = None
         if self.moments is not None:
-            adam = (*(m.numpy() for m in self.moments), self.taken + 1, *self.betas, ADAM_EPS)
+            m_weight, v_weight, m_bias, v_bias = (moment.numpy() for moment in self.moments)
+            adam = (m_weight, v_weight, m_bias, v_bias, self.taken + 1, *self.betas, ADAM_EPS)
         return _core.step(
             self.maps.weight.numpy(),
             self.maps.bias.numpy(),

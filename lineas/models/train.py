@@ -78,7 +78,7 @@ class _Course:
 
     def __init__(self, maps: FlatMaps) -> None:
         self.maps = maps
-        self.records: list[tuple[float, NDArray, float, float, float, int]] = []
+        self.records: list[tuple[float, NDArray, float | None, float, float, int]] = []
         self.best: tuple[Tensor, Tensor] | None = None
         self.best_step = 0
         self.best_loss: float | None = None
@@ -89,6 +89,12 @@ class _Course:
         if held_out_loss is None or self.best_loss is None or held_out_loss < self.best_loss:
             self.best = (self.maps.weight.clone(), self.maps.bias.clone())
             self.best_step, self.best_loss = len(self.records), held_out_loss
+
+    def restore(self) -> None:
+        """Put the best maps back in place."""
+        if self.best is not None:
+            self.maps.weight.copy_(self.best[0])
+            self.maps.bias.copy_(self.best[1])
 
     def history(self, modules: int, held_out: bool) -> dict[str, NDArray]:
         """The arrays of `FitResult.history`."""
@@ -181,12 +187,11 @@ def fit_end_to_end(
     with calling.frozen(model):
         torch.manual_seed(seed)
         objective = _objective(model, data["source"][0], map_names, loss_names, forward, pooling, scaling)
-        fitted, trial = (
-            Sets(f"{part}source", data[f"{part}source"], _targets(objective, data[f"{part}target"], f"{part}target"))
-            if f"{part}source" in data
-            else None
-            for part in ("", "held_out ")
-        )
+        fitted = Sets("source", data["source"], _targets(objective, data["target"], "target"))
+        trial = None
+        if held_out is not None:
+            targets = _targets(objective, data["held_out target"], "held_out target")
+            trial = Sets("held_out source", data["held_out source"], targets)
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
         if init is not None:
             maps.load(init)
@@ -297,8 +302,7 @@ def _run(
             course.keep(None)
     finally:
         bar.close()
-    maps.weight.copy_(course.best[0])
-    maps.bias.copy_(course.best[1])
+    course.restore()
     return course
 
 
@@ -344,7 +348,7 @@ def _check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
 def _check_betas(betas: Any) -> tuple[float, float]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    pair = tuple(_check_real("betas", beta, 0.0) for beta in betas)
-    if max(pair) >= 1:
+    first, second = (_check_real("betas", beta, 0.0) for beta in betas)
+    if max(first, second) >= 1:
         raise ValueError(f"betas must be < 1, got {betas!r}")
-    return pair
+    return first, second
