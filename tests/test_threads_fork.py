@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from samples import all_kernels, assert_same_bits, digest
 import lineas
 from lineas import _core, _threads
 
-TESTS = Path(__file__).parent
+# A child process imports what this one imports: the installed package, not a checkout that lies around it.
+SAME_PATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_every_kernel_variant_gives_the_same_bits(variant):
     code = "from samples import digest; from lineas import _core; print(_core.cpu(), digest(1), digest(1, 7, 3))"
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"LINEAS_CPU": variant, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
+        env=os.environ | SAME_PATH | {"LINEAS_CPU": variant},
         capture_output=True,
         text=True,
         check=True,
@@ -65,7 +65,7 @@ def test_every_kernel_variant_gives_the_same_bits(variant):
 def test_an_unknown_kernel_variant_is_an_error():
     run = subprocess.run(
         [sys.executable, "-c", "import lineas"],
-        env=os.environ | {"LINEAS_CPU": "abacus", "PYTHONPATH": str(TESTS.parent)},
+        env=os.environ | SAME_PATH | {"LINEAS_CPU": "abacus"},
         capture_output=True,
         text=True,
     )
