@@ -10,6 +10,7 @@
 
 #include "core/threads.h"
 #include "kernels/load.h"
+#include "kernels/network.h"
 
 #define LNS_TILE_ROW 64 /* bytes in a row of a tile */
 
@@ -18,44 +19,43 @@
 #define LNS_NETWORK_ROWS 1024
 #define LNS_RECORD_ROWS 256
 
+/* From here on, rows are sorted in runs of LNS_RUN. */
+#define LNS_LEAST_RUN 9
+
 /* Rows (i of the source, k of the target) whose quantile functions overlap over `mass` of (0, 1). */
 typedef struct lns_segment {
     int64_t i, k;
     double mass;
 } lns_segment;
 
-/* Largest power of two below n (n >= 2): where Batcher's merge exchange begins. */
-static inline int64_t lns_network_top(int64_t n)
+/* Rows of the network for n rows: from LNS_LEAST_RUN on, whole runs, filled up with keys above all others. */
+static inline int64_t lns_network_rows(int64_t n)
 {
-    int64_t top = 1;
-    while (top * 2 < n) {
-        top *= 2;
-    }
-    return top;
+    return n < LNS_LEAST_RUN ? n : (n + LNS_RUN - 1) / LNS_RUN * LNS_RUN;
 }
 
-/* Comparators of one stage of the network: pairs (i, i + distance) with (i & p) == r. */
-static inline int64_t lns_network_stage_size(int64_t n, int64_t p, int64_t r, int64_t distance)
+/* Comparators of one stage of Batcher's odd-even merge: sorted stretches of p rows are being merged in pairs, comparing
+ * rows `distance` apart. */
+static inline int64_t lns_stage_size(int64_t rows, int64_t p, int64_t distance)
 {
     int64_t size = 0;
-    for (int64_t block = r; block < n - distance; block += 2 * p) {
-        size += block + p < n - distance ? p : n - distance - block;
+    for (int64_t block = 0; block < rows; block += 2 * p) {
+        const int64_t end = block + 2 * p < rows ? block + 2 * p : rows;
+        for (int64_t j = block + (distance == p ? 0 : distance); j + distance < end; j += 2 * distance) {
+            size += j + 2 * distance < end ? distance : end - distance - j;
+        }
     }
     return size;
 }
 
-/* Comparators of the merge exchange network on n rows (Knuth, The Art of Computer Programming 3, 5.2.2 M). */
+/* Comparators of the whole network for n rows. */
 static inline int64_t lns_network_size(int64_t n)
 {
-    int64_t size = 0;
-    if (n < 2) {
-        return 0;
-    }
-    const int64_t top = lns_network_top(n);
-    for (int64_t p = top; p >= 1; p /= 2) {
-        size += lns_network_stage_size(n, p, 0, p);
-        for (int64_t q = top; q > p; q /= 2) {
-            size += lns_network_stage_size(n, p, p, q - p);
+    const int64_t rows = lns_network_rows(n);
+    int64_t size = n < LNS_LEAST_RUN ? 0 : rows / LNS_RUN * LNS_RUN_COMPARATORS;
+    for (int64_t p = n < LNS_LEAST_RUN ? 1 : LNS_RUN; p < rows; p *= 2) {
+        for (int64_t distance = p; distance >= 1; distance /= 2) {
+            size += lns_stage_size(rows, p, distance);
         }
     }
     return size;
@@ -64,7 +64,7 @@ static inline int64_t lns_network_size(int64_t n)
 /* Bytes of work that sorting a tile of n rows takes, with its ranks remembered where `ranked`. */
 static inline int64_t lns_order_bytes(int64_t n, int ranked)
 {
-    int64_t bytes = lns_mul(n, LNS_TILE_ROW); /* keys; also the column under way when ranks are undone */
+    int64_t bytes = lns_mul(lns_network_rows(n), LNS_TILE_ROW); /* keys; also a column when ranks are undone */
     const int64_t pairs = lns_mul(n, 32);
     if (bytes < 0 || pairs < 0 || n > UINT32_MAX) {
         return -1;

@@ -2,25 +2,36 @@
 #include "kernels/tile_body.h"
 
 /* Means, variance of u and covariance of the paired quantiles of one or LANES columns. Sums are taken around the median
- * rows, so that a large mean costs no digits; a constant column gives exactly zero variance. */
+ * rows, so that a large mean costs no digits, in float over LNS_FOLD segments and then in double. */
 static inline void VNAME(quantile_sums)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
                                         int64_t count, double *restrict mean_u, double *restrict mean_v,
                                         double *restrict variance, double *restrict covariance, const int lanes)
 {
-    const real *middle_u = u + n / 2 * LANES, *middle_v = v + m / 2 * LANES;
+    real middle_u[LANES], middle_v[LANES];
     for (int l = 0; l < lanes; l++) {
+        middle_u[l] = u[n / 2 * LANES + l];
+        middle_v[l] = v[m / 2 * LANES + l];
         mean_u[l] = mean_v[l] = variance[l] = covariance[l] = 0;
     }
-    for (int64_t s = 0; s < count; s++) {
-        const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
-        const double mass = segments[s].mass;
+    for (int64_t begin = 0; begin < count; begin += LNS_FOLD) {
+        const int64_t end = begin + LNS_FOLD < count ? begin + LNS_FOLD : count;
+        real part_u[LANES] = {0}, part_v[LANES] = {0}, part_uu[LANES] = {0}, part_uv[LANES] = {0};
+        for (int64_t s = begin; s < end; s++) {
+            const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
+            const real mass = (real)segments[s].mass;
+            for (int l = 0; l < lanes; l++) {
+                const real x = a[l] - middle_u[l], y = b[l] - middle_v[l], weighted = mass * x;
+                part_u[l] += weighted;
+                part_v[l] += mass * y;
+                part_uu[l] += weighted * x;
+                part_uv[l] += weighted * y;
+            }
+        }
         for (int l = 0; l < lanes; l++) {
-            const double x = (double)a[l] - (double)middle_u[l], y = (double)b[l] - (double)middle_v[l];
-            const double weighted = mass * x;
-            mean_u[l] += weighted;
-            mean_v[l] += mass * y;
-            variance[l] += weighted * x;
-            covariance[l] += weighted * y;
+            mean_u[l] += (double)part_u[l];
+            mean_v[l] += (double)part_v[l];
+            variance[l] += (double)part_uu[l];
+            covariance[l] += (double)part_uv[l];
         }
     }
     for (int l = 0; l < lanes; l++) {
@@ -88,8 +99,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
 
     VNAME(load_tile)(source, column, u);
     VNAME(load_tile)(target, column, v);
-    VNAME(constant_columns)(u, n, constant);
     if (method != LNS_LINEAR) {
+        VNAME(constant_columns)(u, n, constant);
         if (!VNAME(rows_finite)(u, 0, n) || !VNAME(rows_finite)(v, 0, m)) {
             return 0;
         }
@@ -105,6 +116,9 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
         }
         if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
             return 0;
+        }
+        for (int l = 0; l < LANES; l++) {
+            constant[l] = u[l] == u[(n - 1) * LANES + l];
         }
         if (!weighted) {
             VNAME(quantile_sums)(u, n, v, m, shared, shared_count, mean_u, mean_v, variance, other, LANES);

@@ -4,10 +4,15 @@
  * LNS_TABLE(f) is {f32, f64}. */
 #include "core/cpu.h"
 
+#if LNS_HAVE_AVX2
+#include <immintrin.h>
+#endif
+
 #define LNS_JOIN_(a, b, c) a##b##c
 #define LNS_JOIN(a, b, c) LNS_JOIN_(a, b, c)
 
 #define LNS_VARIANT _portable
+#define VEC_BYTES 16
 #define REAL_IS_DOUBLE 0
 #include "kernels/real.h"
 #undef REAL_IS_DOUBLE
@@ -15,12 +20,14 @@
 #include "kernels/real.h"
 #undef REAL_IS_DOUBLE
 #undef LNS_VARIANT
+#undef VEC_BYTES
 
 #if defined(LNS_ONE_VARIANT)
 #define LNS_TABLE(f) {f##_f32_portable, f##_f64_portable}
 #elif LNS_HAVE_AVX2
 LNS_TARGET_AVX2
 #define LNS_VARIANT _avx2
+#define VEC_BYTES 32
 #define REAL_IS_DOUBLE 0
 #include "kernels/real.h"
 #undef REAL_IS_DOUBLE
@@ -28,6 +35,7 @@ LNS_TARGET_AVX2
 #include "kernels/real.h"
 #undef REAL_IS_DOUBLE
 #undef LNS_VARIANT
+#undef VEC_BYTES
 LNS_TARGET_END
 #define LNS_TABLE(f) {{f##_f32_portable, f##_f64_portable}, {f##_f32_avx2, f##_f64_avx2}}
 #else
