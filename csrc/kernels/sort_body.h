@@ -17,6 +17,7 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
         char *rest = work + s->n * LNS_TILE_ROW;
         const VNAME(order) order = VNAME(order_at)(&rest, s->n, 0);
         VNAME(load_tile)(s, column, tile);
+        VNAME(prefetch_tile)(s, column + LANES);
         VNAME(sort_tile)(tile, s->n, &order);
         c->bad[thread] |= !VNAME(sorted_finite)(tile, s->n);
         VNAME(store_tile)(tile, s->n, s->d, column, c->out[k]);

@@ -19,6 +19,9 @@
 #define LNS_NETWORK_ROWS 1024
 #define LNS_RECORD_ROWS 256
 
+/* Up to here the rows of the next tile are asked for in advance. */
+#define LNS_PREFETCH_ROWS 128
+
 /* From here on, rows are sorted in runs of LNS_RUN. */
 #define LNS_LEAST_RUN 9
 

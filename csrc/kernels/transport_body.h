@@ -1,44 +1,34 @@
 /* Template body: closed-form maps of a tile of the source to a tile of the target. */
 #include "kernels/tile_body.h"
 
-/* Means, variance of u and covariance of the paired quantiles of one or LANES columns. Sums are taken around the median
- * rows, so that a large mean costs no digits, in float over LNS_FOLD segments and then in double. */
-static inline void VNAME(quantile_sums)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
-                                        int64_t count, double *restrict mean_u, double *restrict mean_v,
-                                        double *restrict variance, double *restrict covariance, const int lanes)
+/* Means, variance of u and covariance of the paired quantiles of `width` columns (a constant: 1 or 8, so that the sums
+ * stay in registers). Sums are taken around the median rows: a large mean costs no digits. */
+static inline __attribute__((always_inline)) void VNAME(quantile_sums)(
+    const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments, int64_t count,
+    double *restrict mean_u, double *restrict mean_v, double *restrict variance, double *restrict covariance,
+    const int width)
 {
-    real middle_u[LANES], middle_v[LANES];
-    for (int l = 0; l < lanes; l++) {
-        middle_u[l] = u[n / 2 * LANES + l];
-        middle_v[l] = v[m / 2 * LANES + l];
-        mean_u[l] = mean_v[l] = variance[l] = covariance[l] = 0;
+    double middle_u[8], middle_v[8], sum_u[8] = {0}, sum_v[8] = {0}, sum_uu[8] = {0}, sum_uv[8] = {0};
+    for (int l = 0; l < width; l++) {
+        middle_u[l] = (double)u[n / 2 * LANES + l];
+        middle_v[l] = (double)v[m / 2 * LANES + l];
     }
-    for (int64_t begin = 0; begin < count; begin += LNS_FOLD) {
-        const int64_t end = begin + LNS_FOLD < count ? begin + LNS_FOLD : count;
-        real part_u[LANES] = {0}, part_v[LANES] = {0}, part_uu[LANES] = {0}, part_uv[LANES] = {0};
-        for (int64_t s = begin; s < end; s++) {
-            const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
-            const real mass = (real)segments[s].mass;
-            for (int l = 0; l < lanes; l++) {
-                const real x = a[l] - middle_u[l], y = b[l] - middle_v[l], weighted = mass * x;
-                part_u[l] += weighted;
-                part_v[l] += mass * y;
-                part_uu[l] += weighted * x;
-                part_uv[l] += weighted * y;
-            }
-        }
-        for (int l = 0; l < lanes; l++) {
-            mean_u[l] += (double)part_u[l];
-            mean_v[l] += (double)part_v[l];
-            variance[l] += (double)part_uu[l];
-            covariance[l] += (double)part_uv[l];
+    for (int64_t s = 0; s < count; s++) {
+        const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
+        const double mass = segments[s].mass;
+        for (int l = 0; l < width; l++) {
+            const double x = (double)a[l] - middle_u[l], y = (double)b[l] - middle_v[l], weighted = mass * x;
+            sum_u[l] += weighted;
+            sum_v[l] += mass * y;
+            sum_uu[l] += weighted * x;
+            sum_uv[l] += weighted * y;
         }
     }
-    for (int l = 0; l < lanes; l++) {
-        variance[l] -= mean_u[l] * mean_u[l];
-        covariance[l] -= mean_u[l] * mean_v[l];
-        mean_u[l] += (double)middle_u[l];
-        mean_v[l] += (double)middle_v[l];
+    for (int l = 0; l < width; l++) {
+        mean_u[l] = sum_u[l] + middle_u[l];
+        mean_v[l] = sum_v[l] + middle_v[l];
+        variance[l] = sum_uu[l] - sum_u[l] * sum_u[l];
+        covariance[l] = sum_uv[l] - sum_u[l] * sum_v[l];
     }
 }
 
@@ -99,6 +89,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
 
     VNAME(load_tile)(source, column, u);
     VNAME(load_tile)(target, column, v);
+    VNAME(prefetch_tile)(source, column + LANES);
+    VNAME(prefetch_tile)(target, column + LANES);
     if (method != LNS_LINEAR) {
         VNAME(constant_columns)(u, n, constant);
         if (!VNAME(rows_finite)(u, 0, n) || !VNAME(rows_finite)(v, 0, m)) {
@@ -120,8 +112,9 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
         for (int l = 0; l < LANES; l++) {
             constant[l] = u[l] == u[(n - 1) * LANES + l];
         }
-        if (!weighted) {
-            VNAME(quantile_sums)(u, n, v, m, shared, shared_count, mean_u, mean_v, variance, other, LANES);
+        for (int l = 0; !weighted && l < LANES; l += 8) {
+            VNAME(quantile_sums)(u + l, n, v + l, m, shared, shared_count, mean_u + l, mean_v + l, variance + l,
+                                 other + l, 8);
         }
         for (int64_t l = 0; weighted && l < lanes; l++) {
             const int64_t count = lns_weighted_segments(n, source->mass, total_u, order_u.rows + l * n, m, target->mass,

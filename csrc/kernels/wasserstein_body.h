@@ -36,7 +36,7 @@ static inline void VNAME(w2_equal)(const real *restrict u, const real *restrict 
 }
 
 /* The same along segments, for `lanes` columns of the tiles (a constant: LANES, or 1 where each has its own segments). */
-static inline void VNAME(w2_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
+static inline __attribute__((always_inline)) void VNAME(w2_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
                                       double *value, const int lanes)
 {
     int64_t row = -1;
@@ -161,6 +161,8 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
         VNAME(load_tile)(&job->u, column, u);
     }
     VNAME(load_tile)(&job->v, column, v);
+    VNAME(prefetch_tile)(&job->u, column + LANES);
+    VNAME(prefetch_tile)(&job->v, column + LANES);
 
     if (weighted) {
         VNAME(sort_by_column)(u, n, &order_u);
