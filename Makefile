@@ -63,7 +63,7 @@ test: .venv-test/stamp
 	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
 
 bench: .venv-test/stamp
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; .venv-test/bin/python $$script; done
+	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv-test/bin/python $$script; done
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3'

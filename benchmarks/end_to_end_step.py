@@ -11,12 +11,11 @@ first, and the median of the paired ratios is printed; the goal is at most 1.10.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from _machine import cpu_name
 from torch import Tensor, nn
 
 import lineas
@@ -55,12 +54,6 @@ def bare_step(model: nn.Module, ids: Tensor, first: nn.Module, last: nn.Module) 
         for handle in handles:
             handle.remove()
     torch.autograd.grad(found["end"].sum(), found["leaf"])
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def seconds(function) -> float:
