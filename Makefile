@@ -66,7 +66,8 @@ bench: .venv-test/stamp
 	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv-test/bin/python $$script; done
 
 lint: .venv-test/stamp
-	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3'
+	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'
+	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy lineas
 

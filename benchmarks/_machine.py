@@ -16,7 +16,9 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def rounds(functions: dict[str, Callable[[], object]], count: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def rounds(
+    functions: dict[str, Callable[[], object]], count: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Time every function `count` times, in turns and in alternating order, after one round of warming up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(count + 1):

@@ -26,7 +26,7 @@ typedef enum lns_dtype { LNS_F32, LNS_F64, LNS_F16, LNS_BF16 } lns_dtype;
 
 /* A sample of n activations of d neurons. */
 typedef struct lns_sample {
-    const void *data;   /* [n, d] of dtype, not modified */
+    const void *data; /* [n, d] of dtype, not modified */
     lns_dtype dtype;
     int64_t n, d;       /* both >= 1 */
     const double *mass; /* [n] weight of each row, >= 0, any positive sum (normalised inside); NULL = equal */
@@ -34,8 +34,8 @@ typedef struct lns_sample {
 
 /* Where something was found. */
 typedef struct lns_place {
-    int64_t entry;   /* index in the batch */
-    int argument;    /* 0: first array argument (u, source, weight gradient), 1: second (v, target, bias gradient) */
+    int64_t entry; /* index in the batch */
+    int argument;  /* 0: first array argument (u, source, weight gradient), 1: second (v, target, bias gradient) */
     int64_t row, column;
     double value;
 } lns_place;
@@ -60,18 +60,19 @@ int64_t lns_sort_worksize(const lns_sample *samples, int64_t count, int threads)
 lns_status lns_sort(const lns_sample *samples, int64_t count, int threads, void *work, void *const *out,
                     lns_place *place);
 
-/* ---- wasserstein.c: quantile W2 ------------------------------------------------------------------------------------- */
+/* ---- wasserstein.c: quantile W2 -------------------------------------------------------------------------------------
+ */
 
 /* One module: W_j = integral over (0, 1) of (F^-1_u(t) - F^-1_v(t))^2 dt for every neuron j, u = weight * z + bias. */
 typedef struct lns_w2_job {
-    lns_sample u;        /* z; identity map where weight is NULL */
-    lns_sample v;        /* same d */
-    const void *weight;  /* [d] real, or NULL together with bias */
-    const void *bias;    /* [d] real */
-    void *value;         /* [d] real, overwritten: W_j */
-    void *grad_u;        /* [n, d] real, overwritten: dW_j / dz_ij; NULL = not wanted */
-    void *grad_weight;   /* [d] real, overwritten: dW_j / dweight_j; NULL = not wanted */
-    void *grad_bias;     /* [d] real, overwritten: dW_j / dbias_j; NULL = not wanted */
+    lns_sample u;       /* z; identity map where weight is NULL */
+    lns_sample v;       /* same d */
+    const void *weight; /* [d] real, or NULL together with bias */
+    const void *bias;   /* [d] real */
+    void *value;        /* [d] real, overwritten: W_j */
+    void *grad_u;       /* [n, d] real, overwritten: dW_j / dz_ij; NULL = not wanted */
+    void *grad_weight;  /* [d] real, overwritten: dW_j / dweight_j; NULL = not wanted */
+    void *grad_bias;    /* [d] real, overwritten: dW_j / dbias_j; NULL = not wanted */
 } lns_w2_job;
 
 int64_t lns_wasserstein_worksize(const lns_w2_job *jobs, int64_t count, int threads);
@@ -82,7 +83,8 @@ int64_t lns_wasserstein_worksize(const lns_w2_job *jobs, int64_t count, int thre
 lns_status lns_wasserstein(const lns_w2_job *jobs, int64_t count, int v_sorted, int threads, void *work,
                            lns_place *place);
 
-/* ---- transport.c: closed-form maps ---------------------------------------------------------------------------------- */
+/* ---- transport.c: closed-form maps ----------------------------------------------------------------------------------
+ */
 
 typedef enum lns_method { LNS_MEAN, LNS_GAUSSIAN, LNS_LINEAR } lns_method;
 
@@ -109,10 +111,12 @@ int64_t lns_bures_map_worksize(int64_t d);
 
 /* map [d, d], overwritten: the symmetric A with A (source + ridge I) A = target + ridge I (the optimal transport map
  * between Gaussians, Dowson and Landau 1982). Directions in which the source has no variance (eigenvalue at most
- * d * 2^-52 times the largest) are mapped to zero. source, target [d, d] symmetric, not modified. LNS_NO_CONVERGENCE. */
+ * d * 2^-52 times the largest) are mapped to zero. source, target [d, d] symmetric, not modified. LNS_NO_CONVERGENCE.
+ */
 lns_status lns_bures_map(const double *source, const double *target, int64_t d, double ridge, void *work, double *map);
 
-/* ---- affine.c: a map at a strength ---------------------------------------------------------------------------------- */
+/* ---- affine.c: a map at a strength ----------------------------------------------------------------------------------
+ */
 
 int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner, lns_dtype dtype);
 
@@ -127,7 +131,8 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
                                const void *weight, double strength, const void *grad_out, int threads, void *work,
                                void *grad_z, void *grad_weight, void *grad_bias);
 
-/* ---- pool.c: masked pooling over tokens ------------------------------------------------------------------------------- */
+/* ---- pool.c: masked pooling over tokens
+ * ------------------------------------------------------------------------------- */
 
 typedef enum lns_pooling { LNS_POOL_MEAN, LNS_POOL_MIN, LNS_POOL_MAX, LNS_POOL_LAST, LNS_POOL_ALL } lns_pooling;
 
@@ -144,13 +149,14 @@ lns_status lns_pool_backward(const void *grad_out, lns_dtype dtype, int64_t batc
                              const uint8_t *mask, lns_pooling mode, const int32_t *index, int threads, void *grad_x,
                              lns_place *place);
 
-/* ---- moments.c: streaming statistics ---------------------------------------------------------------------------------- */
+/* ---- moments.c: streaming statistics
+ * ---------------------------------------------------------------------------------- */
 
 typedef struct lns_moments {
-    int64_t count;        /* rows seen */
-    double *mean;         /* [d] */
-    double *m2;           /* [d] sum of squared deviations from the mean */
-    double *low, *high;   /* [d] smallest and largest value; +inf and -inf at the start */
+    int64_t count;      /* rows seen */
+    double *mean;       /* [d] */
+    double *m2;         /* [d] sum of squared deviations from the mean */
+    double *low, *high; /* [d] smallest and largest value; +inf and -inf at the start */
 } lns_moments;
 
 int64_t lns_moments_worksize(int64_t n, int64_t d);
@@ -161,7 +167,8 @@ lns_status lns_moments_update(const lns_sample *sample, int threads, void *work,
 /* Merges `other` (not modified) into the state (Chan, Golub and LeVeque 1979). */
 lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d);
 
-/* ---- prox.c: sparse-group lasso --------------------------------------------------------------------------------------- */
+/* ---- prox.c: sparse-group lasso
+ * --------------------------------------------------------------------------------------- */
 
 /* out [d] = prox of tau (l1 ||.||_1 + group sqrt(d) ||.||_2) at x [d], dtype LNS_F32 or LNS_F64. In place allowed. */
 lns_status lns_prox(const void *x, lns_dtype dtype, int64_t d, double tau, double l1, double group, void *out);
@@ -173,20 +180,21 @@ typedef struct lns_adam {
 } lns_adam;
 
 typedef struct lns_step_problem {
-    lns_dtype dtype;                       /* LNS_F32 or LNS_F64: type of all arrays below */
-    int64_t modules;                       /* L */
-    const int64_t *offsets;                /* [L + 1], from 0, strictly ascending, to D */
-    void *weight, *bias;                   /* [D], updated in place */
-    const void *grad_weight, *grad_bias;   /* [D], not modified */
+    lns_dtype dtype;                     /* LNS_F32 or LNS_F64: type of all arrays below */
+    int64_t modules;                     /* L */
+    const int64_t *offsets;              /* [L + 1], from 0, strictly ascending, to D */
+    void *weight, *bias;                 /* [D], updated in place */
+    const void *grad_weight, *grad_bias; /* [D], not modified */
     double lr;
-    double l1, group;                      /* penalties of weight - 1 */
-    double l1_bias, group_bias;            /* penalties of bias */
-    const lns_adam *adam;                  /* NULL = plain SGD */
+    double l1, group;           /* penalties of weight - 1 */
+    double l1_bias, group_bias; /* penalties of bias */
+    const lns_adam *adam;       /* NULL = plain SGD */
 } lns_step_problem;
 
 /* A gradient step at rate lr, then the prox with tau = lr on each module's weight - 1 and bias. per_module [L, 2]
  * doubles, overwritten: the module's penalty after the step and its number of neurons with weight != 1 or bias != 0.
- * LNS_NOT_FINITE: a gradient that is not finite (place: module, argument 0 weight or 1 bias, column); nothing changed. */
+ * LNS_NOT_FINITE: a gradient that is not finite (place: module, argument 0 weight or 1 bias, column); nothing changed.
+ */
 lns_status lns_step(const lns_step_problem *problem, int threads, double *per_module, lns_place *place);
 
 #endif

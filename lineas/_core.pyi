@@ -46,9 +46,10 @@ def wasserstein(
     """
 
 def affine_apply(z: Array, weight: Array, bias: Array, strength: float, threads: int) -> Array:
-    """scale z + s bias, scale = 1 where weight is 1, else (1 - s) + s weight, on z [outer, d, inner] of any of the four dtypes; result has z's dtype.
+    """A map at strength s on z [outer, d, inner] of any of the four dtypes; the result has z's dtype.
 
-    weight, bias [d] are float32 (float64 for float64 z). Computed in that type, rounded once.
+    scale z + s bias, where scale is 1 for a weight of 1, else (1 - s) + s weight. weight, bias [d] are float32
+    (float64 for float64 z). Computed in that type, rounded once.
     """
 
 def affine_backward(

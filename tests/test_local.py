@@ -222,6 +222,13 @@ def test_a_map_that_overflows_names_the_module():
         lineas.fit({"a": u}, {"a": v})
 
 
+@pytest.mark.parametrize("method", ["gaussian", "linear"])
+def test_a_variance_that_overflows_is_an_error(method):
+    huge = np.array([[-1e200], [0.0], [1e200]])
+    with pytest.raises(ValueError, match="the map of source overflows float64: weight must be finite, got nan"):
+        lineas.fit(huge, huge[::-1] / 3, method=method)
+
+
 # --- covariance and the Gaussian map ---
 
 

@@ -54,8 +54,16 @@ lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, 
                       const void *bias, double strength, int threads, void *work, void *out)
 {
     const int is_double = lns_is_double(dtype);
-    affine_context c = {.z = z, .dtype = dtype, .outer = outer, .d = d, .inner = inner, .weight = weight, .bias = bias,
-                        .strength = strength, .scale = work, .out = out};
+    affine_context c = {.z = z,
+                        .dtype = dtype,
+                        .outer = outer,
+                        .d = d,
+                        .inner = inner,
+                        .weight = weight,
+                        .bias = bias,
+                        .strength = strength,
+                        .scale = work,
+                        .out = out};
     if (bad_sizes(outer, d, inner)) {
         return LNS_BAD_SIZE;
     }
@@ -70,8 +78,16 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
                                void *grad_z, void *grad_weight, void *grad_bias)
 {
     const int is_double = lns_is_double(dtype);
-    affine_context c = {.z = z, .grad_out = grad_out, .dtype = dtype, .outer = outer, .d = d, .inner = inner,
-                        .weight = weight, .strength = strength, .scale = work, .out = grad_z};
+    affine_context c = {.z = z,
+                        .grad_out = grad_out,
+                        .dtype = dtype,
+                        .outer = outer,
+                        .d = d,
+                        .inner = inner,
+                        .weight = weight,
+                        .strength = strength,
+                        .scale = work,
+                        .out = grad_z};
     if (bad_sizes(outer, d, inner)) {
         return LNS_BAD_SIZE;
     }

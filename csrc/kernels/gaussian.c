@@ -10,9 +10,9 @@
 #define MOST_DIMENSIONS 32000
 
 typedef struct buffers {
-    double *vectors, *square, *other;  /* [d, d] each */
-    double *values, *roots, *lapack;   /* [d], [d], [1 + 6 d + 2 d^2] */
-    int *integers;                     /* [3 + 5 d] */
+    double *vectors, *square, *other; /* [d, d] each */
+    double *values, *roots, *lapack;  /* [d], [d], [1 + 6 d + 2 d^2] */
+    int *integers;                    /* [3 + 5 d] */
 } buffers;
 
 static int64_t lapack_size(int64_t d)

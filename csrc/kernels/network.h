@@ -4,8 +4,9 @@
  * Batcher's odd-even merge of rows 0-7 with rows 8-15 (25). Written out, so that a compiler keeps the 16 rows in the 16
  * vector registers. The UN forms are the same lists backwards: they undo a recorded sort.
  *
- * 32 rows: sort rows 0-15 and rows 16-31, merge the even rows, merge the odd rows, and compare rows 1 and 2, 3 and 4, ...
- * (the odd-even merge of 16 with 16, in pieces of 16 rows). */
+ * 32 rows: sort rows 0-15 and rows 16-31, merge the even rows, merge the odd rows, and compare rows 1 and 2, 3 and 4,
+ * ... (the odd-even merge of 16 with 16, in pieces of 16 rows). */
+/* clang-format off */
 #ifndef LNS_NETWORK_H
 #define LNS_NETWORK_H
 

@@ -1,6 +1,6 @@
 /* Names of the working type inside a template body. A body is included once per type and CPU variant (variants.h) and
- * sees: real, key (the signed integer of its size), ukey, LANES (reals in a cache line), VEC_BYTES (bytes of a vector register), VNAME(f), REAL_IS_DOUBLE.
- * There is no include guard: that is the point. */
+ * sees: real, key (the signed integer of its size), ukey, LANES (reals in a cache line), VEC_BYTES (bytes of a vector
+ * register), VNAME(f), REAL_IS_DOUBLE. There is no include guard: that is the point. */
 #if REAL_IS_DOUBLE
 #define real double
 #define key int64_t

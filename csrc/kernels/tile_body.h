@@ -10,10 +10,10 @@ typedef struct VNAME(pair) {
 
 /* Work memory for one tile, and its ranks once VNAME(rank_tile) has run. */
 typedef struct VNAME(order) {
-    key *keys;          /* [lns_network_rows(n), LANES] */
-    VNAME(pair) *pairs; /* [2, n] */
-    uint32_t *rows;     /* [LANES, n] source row of each sorted row; NULL where ranks are not wanted */
-    key *masks;         /* [comparators, LANES] all bits set where the comparator swapped */
+    key *keys;           /* [lns_network_rows(n), LANES] */
+    VNAME(pair) * pairs; /* [2, n] */
+    uint32_t *rows;      /* [LANES, n] source row of each sorted row; NULL where ranks are not wanted */
+    key *masks;          /* [comparators, LANES] all bits set where the comparator swapped */
 } VNAME(order);
 
 static inline VNAME(order) VNAME(order_at)(char **work, int64_t n, int ranked)
@@ -88,7 +88,8 @@ static inline void VNAME(prefetch_tile)(const lns_sample *s, int64_t column)
     }
 }
 
-static inline void VNAME(store_tile)(const real *restrict tile, int64_t n, int64_t d, int64_t column, real *restrict out)
+static inline void VNAME(store_tile)(const real *restrict tile, int64_t n, int64_t d, int64_t column,
+                                     real *restrict out)
 {
     const int64_t lanes = d - column < LANES ? d - column : LANES;
     for (int64_t i = 0; lanes == LANES && i < n; i++) {
@@ -154,7 +155,7 @@ static inline void VNAME(exchange_masked)(key *restrict a, key *restrict b, cons
 #define VEC_LANES ((int)(VEC_BYTES / sizeof(key)))
 typedef key VNAME(vec) __attribute__((vector_size(VEC_BYTES)));
 
-static inline void VNAME(vec_exchange)(VNAME(vec) *a, VNAME(vec) *b)
+static inline void VNAME(vec_exchange)(VNAME(vec) * a, VNAME(vec) * b)
 {
     const VNAME(vec) x = *a, y = *b;
 #if VEC_BYTES == 32 && !REAL_IS_DOUBLE /* gcc 12 makes no minimum out of compare and select here */
@@ -167,14 +168,14 @@ static inline void VNAME(vec_exchange)(VNAME(vec) *a, VNAME(vec) *b)
 #endif
 }
 
-static inline void VNAME(vec_exchange_recorded)(VNAME(vec) *a, VNAME(vec) *b, key *mask)
+static inline void VNAME(vec_exchange_recorded)(VNAME(vec) * a, VNAME(vec) * b, key *mask)
 {
     const VNAME(vec) swapped = (VNAME(vec))(*a > *b);
     memcpy(mask, &swapped, sizeof swapped);
     VNAME(vec_exchange)(a, b);
 }
 
-static inline void VNAME(vec_exchange_masked)(VNAME(vec) *a, VNAME(vec) *b, const key *mask)
+static inline void VNAME(vec_exchange_masked)(VNAME(vec) * a, VNAME(vec) * b, const key *mask)
 {
     VNAME(vec) swapped;
     memcpy(&swapped, mask, sizeof swapped);
@@ -221,21 +222,21 @@ static inline key *VNAME(unstage)(key *keys, int64_t rows, int64_t p, int64_t di
 }
 
 /* 16 rows, `step` apart, through one of the networks of 16, a register of lanes at a time. */
-#define BLOCK16(name, NETWORK, exchange)                                                                              \
-    static inline void VNAME(name)(key *keys, int64_t step, key *masks)                                               \
-    {                                                                                                                 \
-        for (int part = 0; part < LANES; part += VEC_LANES) {                                                         \
-            VNAME(vec) r[16];                                                                                         \
-            key *mask = masks + part;                                                                                 \
-            (void)mask;                                                                                               \
-            for (int i = 0; i < 16; i++) {                                                                            \
-                memcpy(&r[i], keys + i * step * LANES + part, sizeof r[i]);                                           \
-            }                                                                                                         \
-            NETWORK(exchange)                                                                                         \
-            for (int i = 0; i < 16; i++) {                                                                            \
-                memcpy(keys + i * step * LANES + part, &r[i], sizeof r[i]);                                           \
-            }                                                                                                         \
-        }                                                                                                             \
+#define BLOCK16(name, NETWORK, exchange)                                                                               \
+    static inline void VNAME(name)(key * keys, int64_t step, key *masks)                                               \
+    {                                                                                                                  \
+        for (int part = 0; part < LANES; part += VEC_LANES) {                                                          \
+            VNAME(vec) r[16];                                                                                          \
+            key *mask = masks + part;                                                                                  \
+            (void)mask;                                                                                                \
+            for (int i = 0; i < 16; i++) {                                                                             \
+                memcpy(&r[i], keys + i * step * LANES + part, sizeof r[i]);                                            \
+            }                                                                                                          \
+            NETWORK(exchange)                                                                                          \
+            for (int i = 0; i < 16; i++) {                                                                             \
+                memcpy(keys + i * step * LANES + part, &r[i], sizeof r[i]);                                            \
+            }                                                                                                          \
+        }                                                                                                              \
     }
 #define PLAIN(i, j) VNAME(vec_exchange)(&r[i], &r[j]);
 #define RECORDED(i, j) VNAME(vec_exchange_recorded)(&r[i], &r[j], mask), mask += LANES;
@@ -336,7 +337,7 @@ static inline void VNAME(network_undo)(key *keys, int64_t n, key *masks)
 }
 
 /* Sorts pairs [n] by (bits, row) with the help of spare [n]; returns which of the two holds the result. */
-static inline VNAME(pair) *VNAME(sort_pairs)(VNAME(pair) *pairs, VNAME(pair) *spare, int64_t n)
+static inline VNAME(pair) * VNAME(sort_pairs)(VNAME(pair) * pairs, VNAME(pair) * spare, int64_t n)
 {
     if (n <= 48) {
         for (int64_t i = 1; i < n; i++) {
@@ -373,7 +374,7 @@ static inline VNAME(pair) *VNAME(sort_pairs)(VNAME(pair) *pairs, VNAME(pair) *sp
 }
 
 /* Sorts each column of the tile by radix; remembers the rows where o->rows is not NULL. */
-static inline void VNAME(sort_by_column)(real *tile, int64_t n, const VNAME(order) *o)
+static inline void VNAME(sort_by_column)(real *tile, int64_t n, const VNAME(order) * o)
 {
     const ukey sign = (ukey)1 << (KEY_BITS - 1);
     VNAME(to_keys)(tile, o->keys, n * LANES);
@@ -393,7 +394,7 @@ static inline void VNAME(sort_by_column)(real *tile, int64_t n, const VNAME(orde
 }
 
 /* Sorts every column of the tile. */
-static inline void VNAME(sort_tile)(real *tile, int64_t n, const VNAME(order) *o)
+static inline void VNAME(sort_tile)(real *tile, int64_t n, const VNAME(order) * o)
 {
     if (n > LNS_NETWORK_ROWS) {
         const VNAME(order) unranked = {o->keys, o->pairs, NULL, NULL};
@@ -406,7 +407,7 @@ static inline void VNAME(sort_tile)(real *tile, int64_t n, const VNAME(order) *o
 }
 
 /* Sorts every column of the tile and remembers its order for VNAME(unrank_tile). */
-static inline void VNAME(rank_tile)(real *tile, int64_t n, const VNAME(order) *o)
+static inline void VNAME(rank_tile)(real *tile, int64_t n, const VNAME(order) * o)
 {
     if (n > LNS_RECORD_ROWS) {
         VNAME(sort_by_column)(tile, n, o);
@@ -418,7 +419,7 @@ static inline void VNAME(rank_tile)(real *tile, int64_t n, const VNAME(order) *o
 }
 
 /* Sends row i of each column of the tile to the source row of the i-th smallest value, by the remembered rows. */
-static inline void VNAME(unrank_by_column)(real *tile, int64_t n, const VNAME(order) *o)
+static inline void VNAME(unrank_by_column)(real *tile, int64_t n, const VNAME(order) * o)
 {
     real *column = (real *)(void *)o->keys;
     for (int l = 0; l < LANES; l++) {
@@ -433,7 +434,7 @@ static inline void VNAME(unrank_by_column)(real *tile, int64_t n, const VNAME(or
 }
 
 /* Undoes the order that VNAME(rank_tile) remembered. */
-static inline void VNAME(unrank_tile)(real *tile, int64_t n, const VNAME(order) *o)
+static inline void VNAME(unrank_tile)(real *tile, int64_t n, const VNAME(order) * o)
 {
     if (n > LNS_RECORD_ROWS) {
         VNAME(unrank_by_column)(tile, n, o);

@@ -56,8 +56,7 @@ int64_t lns_fit_worksize(const lns_fit_job *jobs, int64_t count, int threads)
     return each < 0 ? -1 : lns_mul(each, threads_for(jobs, count, threads, &units));
 }
 
-lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, int threads, void *work,
-                   lns_place *place)
+lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, int threads, void *work, lns_place *place)
 {
     lns_place found = {0};
     int64_t units;

@@ -3,10 +3,10 @@
 
 /* Means, variance of u and covariance of the paired quantiles of `width` columns (a constant: 1 or 8, so that the sums
  * stay in registers). Sums are taken around the median rows: a large mean costs no digits. */
-static inline __attribute__((always_inline)) void VNAME(quantile_sums)(
-    const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments, int64_t count,
-    double *restrict mean_u, double *restrict mean_v, double *restrict variance, double *restrict covariance,
-    const int width)
+static inline __attribute__((always_inline)) void
+VNAME(quantile_sums)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments, int64_t count,
+                     double *restrict mean_u, double *restrict mean_v, double *restrict variance,
+                     double *restrict covariance, const int width)
 {
     double middle_u[8], middle_v[8], sum_u[8] = {0}, sum_v[8] = {0}, sum_uu[8] = {0}, sum_uv[8] = {0};
     for (int l = 0; l < width; l++) {
@@ -124,7 +124,7 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
     }
     for (int64_t l = 0; l < lanes; l++) {
         double slope = 1;
-        if (method != LNS_MEAN && !constant[l] && variance[l] > 0) {
+        if (method != LNS_MEAN && !constant[l] && !(variance[l] <= 0)) { /* an overflow shows as NaN */
             slope = method == LNS_GAUSSIAN ? sqrt(other[l] / variance[l]) : other[l] / variance[l];
         }
         ((real *)job->weight)[column + l] = (real)slope;

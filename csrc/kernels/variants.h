@@ -1,7 +1,7 @@
 /* Includes the template body LNS_BODY once per CPU variant and working type, as static functions, and defines the table
- * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. With LNS_ONE_VARIANT
- * (loops that wait for memory, where another instruction set gains nothing) there is only the portable one, and
- * LNS_TABLE(f) is {f32, f64}. */
+ * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. With
+ * LNS_ONE_VARIANT (loops that wait for memory, where another instruction set gains nothing) there is only the portable
+ * one, and LNS_TABLE(f) is {f32, f64}. */
 #include "core/cpu.h"
 
 #if LNS_HAVE_AVX2
@@ -37,7 +37,19 @@ LNS_TARGET_AVX2
 #undef LNS_VARIANT
 #undef VEC_BYTES
 LNS_TARGET_END
-#define LNS_TABLE(f) {{f##_f32_portable, f##_f64_portable}, {f##_f32_avx2, f##_f64_avx2}}
+#define LNS_TABLE(f)                                                                                                   \
+    {                                                                                                                  \
+        {f##_f32_portable, f##_f64_portable},                                                                          \
+        {                                                                                                              \
+            f##_f32_avx2, f##_f64_avx2                                                                                 \
+        }                                                                                                              \
+    }
 #else
-#define LNS_TABLE(f) {{f##_f32_portable, f##_f64_portable}, {f##_f32_portable, f##_f64_portable}}
+#define LNS_TABLE(f)                                                                                                   \
+    {                                                                                                                  \
+        {f##_f32_portable, f##_f64_portable},                                                                          \
+        {                                                                                                              \
+            f##_f32_portable, f##_f64_portable                                                                         \
+        }                                                                                                              \
+    }
 #endif

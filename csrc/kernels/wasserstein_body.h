@@ -35,9 +35,11 @@ static inline void VNAME(w2_equal)(const real *restrict u, const real *restrict 
     }
 }
 
-/* The same along segments, for `lanes` columns of the tiles (a constant: LANES, or 1 where each has its own segments). */
-static inline __attribute__((always_inline)) void VNAME(w2_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
-                                      double *value, const int lanes)
+/* The same along segments, for `lanes` columns of the tiles (a constant: LANES, or 1 where each has its own segments).
+ */
+static inline __attribute__((always_inline)) void VNAME(w2_segments)(const real *u, const real *v,
+                                                                     const lns_segment *segments, int64_t count,
+                                                                     real *g, double *value, const int lanes)
 {
     int64_t row = -1;
     for (int64_t s = 0; s < count; s++) {
@@ -96,7 +98,8 @@ static inline int VNAME(any_ties)(const real *u, int64_t n)
     return any;
 }
 
-/* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z. */
+/* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z.
+ */
 static inline void VNAME(w2_through_map)(real *restrict g, const real *restrict z, const real *restrict weight,
                                          int64_t n, double *restrict grad_weight, double *restrict grad_bias)
 {
@@ -178,8 +181,7 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
         }
     }
     /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
-    if (!VNAME(sorted_finite)(u, n) ||
-        !(v_sorted ? VNAME(rows_finite)(v, 0, m) : VNAME(sorted_finite)(v, m))) {
+    if (!VNAME(sorted_finite)(u, n) || !(v_sorted ? VNAME(rows_finite)(v, 0, m) : VNAME(sorted_finite)(v, m))) {
         return 0;
     }
 

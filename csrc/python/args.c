@@ -204,7 +204,8 @@ int lns_batch_take(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject
         }
         const lns_sample *sample = &batch->samples[k], *first = like != NULL ? &like->samples[0] : &batch->samples[0];
         if (lns_working(sample->dtype) != lns_working(first->dtype)) {
-            PyErr_Format(PyExc_TypeError, "%s: float64 cannot be mixed with other dtypes in one call", name_at(batch, k));
+            PyErr_Format(PyExc_TypeError, "%s: float64 cannot be mixed with other dtypes in one call",
+                         name_at(batch, k));
             return 0;
         }
         if (like != NULL && sample->d != like->samples[k].d) {
@@ -329,7 +330,8 @@ int lns_double(PyObject *object, const char *name, double *out)
 PyObject *lns_raise(lns_status status, const lns_place *place, const lns_batch *u, const lns_batch *v)
 {
     const lns_batch *batch = place->argument == 0 ? u : v;
-    const char *name = batch != NULL && place->entry < batch->count ? name_at(batch, (Py_ssize_t)place->entry) : "array";
+    const char *name =
+        batch != NULL && place->entry < batch->count ? name_at(batch, (Py_ssize_t)place->entry) : "array";
     if (name == NULL) {
         return NULL;
     }

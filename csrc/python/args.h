@@ -23,8 +23,8 @@ enum { LNS_TAKE_F32 = 1, LNS_TAKE_F64 = 2, LNS_TAKE_HALF = 4, LNS_TAKE_I32 = 8, 
 /* The number of positional arguments; returns 1 where it is right. */
 int lns_expect(const char *function, Py_ssize_t seen, Py_ssize_t expected);
 
-/* Borrowed: the argument as an array of `ndim` dimensions (-1: any) of one of the dtypes, C-contiguous, aligned, in native
- * byte order, and writeable where asked. */
+/* Borrowed: the argument as an array of `ndim` dimensions (-1: any) of one of the dtypes, C-contiguous, aligned, in
+ * native byte order, and writeable where asked. */
 PyArrayObject *lns_array(PyObject *object, const char *name, int ndim, int dtypes, int writeable);
 
 /* The same, of exactly this shape and engine dtype (LNS_F32 or LNS_F64). */

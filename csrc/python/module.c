@@ -47,8 +47,8 @@ static int execute(PyObject *module)
         return -1;
     }
     if (lns_cpu_init(forced) != 0) {
-        PyErr_Format(PyExc_ImportError, "LINEAS_CPU must name a variant that this processor runs (portable or avx2), got %s",
-                     forced);
+        PyErr_Format(PyExc_ImportError,
+                     "LINEAS_CPU must name a variant that this processor runs (portable or avx2), got %s", forced);
         return -1;
     }
     /* Two BLAS pools in one process spin against each other; the engine splits its work itself. */

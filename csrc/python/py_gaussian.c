@@ -8,15 +8,15 @@ LNS_FUNCTION(bures_map)
     PyArrayObject *source, *target, *map = NULL;
     double ridge;
     void *work = NULL;
-    if (!lns_expect("bures_map", count, 3) ||
-        (source = lns_array(args[0], "cov_source", 2, LNS_TAKE_F64, 0)) == NULL ||
+    if (!lns_expect("bures_map", count, 3) || (source = lns_array(args[0], "cov_source", 2, LNS_TAKE_F64, 0)) == NULL ||
         (target = lns_array(args[1], "cov_target", 2, LNS_TAKE_F64, 0)) == NULL ||
         !lns_double(args[2], "ridge", &ridge)) {
         return NULL;
     }
     const npy_intp d = PyArray_DIM(source, 0);
     if (d < 1 || PyArray_DIM(source, 1) != d || PyArray_DIM(target, 0) != d || PyArray_DIM(target, 1) != d) {
-        PyErr_Format(PyExc_ValueError, "cov_source and cov_target must be square and of one size, got (%zd, %zd) and (%zd, %zd)",
+        PyErr_Format(PyExc_ValueError,
+                     "cov_source and cov_target must be square and of one size, got (%zd, %zd) and (%zd, %zd)",
                      (Py_ssize_t)d, (Py_ssize_t)PyArray_DIM(source, 1), (Py_ssize_t)PyArray_DIM(target, 0),
                      (Py_ssize_t)PyArray_DIM(target, 1));
         return NULL;
@@ -29,10 +29,8 @@ LNS_FUNCTION(bures_map)
     }
     const double *from = PyArray_DATA(source), *to = PyArray_DATA(target);
     double *out = PyArray_DATA(map);
-    Py_BEGIN_ALLOW_THREADS
-    status = lns_bures_map(from, to, d, ridge, work, out);
-    Py_END_ALLOW_THREADS
-    lns_work_free(work);
+    Py_BEGIN_ALLOW_THREADS status = lns_bures_map(from, to, d, ridge, work, out);
+    Py_END_ALLOW_THREADS lns_work_free(work);
     if (status != LNS_OK) {
         Py_CLEAR(map);
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));

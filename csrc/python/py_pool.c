@@ -4,8 +4,11 @@
 
 static int take_mode(PyObject *object, lns_pooling *mode)
 {
-    static const char *const names[] = {[LNS_POOL_MEAN] = "mean", [LNS_POOL_MIN] = "min", [LNS_POOL_MAX] = "max",
-                                        [LNS_POOL_LAST] = "last", [LNS_POOL_ALL] = "all"};
+    static const char *const names[] = {[LNS_POOL_MEAN] = "mean",
+                                        [LNS_POOL_MIN] = "min",
+                                        [LNS_POOL_MAX] = "max",
+                                        [LNS_POOL_LAST] = "last",
+                                        [LNS_POOL_ALL] = "all"};
     const char *name = PyUnicode_AsUTF8(object);
     for (int k = 0; name != NULL && k < 5; k++) {
         if (strcmp(name, names[k]) == 0) {
@@ -72,12 +75,13 @@ LNS_FUNCTION(pool)
     const void *data = PyArray_DATA(x);
     void *to = PyArray_DATA(out);
     int32_t *winners = index == NULL ? NULL : PyArray_DATA(index);
-    Py_BEGIN_ALLOW_THREADS
-    status = lns_pool(data, dtype, batch, tokens, d, mask, mode, threads, to, winners, &place);
-    Py_END_ALLOW_THREADS
-    if (status == LNS_OK) {
+    Py_BEGIN_ALLOW_THREADS status = lns_pool(data, dtype, batch, tokens, d, mask, mode, threads, to, winners, &place);
+    Py_END_ALLOW_THREADS if (status == LNS_OK)
+    {
         result = PyTuple_Pack(2, out, index != NULL ? (PyObject *)index : Py_None);
-    } else {
+    }
+    else
+    {
         lns_raise(status, &place, NULL, NULL);
     }
 done:
@@ -105,9 +109,9 @@ LNS_FUNCTION(pool_backward)
     batch = PyArray_DIM(grad_out, 0);
     if (mode == LNS_POOL_ALL) { /* the rows of grad_out are tokens: the mask tells how many sequences there are */
         batch = args[1] == Py_None ? batch / tokens
-                                   : PyArray_Check(args[1]) && PyArray_NDIM((PyArrayObject *)args[1]) > 0
-                                         ? PyArray_DIM((PyArrayObject *)args[1], 0)
-                                         : 0;
+                : PyArray_Check(args[1]) && PyArray_NDIM((PyArrayObject *)args[1]) > 0
+                    ? PyArray_DIM((PyArrayObject *)args[1], 0)
+                    : 0;
     }
     if (!take_mask(args[1], batch, tokens, &mask, &rows)) {
         return NULL;
@@ -136,10 +140,10 @@ LNS_FUNCTION(pool_backward)
     const void *data = PyArray_DATA(grad_out);
     const int32_t *winners = index == NULL ? NULL : PyArray_DATA(index);
     void *to = PyArray_DATA(grad_x);
-    Py_BEGIN_ALLOW_THREADS
-    status = lns_pool_backward(data, dtype, batch, tokens, d, mask, mode, winners, threads, to, &place);
-    Py_END_ALLOW_THREADS
-    if (status != LNS_OK) {
+    Py_BEGIN_ALLOW_THREADS status =
+        lns_pool_backward(data, dtype, batch, tokens, d, mask, mode, winners, threads, to, &place);
+    Py_END_ALLOW_THREADS if (status != LNS_OK)
+    {
         Py_DECREF(grad_x);
         return lns_raise(status, &place, NULL, NULL);
     }

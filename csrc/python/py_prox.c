@@ -36,10 +36,9 @@ LNS_FUNCTION(prox_sparse_group)
     }
     const void *from = PyArray_DATA(x);
     void *to = PyArray_DATA(out);
-    Py_BEGIN_ALLOW_THREADS
-    status = lns_prox(from, dtype, d, tau, l1, group, to);
-    Py_END_ALLOW_THREADS
-    if (status != LNS_OK) {
+    Py_BEGIN_ALLOW_THREADS status = lns_prox(from, dtype, d, tau, l1, group, to);
+    Py_END_ALLOW_THREADS if (status != LNS_OK)
+    {
         Py_DECREF(out);
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));
         return NULL;
@@ -53,7 +52,8 @@ static int take_adam(PyObject *object, int64_t total, lns_dtype dtype, lns_adam 
     void *moments[4];
     static const char *const names[4] = {"m_weight", "v_weight", "m_bias", "v_bias"};
     if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 8) {
-        PyErr_SetString(PyExc_TypeError, "adam must be a tuple (m_weight, v_weight, m_bias, v_bias, step, beta1, beta2, eps)");
+        PyErr_SetString(PyExc_TypeError,
+                        "adam must be a tuple (m_weight, v_weight, m_bias, v_bias, step, beta1, beta2, eps)");
         return 0;
     }
     for (int k = 0; k < 4; k++) {
@@ -129,10 +129,8 @@ LNS_FUNCTION(step)
     if (per_module == NULL) {
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = lns_step(&problem, threads, per_module, &place);
-    Py_END_ALLOW_THREADS
-    double penalty = 0;
+    Py_BEGIN_ALLOW_THREADS status = lns_step(&problem, threads, per_module, &place);
+    Py_END_ALLOW_THREADS double penalty = 0;
     int64_t support = 0;
     for (int64_t k = 0; status == LNS_OK && k < problem.modules; k++) {
         penalty += per_module[2 * k];
@@ -141,8 +139,8 @@ LNS_FUNCTION(step)
     lns_work_free(per_module);
     if (status == LNS_NOT_FINITE) {
         PyErr_Format(PyExc_ValueError, "grad_%s is not finite at position %lld (module %lld)",
-                     place.argument == 0 ? "weight" : "bias",
-                     (long long)(problem.offsets[place.entry] + place.column), (long long)place.entry);
+                     place.argument == 0 ? "weight" : "bias", (long long)(problem.offsets[place.entry] + place.column),
+                     (long long)place.entry);
         return NULL;
     }
     if (status != LNS_OK) {

@@ -68,8 +68,11 @@ LNS_FUNCTION(wasserstein)
         goto done;
     }
     for (Py_ssize_t k = 0; k < u.count; k++) {
-        jobs[k] = (lns_w2_job){.u = u.samples[k], .v = v.samples[k], .value = lns_list_data(values, k),
-                               .grad_u = lns_list_data(grad_u, k), .grad_weight = lns_list_data(grad_weight, k),
+        jobs[k] = (lns_w2_job){.u = u.samples[k],
+                               .v = v.samples[k],
+                               .value = lns_list_data(values, k),
+                               .grad_u = lns_list_data(grad_u, k),
+                               .grad_weight = lns_list_data(grad_weight, k),
                                .grad_bias = lns_list_data(grad_bias, k)};
         if (!take_map(&jobs[k], weights, biases, k)) {
             goto done;
@@ -83,10 +86,9 @@ LNS_FUNCTION(wasserstein)
     if (work == NULL) {
         goto done;
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = lns_wasserstein(jobs, u.count, v_sorted, threads, work, &place);
-    Py_END_ALLOW_THREADS
-    result = status == LNS_OK ? four(values, grad_u, grad_weight, grad_bias) : lns_raise(status, &place, &u, &v);
+    Py_BEGIN_ALLOW_THREADS status = lns_wasserstein(jobs, u.count, v_sorted, threads, work, &place);
+    Py_END_ALLOW_THREADS result =
+        status == LNS_OK ? four(values, grad_u, grad_weight, grad_bias) : lns_raise(status, &place, &u, &v);
 done:
     lns_work_free(work);
     PyMem_Free(jobs);

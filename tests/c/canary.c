@@ -4,7 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     if (argc == 2 && strcmp(argv[1], "overflow") == 0) {
         /* Through a volatile pointer, so that only AddressSanitizer can know the size behind it. */
         float *volatile row = malloc(4 * sizeof *row);

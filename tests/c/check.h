@@ -12,13 +12,13 @@
 
 extern int checks, failures;
 
-#define CHECK(condition)                                                                      \
-    do {                                                                                      \
-        checks++;                                                                             \
-        if (!(condition)) {                                                                   \
-            failures++;                                                                       \
-            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);           \
-        }                                                                                     \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        checks++;                                                                                                      \
+        if (!(condition)) {                                                                                            \
+            failures++;                                                                                                \
+            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);                                    \
+        }                                                                                                              \
     } while (0)
 
 #define CHECK_NEAR(a, b, tolerance) CHECK(fabs((double)(a) - (double)(b)) <= (tolerance))

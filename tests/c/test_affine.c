@@ -55,7 +55,8 @@ static void backward(void)
 /* float16 and bfloat16 bits of 1, -2, the largest float16, the smallest subnormal, infinity. */
 static void half_precision(void)
 {
-    const uint16_t f16[5] = {0x3c00, 0xc000, 0x7bff, 0x0001, 0x7c00}, bf16[5] = {0x3f80, 0xc000, 0x4780, 0x0001, 0x7f80};
+    const uint16_t f16[5] = {0x3c00, 0xc000, 0x7bff, 0x0001, 0x7c00},
+                   bf16[5] = {0x3f80, 0xc000, 0x4780, 0x0001, 0x7f80};
     const float w[1] = {2}, b[1] = {0};
     const uint16_t twice_f16[5] = {0x4000, 0xc400, 0x7c00, 0x0002, 0x7c00};
     const uint16_t twice_bf16[5] = {0x4000, 0xc080, 0x4800, 0x0002, 0x7f80};

@@ -17,10 +17,19 @@ static void known_prox(void)
 static void steps(void)
 {
     const int64_t offsets[3] = {0, 2, 3};
-    double weight[3] = {1, 1, 1}, bias[3] = {0, 0, 0}, per_module[4], grad_weight[3] = {-1, 0.05, 0}, grad_bias[3] = {0, 0, 2};
+    double weight[3] = {1, 1, 1}, bias[3] = {0, 0, 0}, per_module[4], grad_weight[3] = {-1, 0.05, 0},
+           grad_bias[3] = {0, 0, 2};
     double moments[4][3] = {{0}};
-    lns_step_problem problem = {.dtype = LNS_F64, .modules = 2, .offsets = offsets, .weight = weight, .bias = bias,
-                                .grad_weight = grad_weight, .grad_bias = grad_bias, .lr = 0.1, .l1 = 0.1, .l1_bias = 0.5};
+    lns_step_problem problem = {.dtype = LNS_F64,
+                                .modules = 2,
+                                .offsets = offsets,
+                                .weight = weight,
+                                .bias = bias,
+                                .grad_weight = grad_weight,
+                                .grad_bias = grad_bias,
+                                .lr = 0.1,
+                                .l1 = 0.1,
+                                .l1_bias = 0.5};
     lns_adam adam = {moments[0], moments[1], moments[2], moments[3], 1, 0.9, 0.999, 1e-8};
     lns_place place = {0};
     CHECK(lns_step(&problem, 1, per_module, NULL) == LNS_OK);

@@ -47,8 +47,14 @@ static void gradient_is_the_slope(int64_t n, int64_t m)
     const double step = 1e-6;
     double *z = normal_f64(n, (unsigned)n), *v = normal_f64(m, (unsigned)(m + 7)), *grad = memory(n * 8);
     double weight = 1.3, bias = -0.2, value, grad_weight, grad_bias;
-    lns_w2_job job = {.u = {z, LNS_F64, n, 1, NULL}, .v = {v, LNS_F64, m, 1, NULL}, .weight = &weight, .bias = &bias,
-                      .value = &value, .grad_u = grad, .grad_weight = &grad_weight, .grad_bias = &grad_bias};
+    lns_w2_job job = {.u = {z, LNS_F64, n, 1, NULL},
+                      .v = {v, LNS_F64, m, 1, NULL},
+                      .weight = &weight,
+                      .bias = &bias,
+                      .value = &value,
+                      .grad_u = grad,
+                      .grad_weight = &grad_weight,
+                      .grad_bias = &grad_bias};
     void *work = memory(lns_wasserstein_worksize(&job, 1, 1));
     CHECK(lns_wasserstein(&job, 1, 0, 1, work, NULL) == LNS_OK);
     const double exact[3] = {grad_weight, grad_bias, grad[n / 2]};
@@ -80,8 +86,10 @@ static void batches_and_threads_change_nothing(void)
     for (int k = 0; k < MODULES; k++) {
         grads[k] = memory(N * D * 4);
         values[k] = memory(D * 4);
-        jobs[k] = (lns_w2_job){.u = {u, LNS_F32, N - k, D, NULL}, .v = {v, LNS_F32, N - 2 * k, D, NULL},
-                               .value = values[k], .grad_u = grads[k]};
+        jobs[k] = (lns_w2_job){.u = {u, LNS_F32, N - k, D, NULL},
+                               .v = {v, LNS_F32, N - 2 * k, D, NULL},
+                               .value = values[k],
+                               .grad_u = grads[k]};
     }
     void *work = memory(lns_wasserstein_worksize(jobs, MODULES, 4));
     CHECK(lns_wasserstein(jobs, MODULES, 0, 4, work, NULL) == LNS_OK);
