@@ -37,8 +37,10 @@ LNS_FUNCTION(affine_apply)
     }
     const void *data = PyArray_DATA(z), *w = PyArray_DATA(weight), *b = PyArray_DATA(bias);
     void *to = PyArray_DATA(out);
-    Py_BEGIN_ALLOW_THREADS status = lns_affine(data, s.dtype, s.outer, s.d, s.inner, w, b, strength, threads, work, to);
-    Py_END_ALLOW_THREADS lns_work_free(work);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_affine(data, s.dtype, s.outer, s.d, s.inner, w, b, strength, threads, work, to);
+    Py_END_ALLOW_THREADS
+    lns_work_free(work);
     if (status != LNS_OK) {
         Py_DECREF(out);
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));
@@ -77,10 +79,11 @@ LNS_FUNCTION(affine_backward)
     const void *data = PyArray_DATA(z), *w = PyArray_DATA(weight), *from = PyArray_DATA(grad_out);
     void *to_z = grad_z == NULL ? NULL : PyArray_DATA(grad_z);
     void *to_weight = PyArray_DATA(grad_weight), *to_bias = PyArray_DATA(grad_bias);
-    Py_BEGIN_ALLOW_THREADS status = lns_affine_backward(data, s.dtype, s.outer, s.d, s.inner, w, strength, from,
-                                                        threads, work, to_z, to_weight, to_bias);
-    Py_END_ALLOW_THREADS if (status != LNS_OK)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_affine_backward(data, s.dtype, s.outer, s.d, s.inner, w, strength, from, threads, work, to_z,
+                                 to_weight, to_bias);
+    Py_END_ALLOW_THREADS
+    if (status != LNS_OK) {
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));
         goto done;
     }

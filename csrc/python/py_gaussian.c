@@ -29,8 +29,10 @@ LNS_FUNCTION(bures_map)
     }
     const double *from = PyArray_DATA(source), *to = PyArray_DATA(target);
     double *out = PyArray_DATA(map);
-    Py_BEGIN_ALLOW_THREADS status = lns_bures_map(from, to, d, ridge, work, out);
-    Py_END_ALLOW_THREADS lns_work_free(work);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_bures_map(from, to, d, ridge, work, out);
+    Py_END_ALLOW_THREADS
+    lns_work_free(work);
     if (status != LNS_OK) {
         Py_CLEAR(map);
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));

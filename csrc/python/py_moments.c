@@ -37,9 +37,10 @@ LNS_FUNCTION(moments_update)
     if (work == NULL) {
         goto done;
     }
-    Py_BEGIN_ALLOW_THREADS status = lns_moments_update(&x.samples[0], threads, work, &state, &place);
-    Py_END_ALLOW_THREADS result =
-        status == LNS_OK ? PyLong_FromLongLong(state.count) : lns_raise(status, &place, &x, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_moments_update(&x.samples[0], threads, work, &state, &place);
+    Py_END_ALLOW_THREADS
+    result = status == LNS_OK ? PyLong_FromLongLong(state.count) : lns_raise(status, &place, &x, NULL);
 done:
     lns_work_free(work);
     lns_batch_clear(&x);
@@ -90,9 +91,10 @@ LNS_FUNCTION(covariance)
         goto done;
     }
     double *to_mean = PyArray_DATA(mean), *to_covariance = PyArray_DATA(covariance);
-    Py_BEGIN_ALLOW_THREADS status = lns_covariance(sample, work, to_mean, to_covariance, &place);
-    Py_END_ALLOW_THREADS result =
-        status == LNS_OK ? PyTuple_Pack(2, mean, covariance) : lns_raise(status, &place, &x, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_covariance(sample, work, to_mean, to_covariance, &place);
+    Py_END_ALLOW_THREADS
+    result = status == LNS_OK ? PyTuple_Pack(2, mean, covariance) : lns_raise(status, &place, &x, NULL);
 done:
     lns_work_free(work);
     Py_XDECREF(mean);

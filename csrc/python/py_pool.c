@@ -22,10 +22,11 @@ static int take_mode(PyObject *object, lns_pooling *mode)
     return 0;
 }
 
-/* The mask's data, NULL for None; *rows becomes the number of real tokens. Returns 0 on failure. */
-static int take_mask(PyObject *object, int64_t batch, int64_t tokens, const uint8_t **mask, int64_t *rows)
+/* A private copy of the mask, NULL for None: with the GIL released, somebody could change it between counting the real
+ * tokens and writing them. *rows becomes their number. Returns 0 on failure. */
+static int take_mask(PyObject *object, int64_t batch, int64_t tokens, PyArrayObject **copy, int64_t *rows)
 {
-    *mask = NULL;
+    *copy = NULL;
     *rows = batch * tokens;
     if (object == Py_None) {
         return 1;
@@ -39,30 +40,38 @@ static int take_mask(PyObject *object, int64_t batch, int64_t tokens, const uint
                      (long long)tokens, (Py_ssize_t)PyArray_DIM(array, 0), (Py_ssize_t)PyArray_DIM(array, 1));
         return 0;
     }
-    *mask = PyArray_DATA(array);
+    *copy = (PyArrayObject *)PyArray_NewCopy(array, NPY_CORDER);
+    if (*copy == NULL) {
+        return 0;
+    }
+    const uint8_t *mask = PyArray_DATA(*copy);
     *rows = 0;
     for (int64_t i = 0; i < batch * tokens; i++) {
-        *rows += (*mask)[i] != 0;
+        *rows += mask[i] != 0;
     }
     return 1;
+}
+
+static const void *data_or_null(PyArrayObject *array)
+{
+    return array == NULL ? NULL : PyArray_DATA(array);
 }
 
 /* pool(x, mask, mode, threads) */
 LNS_FUNCTION(pool)
 {
     (void)module;
-    PyArrayObject *x, *out = NULL, *index = NULL;
+    PyArrayObject *x, *mask = NULL, *out = NULL, *index = NULL;
     PyObject *result = NULL;
     lns_place place = {0};
     lns_status status = LNS_OK;
     lns_pooling mode;
-    const uint8_t *mask;
     int64_t rows;
     int threads;
     if (!lns_expect("pool", count, 4) || (x = lns_array(args[0], "x", 3, LNS_TAKE_ANY, 0)) == NULL ||
         !take_mask(args[1], PyArray_DIM(x, 0), PyArray_DIM(x, 1), &mask, &rows) || !take_mode(args[2], &mode) ||
         !lns_threads(args[3], &threads)) {
-        return NULL;
+        goto done;
     }
     const int64_t batch = PyArray_DIM(x, 0), tokens = PyArray_DIM(x, 1), d = PyArray_DIM(x, 2);
     const lns_dtype dtype = lns_dtype_of(x);
@@ -73,79 +82,96 @@ LNS_FUNCTION(pool)
         goto done;
     }
     const void *data = PyArray_DATA(x);
+    const uint8_t *real = data_or_null(mask);
     void *to = PyArray_DATA(out);
     int32_t *winners = index == NULL ? NULL : PyArray_DATA(index);
-    Py_BEGIN_ALLOW_THREADS status = lns_pool(data, dtype, batch, tokens, d, mask, mode, threads, to, winners, &place);
-    Py_END_ALLOW_THREADS if (status == LNS_OK)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_pool(data, dtype, batch, tokens, d, real, mode, threads, to, winners, &place);
+    Py_END_ALLOW_THREADS
+    if (status == LNS_OK) {
         result = PyTuple_Pack(2, out, index != NULL ? (PyObject *)index : Py_None);
-    }
-    else
-    {
+    } else {
         lns_raise(status, &place, NULL, NULL);
     }
 done:
+    Py_XDECREF(mask);
     Py_XDECREF(out);
     Py_XDECREF(index);
     return result;
+}
+
+/* How many sequences there are: the rows of grad_out, except for "all", whose rows are tokens; there the mask tells. */
+static int64_t sequences(PyArrayObject *grad_out, PyObject *mask, lns_pooling mode, int64_t tokens)
+{
+    if (mode != LNS_POOL_ALL) {
+        return PyArray_DIM(grad_out, 0);
+    }
+    if (mask == Py_None) {
+        return PyArray_DIM(grad_out, 0) / tokens;
+    }
+    const int has_rows = PyArray_Check(mask) && PyArray_NDIM((PyArrayObject *)mask) > 0;
+    return has_rows ? PyArray_DIM((PyArrayObject *)mask, 0) : 0;
+}
+
+/* A private copy of what pool returned for "min" and "max". */
+static PyArrayObject *take_index(PyObject *object, PyArrayObject *grad_out)
+{
+    PyArrayObject *index = lns_array(object, "index", 2, LNS_TAKE_I32, 0);
+    if (index == NULL) {
+        return NULL;
+    }
+    if (!PyArray_SAMESHAPE(index, grad_out)) {
+        PyErr_SetString(PyExc_ValueError, "index must have the shape of grad_out");
+        return NULL;
+    }
+    return (PyArrayObject *)PyArray_NewCopy(index, NPY_CORDER);
 }
 
 /* pool_backward(grad_out, mask, mode, index, tokens, threads) */
 LNS_FUNCTION(pool_backward)
 {
     (void)module;
-    PyArrayObject *grad_out, *index = NULL, *grad_x;
+    PyArrayObject *grad_out, *mask = NULL, *index = NULL, *grad_x = NULL;
     lns_place place = {0};
     lns_status status = LNS_OK;
     lns_pooling mode;
-    const uint8_t *mask;
-    int64_t tokens, rows, batch;
+    int64_t tokens, rows;
     int threads;
     if (!lns_expect("pool_backward", count, 6) ||
         (grad_out = lns_array(args[0], "grad_out", 2, LNS_TAKE_REAL, 0)) == NULL || !take_mode(args[2], &mode) ||
         !lns_int(args[4], "tokens", 1, INT32_MAX, &tokens) || !lns_threads(args[5], &threads)) {
         return NULL;
     }
-    batch = PyArray_DIM(grad_out, 0);
-    if (mode == LNS_POOL_ALL) { /* the rows of grad_out are tokens: the mask tells how many sequences there are */
-        batch = args[1] == Py_None ? batch / tokens
-                : PyArray_Check(args[1]) && PyArray_NDIM((PyArrayObject *)args[1]) > 0
-                    ? PyArray_DIM((PyArrayObject *)args[1], 0)
-                    : 0;
-    }
+    const int64_t batch = sequences(grad_out, args[1], mode, tokens), d = PyArray_DIM(grad_out, 1);
     if (!take_mask(args[1], batch, tokens, &mask, &rows)) {
         return NULL;
     }
     if (mode == LNS_POOL_ALL && rows != PyArray_DIM(grad_out, 0)) {
         PyErr_Format(PyExc_ValueError, "grad_out must have %lld rows, got %zd", (long long)rows,
                      (Py_ssize_t)PyArray_DIM(grad_out, 0));
-        return NULL;
+        goto done;
     }
-    if (mode == LNS_POOL_MIN || mode == LNS_POOL_MAX) {
-        if ((index = lns_array(args[3], "index", 2, LNS_TAKE_I32, 0)) == NULL) {
-            return NULL;
-        }
-        if (!PyArray_SAMESHAPE(index, grad_out)) {
-            PyErr_SetString(PyExc_ValueError, "index must have the shape of grad_out");
-            return NULL;
-        }
+    if ((mode == LNS_POOL_MIN || mode == LNS_POOL_MAX) && (index = take_index(args[3], grad_out)) == NULL) {
+        goto done;
     }
-    const int64_t d = PyArray_DIM(grad_out, 1);
     const lns_dtype dtype = lns_dtype_of(grad_out);
     const npy_intp shape[3] = {(npy_intp)batch, (npy_intp)tokens, (npy_intp)d};
-    grad_x = lns_new(3, shape, lns_typenum(dtype));
-    if (grad_x == NULL) {
-        return NULL;
+    if ((grad_x = lns_new(3, shape, lns_typenum(dtype))) == NULL) {
+        goto done;
     }
     const void *data = PyArray_DATA(grad_out);
-    const int32_t *winners = index == NULL ? NULL : PyArray_DATA(index);
+    const uint8_t *real = data_or_null(mask);
+    const int32_t *winners = data_or_null(index);
     void *to = PyArray_DATA(grad_x);
-    Py_BEGIN_ALLOW_THREADS status =
-        lns_pool_backward(data, dtype, batch, tokens, d, mask, mode, winners, threads, to, &place);
-    Py_END_ALLOW_THREADS if (status != LNS_OK)
-    {
-        Py_DECREF(grad_x);
-        return lns_raise(status, &place, NULL, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_pool_backward(data, dtype, batch, tokens, d, real, mode, winners, threads, to, &place);
+    Py_END_ALLOW_THREADS
+    if (status != LNS_OK) {
+        Py_CLEAR(grad_x);
+        lns_raise(status, &place, NULL, NULL);
     }
+done:
+    Py_XDECREF(mask);
+    Py_XDECREF(index);
     return (PyObject *)grad_x;
 }

@@ -36,9 +36,10 @@ LNS_FUNCTION(prox_sparse_group)
     }
     const void *from = PyArray_DATA(x);
     void *to = PyArray_DATA(out);
-    Py_BEGIN_ALLOW_THREADS status = lns_prox(from, dtype, d, tau, l1, group, to);
-    Py_END_ALLOW_THREADS if (status != LNS_OK)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_prox(from, dtype, d, tau, l1, group, to);
+    Py_END_ALLOW_THREADS
+    if (status != LNS_OK) {
         Py_DECREF(out);
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));
         return NULL;
@@ -70,14 +71,16 @@ static int take_adam(PyObject *object, int64_t total, lns_dtype dtype, lns_adam 
            lns_double(PyTuple_GET_ITEM(object, 7), "eps", &adam->eps);
 }
 
-static int take_offsets(PyObject *object, int64_t total, lns_step_problem *problem)
+/* Checks a private copy of the offsets: with the GIL released, somebody could change the array given. */
+static int take_offsets(PyObject *object, int64_t total, PyArrayObject **copy, lns_step_problem *problem)
 {
     PyArrayObject *offsets = lns_array(object, "offsets", 1, LNS_TAKE_I64, 0);
-    if (offsets == NULL) {
+    *copy = offsets == NULL ? NULL : (PyArrayObject *)PyArray_NewCopy(offsets, NPY_CORDER);
+    if (*copy == NULL) {
         return 0;
     }
-    problem->offsets = PyArray_DATA(offsets);
-    problem->modules = PyArray_DIM(offsets, 0) - 1;
+    problem->offsets = PyArray_DATA(*copy);
+    problem->modules = PyArray_DIM(*copy, 0) - 1;
     if (problem->modules < 0 || problem->offsets[0] != 0 || problem->offsets[problem->modules] != total) {
         PyErr_Format(PyExc_ValueError, "offsets must run from 0 to the number of parameters, %lld", (long long)total);
         return 0;
@@ -95,11 +98,13 @@ static int take_offsets(PyObject *object, int64_t total, lns_step_problem *probl
 LNS_FUNCTION(step)
 {
     (void)module;
-    PyArrayObject *weight, *bias, *grad_weight, *grad_bias;
+    PyArrayObject *weight, *bias, *grad_weight, *grad_bias, *offsets = NULL;
+    PyObject *result = NULL;
     lns_step_problem problem = {0};
     lns_adam adam;
     lns_place place = {0};
     lns_status status;
+    double *per_module = NULL;
     int threads;
     if (!lns_expect("step", count, 12) || (weight = lns_array(args[0], "weight", 1, LNS_TAKE_REAL, 1)) == NULL) {
         return NULL;
@@ -109,43 +114,42 @@ LNS_FUNCTION(step)
     if ((bias = lns_vector(args[1], "bias", total, problem.dtype, 1)) == NULL ||
         (grad_weight = lns_vector(args[2], "grad_weight", total, problem.dtype, 0)) == NULL ||
         (grad_bias = lns_vector(args[3], "grad_bias", total, problem.dtype, 0)) == NULL ||
-        !take_offsets(args[4], total, &problem) || !take_penalty(args[5], "lr", &problem.lr) ||
+        !take_offsets(args[4], total, &offsets, &problem) || !take_penalty(args[5], "lr", &problem.lr) ||
         !take_penalty(args[6], "l1", &problem.l1) || !take_penalty(args[7], "group", &problem.group) ||
         !take_penalty(args[8], "l1_bias", &problem.l1_bias) ||
-        !take_penalty(args[9], "group_bias", &problem.group_bias) || !lns_threads(args[11], &threads)) {
-        return NULL;
+        !take_penalty(args[9], "group_bias", &problem.group_bias) || !lns_threads(args[11], &threads) ||
+        (args[10] != Py_None && !take_adam(args[10], total, problem.dtype, &adam))) {
+        goto done;
     }
-    if (args[10] != Py_None) {
-        if (!take_adam(args[10], total, problem.dtype, &adam)) {
-            return NULL;
-        }
-        problem.adam = &adam;
-    }
+    problem.adam = args[10] != Py_None ? &adam : NULL;
     problem.weight = PyArray_DATA(weight);
     problem.bias = PyArray_DATA(bias);
     problem.grad_weight = PyArray_DATA(grad_weight);
     problem.grad_bias = PyArray_DATA(grad_bias);
-    double *per_module = lns_work_new((problem.modules + 1) * 2 * (int64_t)sizeof(double));
+    per_module = lns_work_new((problem.modules + 1) * 2 * (int64_t)sizeof(double));
     if (per_module == NULL) {
-        return NULL;
+        goto done;
     }
-    Py_BEGIN_ALLOW_THREADS status = lns_step(&problem, threads, per_module, &place);
-    Py_END_ALLOW_THREADS double penalty = 0;
-    int64_t support = 0;
-    for (int64_t k = 0; status == LNS_OK && k < problem.modules; k++) {
-        penalty += per_module[2 * k];
-        support += (int64_t)per_module[2 * k + 1];
-    }
-    lns_work_free(per_module);
-    if (status == LNS_NOT_FINITE) {
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_step(&problem, threads, per_module, &place);
+    Py_END_ALLOW_THREADS
+    if (status == LNS_OK) {
+        double penalty = 0;
+        int64_t support = 0;
+        for (int64_t k = 0; k < problem.modules; k++) {
+            penalty += per_module[2 * k];
+            support += (int64_t)per_module[2 * k + 1];
+        }
+        result = Py_BuildValue("dL", penalty, (long long)support);
+    } else if (status == LNS_NOT_FINITE) {
         PyErr_Format(PyExc_ValueError, "grad_%s is not finite at position %lld (module %lld)",
                      place.argument == 0 ? "weight" : "bias", (long long)(problem.offsets[place.entry] + place.column),
                      (long long)place.entry);
-        return NULL;
-    }
-    if (status != LNS_OK) {
+    } else {
         PyErr_SetString(PyExc_ValueError, lns_status_text(status));
-        return NULL;
     }
-    return Py_BuildValue("dL", penalty, (long long)support);
+done:
+    lns_work_free(per_module);
+    Py_XDECREF(offsets);
+    return result;
 }

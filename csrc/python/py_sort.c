@@ -27,9 +27,10 @@ LNS_FUNCTION(sort_columns)
     for (Py_ssize_t k = 0; k < u.count; k++) {
         out[k] = lns_list_data(sorted, k);
     }
-    Py_BEGIN_ALLOW_THREADS status = lns_sort(u.samples, u.count, threads, work, out, &place);
-    Py_END_ALLOW_THREADS if (status != LNS_OK)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_sort(u.samples, u.count, threads, work, out, &place);
+    Py_END_ALLOW_THREADS
+    if (status != LNS_OK) {
         Py_CLEAR(sorted);
         lns_raise(status, &place, &u, NULL);
     }

@@ -62,9 +62,10 @@ LNS_FUNCTION(fit_local)
     if (work == NULL) {
         goto done;
     }
-    Py_BEGIN_ALLOW_THREADS status = lns_fit(jobs, u.count, method, threads, work, &place);
-    Py_END_ALLOW_THREADS result =
-        status == LNS_OK ? PyTuple_Pack(2, weights, biases) : lns_raise(status, &place, &u, &v);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_fit(jobs, u.count, method, threads, work, &place);
+    Py_END_ALLOW_THREADS
+    result = status == LNS_OK ? PyTuple_Pack(2, weights, biases) : lns_raise(status, &place, &u, &v);
 done:
     lns_work_free(work);
     PyMem_Free(jobs);

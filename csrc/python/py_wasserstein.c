@@ -86,9 +86,10 @@ LNS_FUNCTION(wasserstein)
     if (work == NULL) {
         goto done;
     }
-    Py_BEGIN_ALLOW_THREADS status = lns_wasserstein(jobs, u.count, v_sorted, threads, work, &place);
-    Py_END_ALLOW_THREADS result =
-        status == LNS_OK ? four(values, grad_u, grad_weight, grad_bias) : lns_raise(status, &place, &u, &v);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_wasserstein(jobs, u.count, v_sorted, threads, work, &place);
+    Py_END_ALLOW_THREADS
+    result = status == LNS_OK ? four(values, grad_u, grad_weight, grad_bias) : lns_raise(status, &place, &u, &v);
 done:
     lns_work_free(work);
     PyMem_Free(jobs);
