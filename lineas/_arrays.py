@@ -6,15 +6,18 @@ torch is never imported here: a tensor can only exist once somebody else has imp
 import math
 import numbers
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import torch
+
 _ACCEPTED = "float16, bfloat16, float32 or float64"
 
 
-def is_tensor(x: object) -> bool:
+def is_tensor(x: object) -> "TypeGuard[torch.Tensor]":
     """Whether `x` is a torch tensor."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
@@ -80,16 +83,16 @@ def as_engine(x: Any, name: str) -> NDArray:
     ):
         return x  # the usual case, without the microseconds of the general one
     if is_tensor(x):
-        return np.require(_from_tensor(x, name), requirements="CA")
+        return np.require(_from_tensor(x, name), requirements=["C", "A"])
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked array: fill or drop its masked entries first")
     array = np.asarray(x)
     if is_bfloat16(array.dtype):
-        return np.require(array, requirements="CA").view(np.uint16)
+        return np.require(array, requirements=["C", "A"]).view(np.uint16)
     # isnative: the engine reads machine order only; kind and size leave out longdouble and complex.
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {array.dtype}")
-    return np.require(array, dtype=array.dtype.newbyteorder("="), requirements="CA")
+    return np.require(array, dtype=array.dtype.newbyteorder("="), requirements=["C", "A"])
 
 
 def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:

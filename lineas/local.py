@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,7 +31,7 @@ def _mass(weights: Weights, module: str | None, rows: int, argument: str) -> NDA
     """Row weights of one module, where `weights` is one array for all modules or one for each."""
     if weights is None:
         return None
-    if isinstance(weights, Mapping):
+    if module is not None and isinstance(weights, Mapping):
         return as_mass(weights[module], rows, f"{argument}[{module!r}]")
     return as_mass(weights, rows, argument)
 
@@ -43,6 +43,28 @@ def _check_names(wanted: Sequence[str], seen: Mapping[str, Any], argument: str) 
         parts = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
         parts += [f"it also has {', '.join(map(repr, extra))}"] if extra else []
         raise ValueError(f"{argument} must have the modules of source: {', '.join(parts)}")
+
+
+@overload
+def fit(
+    source: ArrayLike,
+    target: ArrayLike,
+    *,
+    method: str = "linear",
+    source_weights: ArrayLike | None = None,
+    target_weights: ArrayLike | None = None,
+) -> AffineMap: ...
+
+
+@overload
+def fit(
+    source: Mapping[str, ArrayLike],
+    target: Mapping[str, ArrayLike],
+    *,
+    method: str = "linear",
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+) -> SteeringMaps: ...
 
 
 def fit(
@@ -100,12 +122,12 @@ def fit(
         raise TypeError(f"source and target must both be arrays or both be mappings, got {kinds}")
     for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
         if isinstance(given, Mapping):
-            if one:
+            if not isinstance(source, Mapping):
                 raise TypeError(f"{argument} must be an array where source is one, got a mapping")
             _check_names(list(source), given, argument)
-    if one:
-        sources, targets = {None: source}, {None: target}
-    else:
+    sources: Mapping[Any, Any] = {None: source}
+    targets: Mapping[Any, Any] = {None: target}
+    if isinstance(source, Mapping) and isinstance(target, Mapping):
         if not source:
             raise ValueError("source must hold at least one module")
         _check_names(list(source), target, "target")
@@ -227,9 +249,9 @@ class GaussianMap:
 
             from .models.autograd import working_dtype as torch_working_dtype
 
-            work = torch_working_dtype(z.dtype)
-            matrix, bias = (torch.from_numpy(x).to(z.device, work) for x in (matrix, bias))
-            return (z.to(work) @ matrix.mT + bias).to(z.dtype)
+            dtype = torch_working_dtype(z.dtype)
+            slopes, shifts = (torch.from_numpy(x).to(z.device, dtype) for x in (matrix, bias))
+            return (z.to(dtype) @ slopes.mT + shifts).to(z.dtype)
         array = as_engine(z, "z")
         work = widen(array)
         out = work @ matrix.T.astype(work.dtype) + bias.astype(work.dtype)

@@ -26,7 +26,7 @@ def _distance(
     values, grad_u, _, _ = _core.wasserstein(
         [u], [v], None, None, u_mass, v_mass, bool(v_sorted), gradient, ["u"], ["v"], get_num_threads()
     )
-    return values[0], grad_u[0] if gradient else None
+    return values[0], None if grad_u is None else grad_u[0]
 
 
 def wasserstein(
@@ -113,7 +113,9 @@ def wasserstein_grad(
     array([[-1.],
            [-1.]])
     """
-    return _distance(u, v, u_weights, v_weights, v_sorted, 2)
+    value, gradient = _distance(u, v, u_weights, v_weights, v_sorted, 2)
+    assert gradient is not None  # it was asked for
+    return value, gradient
 
 
 def prox_sparse_group(x: ArrayLike, *, tau: float, l1: float, group: float) -> NDArray:

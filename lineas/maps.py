@@ -134,7 +134,8 @@ class AffineMap:
             return NotImplemented
         return np.array_equal(self.weight, other.weight) and np.array_equal(self.bias, other.bias)
 
-    __hash__ = None  # equality ignores the dtype; nobody needs maps as keys
+    # Equality ignores the dtype; nobody needs maps as keys. mypy only sees that object has a hash.
+    __hash__ = None  # type: ignore[assignment]
     __array_ufunc__ = None  # NumPy leaves `map @ array` to us, so that it is a TypeError
 
     def __repr__(self) -> str:
@@ -324,7 +325,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
             return NotImplemented
         return list(self._maps.items()) == list(other._maps.items())
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as in AffineMap
 
     def __reduce__(self) -> tuple:
         return SteeringMaps, (self._maps, self._metadata)

@@ -13,6 +13,14 @@ from ._threads import get_num_threads
 _CHUNK = 1 << 22
 
 
+# Of each neuron the mean, the sum of squared deviations from it, the minimum and the maximum: float64 [d].
+_State = tuple[NDArray, NDArray, NDArray, NDArray]
+
+
+def _start(d: int) -> _State:
+    return np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
+
+
 class Moments:
     """Count, mean, variance, minimum and maximum of d neurons, updated batch by batch.
 
@@ -29,20 +37,16 @@ class Moments:
     (6, array([5., 6.]), array([10., 11.]))
     """
 
-    __slots__ = ("_count", "_high", "_low", "_m2", "_mean")
+    __slots__ = ("_count", "_state")
 
     def __init__(self) -> None:
         self._count = 0
-        self._mean: NDArray | None = None
+        self._state: _State | None = None
 
-    def _start(self, d: int) -> None:
-        self._mean, self._m2 = np.zeros(d), np.zeros(d)
-        self._low, self._high = np.full(d, np.inf), np.full(d, -np.inf)
-
-    def _read(self, array: NDArray | None) -> NDArray:
-        if array is None:
+    def _read(self, which: int) -> NDArray:
+        if self._state is None:
             raise ValueError("these moments have seen no rows yet")
-        return array.copy()
+        return self._state[which].copy()
 
     @property
     def count(self) -> int:
@@ -52,22 +56,22 @@ class Moments:
     @property
     def d(self) -> int | None:
         """The number of neurons; None before the first row."""
-        return None if self._mean is None else self._mean.size
+        return None if self._state is None else self._state[0].size
 
     @property
     def mean(self) -> NDArray:
         """Mean of each neuron: float64 [d]. ValueError before the first row."""
-        return self._read(self._mean)
+        return self._read(0)
 
     @property
     def min(self) -> NDArray:
         """Smallest value of each neuron: float64 [d]. ValueError before the first row."""
-        return self._read(None if self._mean is None else self._low)
+        return self._read(2)
 
     @property
     def max(self) -> NDArray:
         """Largest value of each neuron: float64 [d]. ValueError before the first row."""
-        return self._read(None if self._mean is None else self._high)
+        return self._read(3)
 
     def variance(self, ddof: int = 1) -> NDArray:
         """Return the variance of each neuron.
@@ -91,7 +95,7 @@ class Moments:
             raise ValueError(f"ddof must be at least 0, got {ddof}")
         if self._count <= ddof:
             raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} rows, got {self._count}")
-        return self._read(self._mean if self._mean is None else self._m2) / (self._count - ddof)
+        return self._read(1) / (self._count - ddof)
 
     def std(self, ddof: int = 1) -> NDArray:
         """Return the standard deviation of each neuron: the root of `variance`."""
@@ -117,18 +121,11 @@ class Moments:
 
     def _update(self, x: ArrayLike, name: str) -> "Moments":
         x = as_sample(x, name)
-        if self._mean is None:
-            state = Moments()
-            state._start(x.shape[1])  # kept only if this first batch is sound
-        else:
-            state = self
-        if x.shape[1] != state._mean.size:
-            raise ValueError(f"{name} must have {state._mean.size} columns as before, got shape {x.shape}")
-        self._count = _core.moments_update(
-            x, state._count, state._mean, state._m2, state._low, state._high, name, get_num_threads()
-        )
-        if state is not self:
-            self._mean, self._m2, self._low, self._high = state._mean, state._m2, state._low, state._high
+        state = self._state or _start(x.shape[1])
+        if x.shape[1] != state[0].size:
+            raise ValueError(f"{name} must have {state[0].size} columns as before, got shape {x.shape}")
+        self._count = _core.moments_update(x, self._count, *state, name, get_num_threads())
+        self._state = state  # a first batch that is not sound leaves none
         return self
 
     def merge(self, other: "Moments") -> "Moments":
@@ -143,18 +140,15 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other must be a Moments, got {type(other).__name__}")
-        if other._mean is None:
+        if other._state is None:
             return self
         if other is self:
-            other = Moments().merge(self)  # the engine wants two states, not one twice
-        if self._mean is None:
-            self._start(other._mean.size)
-        if self._mean.size != other._mean.size:
-            raise ValueError(f"cannot merge moments of {self._mean.size} and {other._mean.size} neurons")
-        self._count = _core.moments_merge(
-            self._count, self._mean, self._m2, self._low, self._high,
-            other._count, other._mean, other._m2, other._low, other._high,
-        )  # fmt: skip
+            return self.merge(Moments().merge(self))  # the engine wants two states, not one twice
+        d = other._state[0].size
+        self._state = self._state or _start(d)
+        if self._state[0].size != d:
+            raise ValueError(f"cannot merge moments of {self._state[0].size} and {d} neurons")
+        self._count = _core.moments_merge(self._count, *self._state, other._count, *other._state)
         return self
 
     def __repr__(self) -> str:

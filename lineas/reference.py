@@ -146,7 +146,7 @@ def pool(x: NDArray, mask: NDArray | None, mode: str) -> tuple[NDArray, NDArray 
     if mode == "all":
         return work[real], None
     out = np.empty((batch, d), dtype=work.dtype)
-    index = np.empty((batch, d), dtype=np.int32) if mode in ("min", "max") else None
+    index = np.empty((batch, d), dtype=np.int32)
     for b in range(batch):
         at = np.flatnonzero(real[b])
         if mode == "mean":
@@ -157,7 +157,7 @@ def pool(x: NDArray, mask: NDArray | None, mode: str) -> tuple[NDArray, NDArray 
             best = np.argmin if mode == "min" else np.argmax
             index[b] = at[best(work[b, at], axis=0)]
             out[b] = np.take_along_axis(work[b], index[None, b], axis=0)[0]
-    return out, index
+    return out, index if mode in ("min", "max") else None
 
 
 def pool_backward(grad_out: NDArray, mask: NDArray | None, mode: str, index: NDArray | None, tokens: int) -> NDArray:
@@ -178,6 +178,7 @@ def pool_backward(grad_out: NDArray, mask: NDArray | None, mode: str, index: NDA
         elif mode == "last":
             grad[b, at[-1]] = grad_out[b]
         else:
+            assert index is not None  # min and max come with one
             grad[b, index[b], np.arange(d)] = grad_out[b]
     return grad
 

@@ -211,7 +211,8 @@ def _to(data: Any, device: torch.device | None) -> Any:
 def _accepted(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that the model's forward takes."""
     # PEFT's forward is (*args, **kwargs): the model inside tells.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # mypy takes every further attribute of a Module, and so PEFT's method, for a Tensor or a Module.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return frozenset(inspect.signature(inner.forward).parameters)
 
 

@@ -64,7 +64,7 @@ def collect(
     layers: sites.Layers,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = 32,
     forward: calling.Forward | None = None,
     pooling: str = "mean",
     progress: bool = False,
