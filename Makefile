@@ -4,7 +4,7 @@
 #   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them
 #   make ctest      the C tests                 make valgrind: the same under valgrind
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make bench      the benchmarks              make lint: style
+#   make bench      the benchmarks              make lint: style and types
 #   make venv       the test environment, ready for use: .venv-test/bin/python
 #   make clean      remove everything made here
 
@@ -66,9 +66,10 @@ bench: .venv-test/stamp
 	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv-test/bin/python $$script; done
 
 lint: .venv-test/stamp
-	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'clang-format>=18,<23'
+	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'
 	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
 	.venv-test/bin/ruff check .
+	.venv-test/bin/mypy lineas
 
 # ---- the C tests: csrc/core and csrc/kernels alone, no Python -------------------------------------------------------
 
