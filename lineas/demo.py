@@ -47,7 +47,7 @@ class Size:
     shown: int
 
 
-FULL = Size(sentences=40, prompts=12, rounds=4, samples_per_round=4, new_tokens=25, neutral_texts=32, shown=6)
+FULL = Size(sentences=40, prompts=12, rounds=3, samples_per_round=4, new_tokens=25, neutral_texts=32, shown=6)
 QUICK = Size(sentences=8, prompts=4, rounds=1, samples_per_round=2, new_tokens=8, neutral_texts=4, shown=2)
 
 
