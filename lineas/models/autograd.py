@@ -106,9 +106,8 @@ def _torch_affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float, chan
     """Twin of `affine` in torch operations: ``weight`` and ``bias`` in the working dtype of ``z``."""
     shape = [1] * z.ndim
     shape[channel_axis] = -1
-    # (1 - s) + s w, not 1 + s (w - 1): strength 1 gives w to the last bit. A neuron that is off stays as it is.
-    slope = torch.where(weight == 1, 1, (1 - strength) + strength * weight)
-    shift = strength * bias
+    # (1 - s) + s w, not 1 + s (w - 1): strength 1 gives w to the last bit, however small it is.
+    slope, shift = (1 - strength) + strength * weight, strength * bias
     return torch.addcmul(shift.view(shape), z.to(weight.dtype), slope.view(shape)).to(z.dtype)
 
 
