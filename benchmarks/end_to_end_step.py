@@ -5,7 +5,7 @@ leaves the forward after the last loss module, and goes backward from the sum of
 that a fit adds (maps, pooling, loss, optimiser) is in the other step. The two alternate, in turns as to which is
 first, and the median of the paired ratios is printed; the goal is at most 1.10.
 
-    python benchmarks/end_to_end_step.py [--rounds 9] [--threads 2]
+    python benchmarks/end_to_end_step.py [--rounds 23] [--threads 2]
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def seconds(function) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="paired measurements (default 9)")
+    parser.add_argument("--rounds", type=int, default=23, help="paired measurements (default 23)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
