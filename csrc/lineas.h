@@ -118,7 +118,7 @@ lns_status lns_bures_map(const double *source, const double *target, int64_t d, 
 /* ---- affine.c: a map at a strength ----------------------------------------------------------------------------------
  */
 
-int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner, lns_dtype dtype);
+int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner);
 
 /* out = scale * z + shift with scale = 1 where weight is 1, else (1 - s) + s * weight; shift = s * bias, on
  * z [outer, d, inner]. weight, bias [d] real. out: z's dtype and shape, overwritten, rounded once. */

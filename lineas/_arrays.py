@@ -114,6 +114,29 @@ def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
     return array
 
 
+def as_vector(x: Any, name: str, entry: str) -> NDArray:
+    """`as_engine` for a vector [d] of finite float32 or float64 numbers; `entry` is what one of them belongs to.
+
+    Raises
+    ------
+    TypeError
+        If the dtype is another one.
+    ValueError
+        If `x` is not 1-D, is empty or holds a value that is not finite.
+    """
+    array = as_engine(x, name)
+    if array.dtype not in (np.float32, np.float64):
+        seen = "bfloat16" if array.dtype == np.uint16 else array.dtype
+        raise TypeError(f"{name} must be float32 or float64, got dtype {seen}")
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must have shape [d] with d >= 1, got shape {array.shape}")
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = int(np.argmin(finite))
+        raise ValueError(f"{name} must be finite, got {array[at]} at {entry} {at}")
+    return array
+
+
 def same_working_type(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
     """Both arrays as they are if the engine computes them in one type, else both in float64."""
     if working_dtype(a) == working_dtype(b):

@@ -1,10 +1,9 @@
 """The engine's distance and proximal step for people: checked input, one module at a time."""
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import as_engine, as_mass, as_not_negative, as_sample, same_working_type
+from ._arrays import as_mass, as_not_negative, as_sample, as_vector, same_working_type
 from ._threads import get_num_threads
 
 
@@ -151,15 +150,6 @@ def prox_sparse_group(x: ArrayLike, *, tau: float, l1: float, group: float) -> N
     >>> lineas.prox_sparse_group(np.array([3.0, -0.5]), tau=1.0, l1=1.0, group=0.0)
     array([ 2., -0.])
     """
-    array = as_engine(x, "x")
-    if array.dtype not in (np.float32, np.float64):
-        seen = "bfloat16" if array.dtype == np.uint16 else array.dtype
-        raise TypeError(f"x must be float32 or float64, got dtype {seen}")
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"x must have shape [d] with d >= 1, got shape {array.shape}")
-    finite = np.isfinite(array)
-    if not finite.all():
-        at = int(np.argmin(finite))
-        raise ValueError(f"x must be finite, got {array[at]} at entry {at}")
+    array = as_vector(x, "x", "entry")
     settings = (as_not_negative(tau, "tau"), as_not_negative(l1, "l1"), as_not_negative(group, "group"))
     return _core.prox_sparse_group(array, *settings)

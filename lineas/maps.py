@@ -11,27 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import as_engine, as_strength, is_tensor, working_dtype
+from ._arrays import as_engine, as_strength, as_vector, is_tensor, working_dtype
 from ._threads import get_num_threads
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from .models.attach import Handle
-
-
-def _parameter(x: ArrayLike, name: str) -> NDArray:
-    array = as_engine(x, name)
-    if array.dtype not in (np.float32, np.float64):
-        seen = "bfloat16" if array.dtype == np.uint16 else array.dtype
-        raise TypeError(f"{name} must be float32 or float64, got dtype {seen}")
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must have shape [d] with d >= 1, got shape {array.shape}")
-    finite = np.isfinite(array)
-    if not finite.all():
-        at = int(np.argmin(finite))
-        raise ValueError(f"{name} must be finite, got {array[at]} at neuron {at}")
-    return array
 
 
 def _blocks(shape: tuple[int, ...], axis: int, width: int) -> tuple[int, int, int]:
@@ -82,7 +68,7 @@ class AffineMap:
     bias: NDArray
 
     def __init__(self, weight: ArrayLike, bias: ArrayLike) -> None:
-        weight, bias = _parameter(weight, "weight"), _parameter(bias, "bias")
+        weight, bias = as_vector(weight, "weight", "neuron"), as_vector(bias, "bias", "neuron")
         if weight.shape != bias.shape:
             raise ValueError(f"weight and bias must have the same shape, got {weight.shape} and {bias.shape}")
         dtype = np.promote_types(weight.dtype, bias.dtype)

@@ -40,9 +40,8 @@ static int bad_sizes(int64_t outer, int64_t d, int64_t inner)
     return outer < 0 || d < 1 || inner < 0 || lns_mul(lns_mul(lns_mul(outer, d), inner), 8) < 0;
 }
 
-int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner, lns_dtype dtype)
+int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner)
 {
-    (void)dtype;
     if (bad_sizes(outer, d, inner)) {
         return -1;
     }

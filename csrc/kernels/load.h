@@ -145,11 +145,11 @@ static inline double lns_value(const void *data, lns_dtype dtype, int64_t index)
     return value;
 }
 
-/* Finds the first value of the sample, in row order, that is not finite within columns [begin, end). */
-static inline int lns_find_not_finite(const lns_sample *s, int64_t begin, int64_t end, lns_place *place)
+/* Finds the first value of the sample, in row order, that is not finite. */
+static inline int lns_find_not_finite(const lns_sample *s, lns_place *place)
 {
     for (int64_t i = 0; i < s->n; i++) {
-        for (int64_t j = begin; j < end; j++) {
+        for (int64_t j = 0; j < s->d; j++) {
             const double value = lns_value(s->data, s->dtype, i * s->d + j);
             if (!isfinite(value)) {
                 place->row = i;

@@ -76,7 +76,7 @@ lns_status lns_moments_update(const lns_sample *sample, int threads, void *work,
     lns_parallel_for(chunks, threads, MOMENTS[lns_is_double(sample->dtype)], &c);
     for (int t = 0; t < threads; t++) {
         /* A sum can also overflow without a bad value; then the infinity in the result is the truth. */
-        if (c.bad[t] && lns_find_not_finite(sample, 0, d, &found)) {
+        if (c.bad[t] && lns_find_not_finite(sample, &found)) {
             if (place != NULL) {
                 *place = found;
             }
@@ -120,7 +120,7 @@ lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, do
         return LNS_BAD_SIZE;
     }
     lns_status status = lns_check_mass(sample, &found);
-    if (status == LNS_OK && lns_find_not_finite(sample, 0, d, &found)) {
+    if (status == LNS_OK && lns_find_not_finite(sample, &found)) {
         status = LNS_NOT_FINITE;
     }
     if (status != LNS_OK) {

@@ -68,7 +68,7 @@ lns_status lns_sort(const lns_sample *samples, int64_t count, int threads, void 
         }
         /* Which thread saw it first is chance; the position reported is not. */
         for (found.entry = 0; found.entry < count; found.entry++) {
-            if (lns_find_not_finite(&samples[found.entry], 0, samples[found.entry].d, &found)) {
+            if (lns_find_not_finite(&samples[found.entry], &found)) {
                 break;
             }
         }

@@ -8,8 +8,7 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
     real *tile = (real *)(void *)work;
     int64_t k = 0, first = 0; /* module of the unit, and its first unit */
     for (int64_t unit = begin; unit < end; unit++) {
-        while (unit - first >= lns_tiles(c->samples[k].d, c->samples[k].dtype)) {
-            first += lns_tiles(c->samples[k].d, c->samples[k].dtype);
+        while (lns_is_past(&c->samples[k], unit, &first)) {
             k++;
         }
         const lns_sample *s = &c->samples[k];

@@ -146,6 +146,16 @@ static inline int64_t lns_tiles(int64_t d, lns_dtype dtype)
     return (d + lanes - 1) / lanes;
 }
 
+/* Units of a batch are the tiles of its modules, one module after the other. Whether `unit` lies behind the module
+ * whose first unit is *first; *first then becomes the next module's. */
+static inline int lns_is_past(const lns_sample *module, int64_t unit, int64_t *first)
+{
+    const int64_t tiles = lns_tiles(module->d, module->dtype);
+    const int past = unit - *first >= tiles;
+    *first += past ? tiles : 0;
+    return past;
+}
+
 /* Rough cost in nanoseconds of sorting n * d values, to choose the number of threads. */
 static inline int64_t lns_sort_cost(int64_t n, int64_t d)
 {

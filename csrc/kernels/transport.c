@@ -83,7 +83,7 @@ lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, in
             const lns_sample *s = k % 2 ? &jobs[k / 2].target : &jobs[k / 2].source;
             found.entry = k / 2;
             found.argument = (int)(k % 2);
-            status = lns_find_not_finite(s, 0, s->d, &found) ? LNS_NOT_FINITE : LNS_OK;
+            status = lns_find_not_finite(s, &found) ? LNS_NOT_FINITE : LNS_OK;
         }
     }
     if (status != LNS_OK && place != NULL) {

@@ -141,8 +141,7 @@ static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thre
     int64_t k = 0, first = 0, prepared = -1, count = 0;
     double total_u = 0, total_v = 0;
     for (int64_t unit = begin; unit < end; unit++) {
-        while (unit - first >= lns_tiles(c->jobs[k].source.d, c->jobs[k].source.dtype)) {
-            first += lns_tiles(c->jobs[k].source.d, c->jobs[k].source.dtype);
+        while (lns_is_past(&c->jobs[k].source, unit, &first)) {
             k++;
         }
         const lns_fit_job *job = &c->jobs[k];

@@ -88,11 +88,11 @@ static void find_first(const lns_w2_job *jobs, int64_t count, lns_place *place)
     for (place->entry = 0; place->entry < count; place->entry++) {
         const lns_w2_job *job = &jobs[place->entry];
         place->argument = 0;
-        if (job->weight != NULL ? find_through_map(job, place) : lns_find_not_finite(&job->u, 0, job->u.d, place)) {
+        if (job->weight != NULL ? find_through_map(job, place) : lns_find_not_finite(&job->u, place)) {
             return;
         }
         place->argument = 1;
-        if (lns_find_not_finite(&job->v, 0, job->v.d, place)) {
+        if (lns_find_not_finite(&job->v, place)) {
             return;
         }
     }

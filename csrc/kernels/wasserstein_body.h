@@ -230,8 +230,7 @@ static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int threa
     int64_t k = 0, first = 0, prepared = -1, count = 0;
     double total_u = 0, total_v = 0;
     for (int64_t unit = begin; unit < end; unit++) {
-        while (unit - first >= lns_tiles(c->jobs[k].u.d, c->jobs[k].u.dtype)) {
-            first += lns_tiles(c->jobs[k].u.d, c->jobs[k].u.dtype);
+        while (lns_is_past(&c->jobs[k].u, unit, &first)) {
             k++;
         }
         const lns_w2_job *job = &c->jobs[k];

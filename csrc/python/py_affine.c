@@ -29,7 +29,7 @@ LNS_FUNCTION(affine_apply)
         !lns_double(args[3], "strength", &strength) || !lns_threads(args[4], &threads)) {
         return NULL;
     }
-    void *work = lns_work_new(lns_affine_worksize(s.outer, s.d, s.inner, s.dtype));
+    void *work = lns_work_new(lns_affine_worksize(s.outer, s.d, s.inner));
     out = work == NULL ? NULL : lns_new(3, PyArray_DIMS(z), lns_typenum(s.dtype));
     if (out == NULL) {
         lns_work_free(work);
@@ -70,7 +70,7 @@ LNS_FUNCTION(affine_backward)
         PyErr_SetString(PyExc_ValueError, "grad_out must have the dtype and shape of z");
         return NULL;
     }
-    work = lns_work_new(lns_affine_worksize(s.outer, s.d, s.inner, s.dtype));
+    work = lns_work_new(lns_affine_worksize(s.outer, s.d, s.inner));
     if (work == NULL || (need_z && (grad_z = lns_new(3, PyArray_DIMS(z), lns_typenum(s.dtype))) == NULL) ||
         (grad_weight = lns_new_vector(s.d, lns_working(s.dtype))) == NULL ||
         (grad_bias = lns_new_vector(s.d, lns_working(s.dtype))) == NULL) {

@@ -8,7 +8,7 @@ static void forward(void)
     w[7] = 1;
     b[7] = 0;
     for (int inner = 1; inner <= INNER; inner++) {
-        void *work = memory(lns_affine_worksize(OUTER, D, inner, LNS_F32));
+        void *work = memory(lns_affine_worksize(OUTER, D, inner));
         CHECK(lns_affine(z, LNS_F32, OUTER, D, inner, w, b, 0.37, 2, work, out) == LNS_OK);
         for (int i = 0; i < OUTER * D * inner; i++) {
             const int j = i / inner % D;
@@ -32,7 +32,7 @@ static void backward(void)
     enum { OUTER = 70, D = 9 };
     double *z = normal_f64(OUTER * D, 1), *g = normal_f64(OUTER * D, 2), *w = normal_f64(D, 3), *grad_z;
     double grad_weight[D], grad_bias[D];
-    void *work = memory(lns_affine_worksize(OUTER, D, 1, LNS_F64));
+    void *work = memory(lns_affine_worksize(OUTER, D, 1));
     grad_z = memory(OUTER * D * 8);
     CHECK(lns_affine_backward(z, LNS_F64, OUTER, D, 1, w, 0.5, g, 2, work, grad_z, grad_weight, grad_bias) == LNS_OK);
     for (int j = 0; j < D; j++) {
@@ -61,7 +61,7 @@ static void half_precision(void)
     const uint16_t twice_f16[5] = {0x4000, 0xc400, 0x7c00, 0x0002, 0x7c00};
     const uint16_t twice_bf16[5] = {0x4000, 0xc080, 0x4800, 0x0002, 0x7f80};
     uint16_t out[5];
-    void *work = memory(lns_affine_worksize(5, 1, 1, LNS_F16));
+    void *work = memory(lns_affine_worksize(5, 1, 1));
     CHECK(lns_affine(f16, LNS_F16, 5, 1, 1, w, b, 1, 1, work, out) == LNS_OK);
     CHECK(memcmp(out, twice_f16, sizeof out) == 0);
     CHECK(lns_affine(bf16, LNS_BF16, 5, 1, 1, w, b, 1, 1, work, out) == LNS_OK);
@@ -74,6 +74,6 @@ void test_affine(void)
     forward();
     backward();
     half_precision();
-    CHECK(lns_affine_worksize(1, 0, 1, LNS_F32) == -1);
-    CHECK(lns_affine_worksize(INT64_MAX, 2, 2, LNS_F32) == -1);
+    CHECK(lns_affine_worksize(1, 0, 1) == -1);
+    CHECK(lns_affine_worksize(INT64_MAX, 2, 2) == -1);
 }
