@@ -2,7 +2,14 @@
  * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. With
  * LNS_ONE_VARIANT (loops that wait for memory, where another instruction set gains nothing) there is only the portable
  * one, and LNS_TABLE(f) is {f32, f64}. */
+#include <float.h>
+
 #include "core/cpu.h"
+
+/* Floats kept in wider registers between operations would give other bits than the other builds. */
+#if FLT_EVAL_METHOD != 0
+#error "float must be computed as float: on s390x add -fexcess-precision=fast, on 32-bit x86 -msse2 -mfpmath=sse"
+#endif
 
 #if LNS_HAVE_AVX2
 #include <immintrin.h>

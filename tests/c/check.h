@@ -39,5 +39,6 @@ void test_affine(void);
 void test_pool(void);
 void test_moments(void);
 void test_prox(void);
+void test_bits(void);
 
 #endif

@@ -58,6 +58,7 @@ int main(void)
         test_pool();
         test_moments();
         test_prox();
+        test_bits();
     }
     printf("%d checks, %d failed\n", checks, failures);
     return failures != 0;
