@@ -15,6 +15,10 @@
 #define LNS_MERGE16_COMPARATORS 25
 #define LNS_RUN_COMPARATORS (2 * LNS_SORT16_COMPARATORS + 2 * LNS_MERGE16_COMPARATORS + LNS_RUN / 2 - 1)
 
+/* What a network does with its comparators' decisions, and the networks of 16 rows. */
+enum lns_network_mode { LNS_PLAIN, LNS_RECORD, LNS_UNDO };
+enum lns_network_kind { LNS_SORT, LNS_MERGE, LNS_MERGE_ODD };
+
 #define LNS_SORT16(X)                                                                                                 \
     X(0, 1) X(2, 3) X(4, 5) X(6, 7) X(8, 9) X(10, 11) X(12, 13) X(14, 15) X(0, 2) X(4, 6) X(8, 10) X(12, 14)          \
     X(1, 3) X(5, 7) X(9, 11) X(13, 15) X(0, 4) X(8, 12) X(1, 5) X(9, 13) X(2, 6) X(10, 14) X(3, 7) X(11, 15)          \

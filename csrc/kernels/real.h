@@ -25,3 +25,5 @@
 #undef KEY_BITS
 #undef LANES
 #undef VNAME
+#undef VEC_LANES
+#undef VEC_PARTS

@@ -5,7 +5,7 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
 {
     sort_context *c = context;
     char *work = (char *)c->work + thread * c->work_each;
-    real *tile = (real *)(void *)work;
+    key *tile = (key *)(void *)work;
     int64_t k = 0, first = 0; /* module of the unit, and its first unit */
     for (int64_t unit = begin; unit < end; unit++) {
         while (lns_is_past(&c->samples[k], unit, &first)) {
@@ -13,12 +13,14 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
         }
         const lns_sample *s = &c->samples[k];
         const int64_t column = (unit - first) * LANES;
-        char *rest = work + s->n * LNS_TILE_ROW;
+        char *rest = work + lns_tile_bytes(s->n);
         const VNAME(order) order = VNAME(order_at)(&rest, s->n, 0);
-        VNAME(load_tile)(s, column, tile);
+        VNAME(load_keys)(s, column, tile);
+        VNAME(prefetch_out)(c->out[k], s->n, s->d, column);
         VNAME(prefetch_tile)(s, column + LANES);
         VNAME(sort_tile)(tile, s->n, &order);
-        c->bad[thread] |= !VNAME(sorted_finite)(tile, s->n);
-        VNAME(store_tile)(tile, s->n, s->d, column, c->out[k]);
+        VNAME(flip_tile)(tile, s->n);
+        c->bad[thread] |= !VNAME(sorted_finite)((const real *)(void *)tile, s->n);
+        VNAME(store_tile)((const real *)(void *)tile, s->n, s->d, column, c->out[k]);
     }
 }

@@ -14,6 +14,9 @@
 
 #define LNS_TILE_ROW 64 /* bytes in a row of a tile */
 
+/* For functions whose constant arguments choose the code. */
+#define LNS_INLINE inline __attribute__((always_inline))
+
 /* Up to here a network sorts all lanes of a tile at once, recording its decisions where the ranks are wanted; above,
  * each column is sorted by radix. */
 #define LNS_NETWORK_ROWS 1024
@@ -22,19 +25,22 @@
 /* Up to here the rows of the next tile are asked for in advance. */
 #define LNS_PREFETCH_ROWS 128
 
-/* From here on, rows are sorted in runs of LNS_RUN. */
-#define LNS_LEAST_RUN 9
-
 /* Rows (i of the source, k of the target) whose quantile functions overlap over `mass` of (0, 1). */
 typedef struct lns_segment {
     int64_t i, k;
     double mass;
 } lns_segment;
 
-/* Rows of the network for n rows: from LNS_LEAST_RUN on, whole runs, filled up with keys above all others. */
+/* Rows of the network for n rows: 16, or whole runs, filled up with keys above all others. */
 static inline int64_t lns_network_rows(int64_t n)
 {
-    return n < LNS_LEAST_RUN ? n : (n + LNS_RUN - 1) / LNS_RUN * LNS_RUN;
+    return n <= 16 ? 16 : (n + LNS_RUN - 1) / LNS_RUN * LNS_RUN;
+}
+
+/* Bytes of a tile that such a network sorts. */
+static inline int64_t lns_tile_bytes(int64_t n)
+{
+    return lns_mul(lns_network_rows(n), LNS_TILE_ROW);
 }
 
 /* Comparators of one stage of Batcher's odd-even merge: sorted stretches of p rows are being merged in pairs, comparing
@@ -55,8 +61,8 @@ static inline int64_t lns_stage_size(int64_t rows, int64_t p, int64_t distance)
 static inline int64_t lns_network_size(int64_t n)
 {
     const int64_t rows = lns_network_rows(n);
-    int64_t size = n < LNS_LEAST_RUN ? 0 : rows / LNS_RUN * LNS_RUN_COMPARATORS;
-    for (int64_t p = n < LNS_LEAST_RUN ? 1 : LNS_RUN; p < rows; p *= 2) {
+    int64_t size = rows == 16 ? LNS_SORT16_COMPARATORS : rows / LNS_RUN * LNS_RUN_COMPARATORS;
+    for (int64_t p = LNS_RUN; p < rows; p *= 2) {
         for (int64_t distance = p; distance >= 1; distance /= 2) {
             size += lns_stage_size(rows, p, distance);
         }
@@ -67,15 +73,12 @@ static inline int64_t lns_network_size(int64_t n)
 /* Bytes of work that sorting a tile of n rows takes, with its ranks remembered where `ranked`. */
 static inline int64_t lns_order_bytes(int64_t n, int ranked)
 {
-    int64_t bytes = lns_mul(lns_network_rows(n), LNS_TILE_ROW); /* keys; also a column when ranks are undone */
     const int64_t pairs = lns_mul(n, 32);
-    if (bytes < 0 || pairs < 0 || n > UINT32_MAX) {
+    if (pairs < 0 || n > UINT32_MAX) {
         return -1;
     }
-    if (ranked && n <= LNS_RECORD_ROWS) {
-        bytes += lns_network_size(n) * LNS_TILE_ROW;
-    }
-    return bytes + lns_pad(pairs) + (ranked ? lns_mul(n, LNS_TILE_ROW) : 0);
+    const int64_t masks = ranked && n <= LNS_RECORD_ROWS ? lns_network_size(n) * LNS_TILE_ROW : 0;
+    return lns_pad(pairs) + masks + (ranked ? lns_mul(n, LNS_TILE_ROW) : 0);
 }
 
 /* The common refinement of {i / n} and {k / m}: at most n + m - 1 segments, for samples of equally weighted rows. */

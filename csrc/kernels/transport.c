@@ -30,8 +30,8 @@ static int64_t work_each(const lns_fit_job *jobs, int64_t count, int64_t *segmen
         }
         const int weighted = jobs[k].source.mass != NULL || jobs[k].target.mass != NULL;
         const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
-        const int64_t rest =
-            (n + m) * LNS_TILE_ROW + lns_order_bytes(n, weighted) + lns_order_bytes(m, weighted) + segments;
+        const int64_t rest = lns_tile_bytes(n) + lns_tile_bytes(m) + lns_order_bytes(n, weighted) +
+                             lns_order_bytes(m, weighted) + segments;
         *segments_each = segments > *segments_each ? segments : *segments_each;
         most = rest > most ? rest : most;
     }

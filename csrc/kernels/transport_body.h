@@ -80,18 +80,16 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
     int constant[LANES];
 
     real *u = (real *)(void *)work;
-    work += n * LNS_TILE_ROW;
+    work += lns_tile_bytes(n);
     real *v = (real *)(void *)work;
-    work += m * LNS_TILE_ROW;
+    work += lns_tile_bytes(m);
     const VNAME(order) order_u = VNAME(order_at)(&work, n, weighted);
     const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted);
     lns_segment *own = (lns_segment *)(void *)work;
 
-    VNAME(load_tile)(source, column, u);
-    VNAME(load_tile)(target, column, v);
-    VNAME(prefetch_tile)(source, column + LANES);
-    VNAME(prefetch_tile)(target, column + LANES);
     if (method != LNS_LINEAR) {
+        VNAME(load_tile)(source, column, u);
+        VNAME(load_tile)(target, column, v);
         VNAME(constant_columns)(u, n, constant);
         if (!VNAME(rows_finite)(u, 0, n) || !VNAME(rows_finite)(v, 0, m)) {
             return 0;
@@ -99,13 +97,19 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
         VNAME(tile_moments)(u, source, total_u, mean_u, variance);
         VNAME(tile_moments)(v, target, total_v, mean_v, other);
     } else {
+        VNAME(load_keys)(source, column, (key *)(void *)u);
+        VNAME(load_keys)(target, column, (key *)(void *)v);
+        VNAME(prefetch_tile)(source, column + LANES);
+        VNAME(prefetch_tile)(target, column + LANES);
         if (weighted) {
-            VNAME(sort_by_column)(u, n, &order_u);
-            VNAME(sort_by_column)(v, m, &order_v);
+            VNAME(sort_by_column)((key *)(void *)u, n, &order_u);
+            VNAME(sort_by_column)((key *)(void *)v, m, &order_v);
         } else {
-            VNAME(sort_tile)(u, n, &order_u);
-            VNAME(sort_tile)(v, m, &order_v);
+            VNAME(sort_tile)((key *)(void *)u, n, &order_u);
+            VNAME(sort_tile)((key *)(void *)v, m, &order_v);
         }
+        VNAME(flip_tile)(u, n);
+        VNAME(flip_tile)(v, m);
         if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
             return 0;
         }

@@ -1,35 +1,33 @@
 /* Template body: squared W2 of a tile against its target, with gradients. */
 #include "kernels/tile_body.h"
 
-/* Adds one column block's part of a float sum to its double total, and starts the next part. */
-static inline void VNAME(fold)(real *restrict part, double *restrict total)
+/* Adds a register's part of a float sum to its double total, and starts the next part. */
+static inline void VNAME(fold)(VNAME(reals) * part, double *restrict total)
 {
-    for (int l = 0; l < LANES; l++) {
-        total[l] += (double)part[l];
-        part[l] = 0;
+    for (int l = 0; l < VEC_LANES; l++) {
+        total[l] += (double)(*part)[l];
     }
+    *part = (VNAME(reals)){0};
 }
 
 /* Equal sizes and weights: row i of the sorted tiles meets row i alone. g may be NULL. */
-static inline void VNAME(w2_equal)(const real *restrict u, const real *restrict v, int64_t n, real *restrict g,
-                                   double *restrict value)
+static inline void VNAME(w2_equal)(const real *u, const real *v, int64_t n, real *g, double *restrict value)
 {
     const real twice = (real)(2.0 / (double)n);
-    real part[LANES] = {0};
-    for (int64_t i = 0; i < n; i++) {
-        real difference[LANES];
-        for (int l = 0; l < LANES; l++) {
-            difference[l] = u[i * LANES + l] - v[i * LANES + l];
-            part[l] += difference[l] * difference[l];
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        VNAME(reals) part = {0};
+        for (int64_t i = 0; i < n; i++) {
+            const VNAME(reals) difference = VNAME(reals_load)(u + i * LANES + p) - VNAME(reals_load)(v + i * LANES + p);
+            part += difference * difference;
+            if (g != NULL) {
+                VNAME(reals_store)(g + i * LANES + p, twice * difference);
+            }
+            if (i % LNS_FOLD == LNS_FOLD - 1) {
+                VNAME(fold)(&part, value + p);
+            }
         }
-        for (int l = 0; g != NULL && l < LANES; l++) {
-            g[i * LANES + l] = twice * difference[l];
-        }
-        if (i % LNS_FOLD == LNS_FOLD - 1) {
-            VNAME(fold)(part, value);
-        }
+        VNAME(fold)(&part, value + p);
     }
-    VNAME(fold)(part, value);
     for (int l = 0; l < LANES; l++) {
         value[l] /= (double)n;
     }
@@ -85,39 +83,40 @@ static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const do
 
 static inline int VNAME(any_ties)(const real *u, int64_t n)
 {
-    key tied[LANES] = {0};
-    int any = 0;
-    for (int64_t i = 0; i + 1 < n; i++) {
-        for (int l = 0; l < LANES; l++) {
-            tied[l] |= u[i * LANES + l] == u[(i + 1) * LANES + l] ? -1 : 0;
+    VNAME(vec) tied = {0};
+    key any = 0;
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        for (int64_t i = 0; i + 1 < n; i++) {
+            tied |= (VNAME(vec))(VNAME(reals_load)(u + i * LANES + p) == VNAME(reals_load)(u + (i + 1) * LANES + p));
         }
     }
-    for (int l = 0; l < LANES; l++) {
-        any |= tied[l] != 0;
+    for (int l = 0; l < VEC_LANES; l++) {
+        any |= tied[l];
     }
-    return any;
+    return any != 0;
 }
 
 /* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z.
  */
-static inline void VNAME(w2_through_map)(real *restrict g, const real *restrict z, const real *restrict weight,
-                                         int64_t n, double *restrict grad_weight, double *restrict grad_bias)
+static inline void VNAME(w2_through_map)(real *g, const real *z, const real *weight, int64_t n,
+                                         double *restrict grad_weight, double *restrict grad_bias)
 {
-    real part_weight[LANES] = {0}, part_bias[LANES] = {0};
-    for (int64_t i = 0; i < n; i++) {
-        for (int l = 0; l < LANES; l++) {
-            const real here = g[i * LANES + l];
-            part_weight[l] += here * z[i * LANES + l];
-            part_bias[l] += here;
-            g[i * LANES + l] = here * weight[l];
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        const VNAME(reals) w = VNAME(reals_load)(weight + p);
+        VNAME(reals) part_weight = {0}, part_bias = {0};
+        for (int64_t i = 0; i < n; i++) {
+            const VNAME(reals) here = VNAME(reals_load)(g + i * LANES + p);
+            part_weight += here * VNAME(reals_load)(z + i * LANES + p);
+            part_bias += here;
+            VNAME(reals_store)(g + i * LANES + p, here * w);
+            if (i % LNS_FOLD == LNS_FOLD - 1) {
+                VNAME(fold)(&part_weight, grad_weight + p);
+                VNAME(fold)(&part_bias, grad_bias + p);
+            }
         }
-        if (i % LNS_FOLD == LNS_FOLD - 1) {
-            VNAME(fold)(part_weight, grad_weight);
-            VNAME(fold)(part_bias, grad_bias);
-        }
+        VNAME(fold)(&part_weight, grad_weight + p);
+        VNAME(fold)(&part_bias, grad_bias + p);
     }
-    VNAME(fold)(part_weight, grad_weight);
-    VNAME(fold)(part_bias, grad_bias);
 }
 
 static inline void VNAME(store_row)(const double *from, int64_t lanes, void *out, int64_t column)
@@ -138,14 +137,15 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
     double value[LANES] = {0}, grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
     real weight[LANES] = {0};
 
-    real *u = (real *)(void *)work;
-    work += n * LNS_TILE_ROW;
+    real *u = (real *)(void *)work; /* keys until they are sorted */
+    work += lns_tile_bytes(n);
     real *z = (real *)(void *)work; /* source order; only where a map is given */
-    work += job->weight != NULL ? n * LNS_TILE_ROW : 0;
+    work += job->weight != NULL ? lns_tile_bytes(n) : 0;
     real *v = (real *)(void *)work;
-    work += m * LNS_TILE_ROW;
+    work += lns_tile_bytes(m);
     real *g = (real *)(void *)work;
-    work += n * LNS_TILE_ROW;
+    work += lns_tile_bytes(n);
+    key *keys_u = (key *)(void *)u, *keys_v = (key *)(void *)v;
     const VNAME(order) order_u = VNAME(order_at)(&work, n, ranked_u);
     const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted);
     lns_segment *own = (lns_segment *)(void *)work;
@@ -155,30 +155,45 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
         memcpy(weight, (const real *)job->weight + column, (size_t)lanes * sizeof(real));
         memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
         VNAME(load_tile)(&job->u, column, z);
-        for (int64_t i = 0; i < n; i++) {
-            for (int l = 0; l < LANES; l++) {
-                u[i * LANES + l] = weight[l] * z[i * LANES + l] + bias[l];
+        for (int p = 0; p < LANES; p += VEC_LANES) {
+            const VNAME(reals) w = VNAME(reals_load)(weight + p), b = VNAME(reals_load)(bias + p);
+            for (int64_t i = 0; i < n; i++) {
+                const VNAME(reals) mapped = w * VNAME(reals_load)(z + i * LANES + p) + b;
+                VNAME(vec_store)(keys_u + i * LANES + p, VNAME(vec_flip)((VNAME(vec))mapped));
             }
         }
     } else {
-        VNAME(load_tile)(&job->u, column, u);
+        VNAME(load_keys)(&job->u, column, keys_u);
     }
-    VNAME(load_tile)(&job->v, column, v);
+    if (v_sorted) {
+        VNAME(load_tile)(&job->v, column, v);
+    } else {
+        VNAME(load_keys)(&job->v, column, keys_v);
+    }
+    if (job->grad_u != NULL) {
+        VNAME(prefetch_out)(job->grad_u, n, d, column);
+    }
     VNAME(prefetch_tile)(&job->u, column + LANES);
     VNAME(prefetch_tile)(&job->v, column + LANES);
 
     if (weighted) {
-        VNAME(sort_by_column)(u, n, &order_u);
-        VNAME(sort_by_column)(v, m, &order_v);
+        VNAME(sort_by_column)(keys_u, n, &order_u);
+    } else if (gradient) {
+        VNAME(rank_tile)(keys_u, n, &order_u);
     } else {
-        if (gradient) {
-            VNAME(rank_tile)(u, n, &order_u);
-        } else {
-            VNAME(sort_tile)(u, n, &order_u);
+        VNAME(sort_tile)(keys_u, n, &order_u);
+    }
+    VNAME(flip_tile)(u, n);
+    if (weighted) { /* also a sorted target: the weights need its ranks */
+        if (v_sorted) {
+            VNAME(flip_tile)(v, m);
         }
-        if (!v_sorted) {
-            VNAME(sort_tile)(v, m, &order_v);
-        }
+        VNAME(sort_by_column)(keys_v, m, &order_v);
+    } else if (!v_sorted) {
+        VNAME(sort_tile)(keys_v, m, &order_v);
+    }
+    if (weighted || !v_sorted) {
+        VNAME(flip_tile)(v, m);
     }
     /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
     if (!VNAME(sorted_finite)(u, n) || !(v_sorted ? VNAME(rows_finite)(v, 0, m) : VNAME(sorted_finite)(v, m))) {

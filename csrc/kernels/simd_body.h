@@ -1,0 +1,125 @@
+/* Template body: a register of keys, VEC_BYTES wide, and what a comparator does to a pair of them. Written with the
+ * compilers' vector extensions, which lower any width on any target; intrinsics where gcc 12 finds no minimum in a
+ * compare and a select. Loads and stores go through memcpy, which makes no claim about alignment or aliasing.
+ *
+ * VNAME(mask) is the record of one comparator: which lanes it swapped. AVX-512 compares into a bit a lane; the others
+ * keep the vector of the comparison. */
+#define VEC_LANES ((int)(VEC_BYTES / sizeof(key)))
+typedef key VNAME(vec) __attribute__((vector_size(VEC_BYTES)));
+typedef real VNAME(reals) __attribute__((vector_size(VEC_BYTES)));
+
+#if VEC_BYTES == 64 && REAL_IS_DOUBLE
+typedef uint8_t VNAME(mask);
+#elif VEC_BYTES == 64
+typedef uint16_t VNAME(mask);
+#else
+typedef VNAME(vec) VNAME(mask);
+#endif
+
+static inline VNAME(vec) VNAME(vec_load)(const void *from)
+{
+    VNAME(vec) v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline void VNAME(vec_store)(void *to, VNAME(vec) v)
+{
+    memcpy(to, &v, sizeof v);
+}
+
+static inline VNAME(reals) VNAME(reals_load)(const real *from)
+{
+    return (VNAME(reals))VNAME(vec_load)(from);
+}
+
+static inline void VNAME(reals_store)(real *to, VNAME(reals) v)
+{
+    VNAME(vec_store)(to, (VNAME(vec))v);
+}
+
+/* The bits of a real as a key, and back: the magnitude of negative ones is reversed. */
+static inline VNAME(vec) VNAME(vec_flip)(VNAME(vec) k)
+{
+#if VEC_BYTES == 32 && REAL_IS_DOUBLE /* no arithmetic shift of 64 bits before AVX-512 */
+    const VNAME(vec) sign = (VNAME(vec))_mm256_cmpgt_epi64(_mm256_setzero_si256(), (__m256i)k);
+#else
+    const VNAME(vec) sign = k >> (KEY_BITS - 1);
+#endif
+    return k ^ (sign & (key)((ukey)-1 >> 1));
+}
+
+/* Where a > b. */
+static inline VNAME(mask) VNAME(vec_greater)(VNAME(vec) a, VNAME(vec) b)
+{
+#if VEC_BYTES == 64 && REAL_IS_DOUBLE
+    return _mm512_cmpgt_epi64_mask((__m512i)a, (__m512i)b);
+#elif VEC_BYTES == 64
+    return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+#else
+    return (VNAME(vec))(a > b);
+#endif
+}
+
+/* b where the mask is set, else a. */
+static inline VNAME(vec) VNAME(vec_select)(VNAME(mask) mask, VNAME(vec) a, VNAME(vec) b)
+{
+#if VEC_BYTES == 64 && REAL_IS_DOUBLE
+    return (VNAME(vec))_mm512_mask_mov_epi64((__m512i)a, mask, (__m512i)b);
+#elif VEC_BYTES == 64
+    return (VNAME(vec))_mm512_mask_mov_epi32((__m512i)a, mask, (__m512i)b);
+#elif VEC_BYTES == 32
+    return (VNAME(vec))_mm256_blendv_epi8((__m256i)a, (__m256i)b, (__m256i)mask);
+#else
+    return a ^ ((a ^ b) & mask);
+#endif
+}
+
+static inline void VNAME(vec_swap)(VNAME(vec) * a, VNAME(vec) * b, VNAME(mask) mask)
+{
+    const VNAME(vec) x = *a, y = *b;
+#if VEC_BYTES == 16
+    const VNAME(vec) difference = (x ^ y) & mask;
+    *a = x ^ difference;
+    *b = y ^ difference;
+#else
+    *a = VNAME(vec_select)(mask, x, y);
+    *b = VNAME(vec_select)(mask, y, x);
+#endif
+}
+
+/* A comparator: the smaller keys into a, the larger into b. */
+static inline void VNAME(vec_exchange)(VNAME(vec) * a, VNAME(vec) * b)
+{
+#if VEC_BYTES == 64 && REAL_IS_DOUBLE
+    const __m512i x = (__m512i)*a, y = (__m512i)*b;
+    *a = (VNAME(vec))_mm512_min_epi64(x, y);
+    *b = (VNAME(vec))_mm512_max_epi64(x, y);
+#elif VEC_BYTES == 64
+    const __m512i x = (__m512i)*a, y = (__m512i)*b;
+    *a = (VNAME(vec))_mm512_min_epi32(x, y);
+    *b = (VNAME(vec))_mm512_max_epi32(x, y);
+#elif VEC_BYTES == 32 && !REAL_IS_DOUBLE
+    const __m256i x = (__m256i)*a, y = (__m256i)*b;
+    *a = (VNAME(vec))_mm256_min_epi32(x, y);
+    *b = (VNAME(vec))_mm256_max_epi32(x, y);
+#else
+    VNAME(vec_swap)(a, b, VNAME(vec_greater)(*a, *b));
+#endif
+}
+
+/* The same, recorded. */
+static inline void VNAME(vec_exchange_recorded)(VNAME(vec) * a, VNAME(vec) * b, VNAME(mask) * mask)
+{
+    const VNAME(mask) swapped = VNAME(vec_greater)(*a, *b);
+    memcpy(mask, &swapped, sizeof swapped);
+    VNAME(vec_exchange)(a, b);
+}
+
+/* What a recorded comparator did, again; twice is undone. */
+static inline void VNAME(vec_exchange_masked)(VNAME(vec) * a, VNAME(vec) * b, const VNAME(mask) * mask)
+{
+    VNAME(mask) swapped;
+    memcpy(&swapped, mask, sizeof swapped);
+    VNAME(vec_swap)(a, b, swapped);
+}
