@@ -42,7 +42,7 @@ typedef struct lns_place {
 
 /* ---- processor ------------------------------------------------------------------------------------------------- */
 
-/* Chooses the kernel variant: "portable" or "avx2"; NULL or "" = the best this CPU runs. Returns 0, or -1 where
+/* Chooses the kernel variant: "portable", "avx2" or "avx512"; NULL or "" = the best this CPU runs. Returns 0, or -1 where
  * `forced` is unknown or the CPU cannot run it (the choice then stays as it was). Call it once, before any other
  * thread uses the engine. */
 int lns_cpu_init(const char *forced);

@@ -141,7 +141,7 @@ def bures_map(cov_source: Array, cov_target: Array, ridge: float) -> Array:
     """
 
 def cpu() -> str:
-    """Kernel variant in use: "portable" or "avx2" (LINEAS_CPU forces one)."""
+    """Kernel variant in use: "portable", "avx2" or "avx512" (LINEAS_CPU forces one)."""
 
 def blas() -> str:
     """OpenBLAS's own description of itself."""

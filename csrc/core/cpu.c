@@ -4,15 +4,20 @@
 
 #include "lineas.h"
 
-static const char *const NAMES[LNS_CPU_COUNT] = {[LNS_CPU_PORTABLE] = "portable", [LNS_CPU_AVX2] = "avx2"};
+static const char *const NAMES[LNS_CPU_COUNT] = {
+    [LNS_CPU_PORTABLE] = "portable", [LNS_CPU_AVX2] = "avx2", [LNS_CPU_AVX512] = "avx512"};
 
 static lns_cpu_variant chosen = LNS_CPU_PORTABLE;
 
 static int runs_here(lns_cpu_variant variant)
 {
-#if LNS_HAVE_AVX2
+#if LNS_HAVE_X86
     if (variant == LNS_CPU_AVX2) {
         return __builtin_cpu_supports("avx2") != 0;
+    }
+    if (variant == LNS_CPU_AVX512) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
 #endif
     return variant == LNS_CPU_PORTABLE;

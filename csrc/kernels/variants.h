@@ -11,52 +11,32 @@
 #error "float must be computed as float: on s390x add -fexcess-precision=fast, on 32-bit x86 -msse2 -mfpmath=sse"
 #endif
 
-#if LNS_HAVE_AVX2
+#if LNS_HAVE_X86
 #include <immintrin.h>
 #endif
 
 #define LNS_JOIN_(a, b, c) a##b##c
 #define LNS_JOIN(a, b, c) LNS_JOIN_(a, b, c)
+#define LNS_PAIR_(f, variant) {f##_f32##variant, f##_f64##variant}
 
 #define LNS_VARIANT _portable
 #define VEC_BYTES 16
-#define REAL_IS_DOUBLE 0
-#include "kernels/real.h"
-#undef REAL_IS_DOUBLE
-#define REAL_IS_DOUBLE 1
-#include "kernels/real.h"
-#undef REAL_IS_DOUBLE
-#undef LNS_VARIANT
-#undef VEC_BYTES
+#include "kernels/reals.h"
 
 #if defined(LNS_ONE_VARIANT)
-#define LNS_TABLE(f) {f##_f32_portable, f##_f64_portable}
-#elif LNS_HAVE_AVX2
+#define LNS_TABLE(f) LNS_PAIR_(f, _portable)
+#elif LNS_HAVE_X86
 LNS_TARGET_AVX2
 #define LNS_VARIANT _avx2
 #define VEC_BYTES 32
-#define REAL_IS_DOUBLE 0
-#include "kernels/real.h"
-#undef REAL_IS_DOUBLE
-#define REAL_IS_DOUBLE 1
-#include "kernels/real.h"
-#undef REAL_IS_DOUBLE
-#undef LNS_VARIANT
-#undef VEC_BYTES
+#include "kernels/reals.h"
 LNS_TARGET_END
-#define LNS_TABLE(f)                                                                                                   \
-    {                                                                                                                  \
-        {f##_f32_portable, f##_f64_portable},                                                                          \
-        {                                                                                                              \
-            f##_f32_avx2, f##_f64_avx2                                                                                 \
-        }                                                                                                              \
-    }
+LNS_TARGET_AVX512
+#define LNS_VARIANT _avx512
+#define VEC_BYTES 64
+#include "kernels/reals.h"
+LNS_TARGET_END
+#define LNS_TABLE(f) {LNS_PAIR_(f, _portable), LNS_PAIR_(f, _avx2), LNS_PAIR_(f, _avx512)}
 #else
-#define LNS_TABLE(f)                                                                                                   \
-    {                                                                                                                  \
-        {f##_f32_portable, f##_f64_portable},                                                                          \
-        {                                                                                                              \
-            f##_f32_portable, f##_f64_portable                                                                         \
-        }                                                                                                              \
-    }
+#define LNS_TABLE(f) {LNS_PAIR_(f, _portable), LNS_PAIR_(f, _portable), LNS_PAIR_(f, _portable)}
 #endif

@@ -42,9 +42,9 @@ float *normal_f32(int64_t count, unsigned seed)
 
 int main(void)
 {
-    static const char *const variants[] = {"portable", "avx2"};
+    static const char *const variants[] = {"portable", "avx2", "avx512"};
     CHECK(lns_cpu_init("no such processor") == -1);
-    for (int v = 0; v < 2; v++) {
+    for (int v = 0; v < 3; v++) {
         if (lns_cpu_init(variants[v]) != 0) {
             printf("%s: not on this processor\n", variants[v]);
             continue;
