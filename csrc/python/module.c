@@ -42,9 +42,17 @@ static PyMethodDef methods[] = {
 static int execute(PyObject *module)
 {
     (void)module;
+    static int ready = 0;
     const char *forced = getenv("LINEAS_CPU");
+    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+        PyErr_SetString(PyExc_ImportError, "lineas cannot be imported in a sub-interpreter");
+        return -1;
+    }
     if (PyArray_ImportNumPyAPI() < 0) {
         return -1;
+    }
+    if (ready) { /* imported anew: other threads may be using the engine, so it stays as it is */
+        return 0;
     }
     if (lns_cpu_init(forced) != 0) {
         PyErr_Format(PyExc_ImportError,
@@ -53,6 +61,7 @@ static int execute(PyObject *module)
     }
     /* Two BLAS pools in one process spin against each other; the engine splits its work itself. */
     LNS_OPENBLAS(set_num_threads)(1);
+    ready = 1;
     return 0;
 }
 
