@@ -8,8 +8,11 @@ Conventions, for every function:
   float64 for float64 input and in float32 for the others; all samples of one call must share the working type.
 * A list argument is a batch, one entry a module; results come back as a list in the same order.
 * `names` are labels for error messages, one per entry of the batch.
+* What is updated in place must not share memory with any other array of the call; inputs may.
 * A NaN or infinity in a sample raises ValueError "<name>: nan at row 3, column 17".
 * `threads` >= 1 is an upper bound; results do not depend on it.
+* MemoryError leaves what is updated in place as it was (but see `step`). A thread that cannot be started is no error.
+* Another thread may write into the arrays during a call: its results are then arbitrary, but nothing worse happens.
 """
 
 from collections.abc import Sequence
@@ -112,7 +115,8 @@ def step(
     b of each module. adam: (m_weight, v_weight, m_bias, v_bias, step number from 1, beta1, beta2, eps), the moments
     updated in place. float32 or float64 throughout. Returns (l1 ||.||_1 + group sqrt(d) ||.||_2 over all groups
     after the step, number of neurons with w != 1 or b != 0). A non-finite gradient raises ValueError naming its
-    flat position before anything is changed.
+    flat position before anything is changed. Should memory run out for just the two numbers that are returned, the
+    step has been taken when MemoryError is raised.
     """
 
 def fit_local(
@@ -137,7 +141,8 @@ def covariance(x: Array, mass: Array | None, name: str) -> tuple[Array, Array]:
 def bures_map(cov_source: Array, cov_target: Array, ridge: float) -> Array:
     """Symmetric A [d, d] with A C_s A = C_t for C_s = cov_source + ridge I, C_t likewise: float64.
 
-    Directions in which C_s has no variance (eigenvalue <= d eps max) are mapped to zero variance.
+    Directions in which C_s has no variance (eigenvalue <= d eps max) are mapped to zero variance. ValueError where a
+    covariance is not finite.
     """
 
 def cpu() -> str:

@@ -4,51 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+from calls import NAMES, call, flat, ones, sound
 from samples import encode
 
 from lineas import _core
 
 F32 = np.float32
-
-
-def ones(*shape, dtype=np.float64):
-    return np.ones(shape, dtype)
-
-
-def sound(name):
-    """Arguments of a sound call of one function, in order."""
-    rows, tokens = ones(4, 3), ones(2, 4, dtype=np.uint8)
-    state = {"mean": np.zeros(3), "m2": np.zeros(3), "low": np.full(3, np.inf), "high": np.full(3, -np.inf)}
-    pair = {"u": [rows], "v": [ones(5, 3)], "weight": [ones(3)], "bias": [ones(3)], "u_mass": None, "v_mass": None}
-    flat = {"weight": ones(5), "bias": ones(5), "grad_weight": ones(5), "grad_bias": ones(5)}
-    penalties = {"lr": 0.1, "l1": 0.1, "group": 0.1, "l1_bias": 0.1, "group_bias": 0.1}
-    fit = {"source": [rows], "target": [ones(5, 3)], "source_mass": None, "target_mass": None, "method": "linear"}
-    z, threads = ones(2, 3, 4), {"threads": 1}
-    return {
-        "sort_columns": {"samples": [rows], "names": ["x"]} | threads,
-        "wasserstein": pair | {"v_sorted": False, "gradient": 2, "u_names": ["u"], "v_names": ["v"]} | threads,
-        "affine_apply": {"z": z, "weight": ones(3), "bias": ones(3), "strength": 0.5} | threads,
-        "affine_backward": {"z": z, "weight": ones(3), "strength": 0.5, "grad_out": z, "need_z": True} | threads,
-        "pool": {"x": ones(2, 4, 3), "mask": tokens, "mode": "mean"} | threads,
-        "pool_backward": {"grad_out": ones(2, 3), "mask": tokens, "mode": "mean", "index": None, "tokens": 4} | threads,
-        "moments_update": {"x": rows, "count": 0} | state | {"name": "x"} | threads,
-        "moments_merge": {"count": 1} | state | {"count_b": 2} | {f"{key}_b": ones(3) for key in state},
-        "prox_sparse_group": {"x": ones(3), "tau": 1.0, "l1": 1.0, "group": 1.0},
-        "step": flat | {"offsets": np.array([0, 2, 5])} | penalties | {"adam": None} | threads,
-        "fit_local": fit | {"source_names": ["u"], "target_names": ["v"]} | threads,
-        "covariance": {"x": rows, "mass": None, "name": "x"},
-        "bures_map": {"cov_source": np.eye(3), "cov_target": np.eye(3), "ridge": 0.0},
-    }[name]
-
-
-def call(name, /, **changes):
-    """The sound call with some arguments changed."""
-    arguments = sound(name)
-    assert changes.keys() <= arguments.keys()
-    return getattr(_core, name)(*(arguments | changes).values())
-
-
-NAMES = [name for name in dir(_core) if not name.startswith("_") and name not in ("cpu", "blas")]
 
 # Every array argument: those of samples stand in lists.
 ARRAYS = [
@@ -67,8 +28,8 @@ def good_array(name, argument):
 
 
 def label(argument):
-    """What messages call an argument: samples go by their names, a state by its own parts."""
-    return {"samples": "x", "source": "u", "target": "v"}.get(argument, argument.removesuffix("_b"))
+    """What messages call an argument: samples go by their names."""
+    return {"samples": "x", "source": "u", "target": "v"}.get(argument, argument)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,8 +113,10 @@ def test_threads(name):
     for bad in (0, -1):
         with pytest.raises(ValueError, match=rf"^threads must be from 1 to 2147483647, got {bad}"):
             call(name, threads=bad)
-    for bad in ("1", 1.5, None):
-        with pytest.raises(TypeError, match=r"integer"):
+    with pytest.raises(ValueError, match=rf"^threads must be from 1 to 2147483647, got {10**30}"):
+        call(name, threads=10**30)
+    for bad, kind in (("1", "str"), (1.5, "float"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"^threads must be an int, got {kind}"):
             call(name, threads=bad)
 
 
@@ -239,7 +202,11 @@ def test_an_overflow_in_the_map_is_found():
 
 
 TYPE_ERRORS = [
-    ("sort_columns", {"samples": 3}, r"not iterable"),
+    ("sort_columns", {"samples": 3}, r"^samples must be a sequence, got int"),
+    ("sort_columns", {"names": 3}, r"^names must be a sequence, got int"),
+    ("wasserstein", {"u_mass": 3.0}, r"^row weights must be a sequence, got float"),
+    ("wasserstein", {"weight": 3}, r"^weight must be a sequence, got int"),
+    ("wasserstein", {"bias": 3}, r"^bias must be a sequence, got int"),
     ("sort_columns", {"names": [3]}, r"^samples: names must be str"),
     (
         "sort_columns",
@@ -248,13 +215,14 @@ TYPE_ERRORS = [
     ),
     ("wasserstein", {"v": [ones(4, 3, dtype=np.float16)]}, r"^v: float64 cannot be mixed"),
     ("wasserstein", {"bias": [ones(3, dtype=F32)]}, r"^bias must have dtype float64, got float32"),
-    ("wasserstein", {"gradient": None}, r"integer"),
+    ("wasserstein", {"gradient": None}, r"^gradient must be an int, got NoneType"),
     ("wasserstein", {"u_mass": [ones(4, dtype=F32)]}, r"^row weights must have dtype float64, got float32"),
     ("affine_apply", {"bias": ones(3, dtype=F32)}, r"^bias must have dtype float64, got float32"),
     ("affine_apply", {"z": ones(2, 3, 4, dtype=np.float16)}, r"^weight must have dtype float32, got float64"),
-    ("affine_apply", {"strength": "1"}, r"real number"),
+    ("affine_apply", {"strength": "1"}, r"^strength must be a real number, got str"),
     ("pool", {"mask": ones(2, 4)}, r"^mask must have dtype uint8, got float64"),
-    ("pool", {"mode": 3}, r"bad argument type"),
+    ("pool", {"mode": 3}, r"^pooling must be a str, got int"),
+    ("fit_local", {"method": None}, r"^method must be a str, got NoneType"),
     ("pool_backward", {"mode": "max"}, r"^index must be a NumPy array, got NoneType"),
     ("pool_backward", {"mode": "max", "index": np.zeros((2, 3))}, r"^index must have dtype int32, got float64"),
     ("moments_update", {"m2": np.zeros(3, F32)}, r"^m2 must have dtype float64, got float32"),
@@ -270,7 +238,8 @@ VALUE_ERRORS = [
     ("sort_columns", {"names": []}, r"^samples: arrays, names and row weights must have one"),
     ("wasserstein", {"v": [ones(4, 2)]}, r"^v has 2 columns, but u has 3"),
     ("wasserstein", {"v": []}, r"^v: arrays, names and row weights must have one"),
-    ("wasserstein", {"v": [ones(2, 3)] * 2, "v_names": ["a", "b"]}, r"^v: arrays, names and row weights must"),
+    ("wasserstein", {"v": [], "v_names": []}, r"^v must have 1 entries, one a module, got 0"),
+    ("wasserstein", {"v": [ones(2, 3)] * 2, "v_names": ["a", "b"]}, r"^v must have 1 entries, .*got 2"),
     ("wasserstein", {"weight": [ones(2)]}, r"^weight must have 3 entries, got 2"),
     ("wasserstein", {"weight": []}, r"^weight and bias must have one entry a module"),
     ("wasserstein", {"weight": None}, r"^weight and bias must both be given"),
@@ -285,6 +254,11 @@ VALUE_ERRORS = [
     ("affine_apply", {"weight": ones(4)}, r"^weight must have 3 entries, got 4"),
     ("affine_apply", {"bias": ones(2)}, r"^bias must have 3 entries, got 2"),
     ("affine_apply", {"strength": np.nan}, r"^strength must be finite, got nan"),
+    ("affine_apply", {"strength": 10**400}, r"^strength must be finite, got 1000"),
+    ("affine_apply", {"z": ones(2, 0, 4)}, r"^z must have at least one channel, got shape \(2, 0, 4\)"),
+    ("pool", {"x": ones(2, 4, 0)}, r"^x must have at least one column, got shape \(2, 4, 0\)"),
+    ("pool_backward", {"grad_out": ones(2, 0)}, r"^grad_out must have at least one column, got shape \(2, 0\)"),
+    ("affine_backward", {"z": ones(2, 3, 0), "grad_out": ones(5, 3, 0)}, r"^grad_out must have the dtype and shape of"),
     ("affine_backward", {"grad_out": ones(2, 3, 5)}, r"^grad_out must have the dtype and shape of"),
     ("affine_backward", {"grad_out": ones(2, 3, 4, dtype=F32)}, r"^grad_out must have the dtype and shape of"),
     ("affine_backward", {"strength": np.inf}, r"^strength must be finite, got inf"),
@@ -300,8 +274,8 @@ VALUE_ERRORS = [
     ("moments_update", {"mean": np.zeros(2)}, r"^mean must have 3 entries, got 2"),
     ("moments_update", {"count": -1}, r"^count must be from 0 to \d+, got -1"),
     ("moments_merge", {"high": ones(2)}, r"^high must have 3 entries, got 2"),
-    ("moments_merge", {"low_b": ones(2)}, r"^low must have 3 entries, got 2"),
-    ("moments_merge", {"count_b": -1}, r"^count must be from 0 to \d+, got -1"),
+    ("moments_merge", {"low_b": ones(2)}, r"^low_b must have 3 entries, got 2"),
+    ("moments_merge", {"count_b": -1}, r"^count_b must be from 0 to \d+, got -1"),
     ("prox_sparse_group", {"tau": -1.0}, r"^tau must not be negative, got -1.0"),
     ("prox_sparse_group", {"l1": np.nan}, r"^l1 must be finite, got nan"),
     ("prox_sparse_group", {"group": -0.5}, r"^group must not be negative, got -0.5"),
@@ -329,6 +303,8 @@ VALUE_ERRORS = [
     ("bures_map", {"cov_target": np.eye(4)}, r"must be square and of one size, got \(3, 3\) and \(4, 4\)"),
     ("bures_map", {"cov_source": ones(3, 2)}, r"must be square and of one size, got \(3, 2\) and \(3, 3\)"),
     ("bures_map", {"ridge": np.inf}, r"^ridge must be finite, got inf"),
+    ("bures_map", {"cov_source": np.diag([1, np.nan, 1])}, r"^cov_source is not finite at row 1, column 1"),
+    ("bures_map", {"cov_target": np.diag([1, 1, -np.inf])}, r"^cov_target is not finite at row 2, column 2"),
 ]
 
 
@@ -383,3 +359,102 @@ def test_errors_leak_no_references():
                 _core.fit_local([array], batch, None, weights, "linear", names, names, 1)
     del batch
     assert [sys.getrefcount(x) for x in (array, bad, names, mass)] == counts
+
+
+# --- what is updated in place, and numbers and sequences that run Python code ---
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        *(("moments_update", *pair) for pair in (("mean", "m2"), ("low", "high"), ("m2", "x"))),
+        *(("moments_merge", *pair) for pair in (("mean", "high"), ("mean", "mean_b"), ("low", "high_b"))),
+        *(("step", *pair) for pair in (("weight", "bias"), ("weight", "grad_weight"), ("bias", "grad_weight"))),
+    ],
+)
+def test_memory_shared_with_what_is_updated(name, first, second):
+    a, b = sound(name)[first], sound(name)[second]
+    memory = np.ones(a.size + b.size - 1)  # one number belongs to both
+    with pytest.raises(ValueError, match=rf"^{first} and {second} must not share memory"):
+        call(name, **{first: memory[: a.size], second: memory[a.size - 1 :].reshape(b.shape)})
+
+
+def test_memory_shared_with_the_moments_of_adam():
+    for place, part in enumerate(("m_weight", "v_weight", "m_bias", "v_bias")):
+        moments = list(np.zeros((4, 5)))
+        with pytest.raises(ValueError, match=rf"^bias and {part} must not share memory"):
+            call("step", bias=moments[place], adam=(*moments, 1, 0.9, 0.99, 1e-8))
+        with pytest.raises(ValueError, match=rf"^{part} and grad_bias must not share memory"):
+            call("step", grad_bias=moments[place], adam=(*moments, 1, 0.9, 0.99, 1e-8))
+    moments[0] = moments[1]
+    with pytest.raises(ValueError, match=r"^m_weight and v_weight must not share memory"):
+        call("step", adam=(*moments, 1, 0.9, 0.99, 1e-8))
+
+
+def test_inputs_may_share_memory():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    apart = call("wasserstein", u=[x], v=[x.copy()], weight=[x[0].copy()], bias=[x[0].copy()])
+    for a, b in zip(flat(call("wasserstein", u=[x], v=[x], weight=[x[0]], bias=[x[0]])), flat(apart), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def turn(arrays):
+    """Give matrices the shape of a column, in place."""
+    for x in arrays:
+        if x.ndim > 1:
+            x.resize((x.size, *[1] * (x.ndim - 1)), refcheck=False)
+
+
+class Meddling:
+    """A number, a flag or a sequence that turns arrays round when it is read."""
+
+    def __init__(self, value, arrays):
+        self.value, self.arrays = value, arrays
+
+    def read(self):
+        turn(self.arrays)
+        return self.value
+
+    __index__ = __float__ = __bool__ = read
+
+    def __iter__(self):
+        return iter(self.read())
+
+
+def arrays_in(arguments):
+    return [x for x in flat(list(arguments.values())) if isinstance(x, np.ndarray)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_that_an_argument_runs_cannot_change_arrays_after_their_check(name):
+    """Numbers and sequences are read first: the call does what it does on arrays that were turned before it."""
+
+    def outcome(arguments):
+        try:
+            return list(map(repr, flat(getattr(_core, name)(*arguments.values()))))
+        except ValueError as error:
+            return str(error)
+
+    turned = sound(name)
+    turn(arrays_in(turned))
+    expected = outcome(turned)
+    for key, value in sound(name).items():
+        if isinstance(value, list | float | int):
+            arguments = sound(name)
+            arguments[key] = Meddling(arguments[key], arrays_in(arguments))
+            assert outcome(arguments) == expected, key
+
+
+def test_empty_arrays_that_claim_many_rows():
+    """Whatever they claim, there is nothing to do."""
+    many = 1 << 40
+    z = np.empty((many, 3, 0))
+    assert call("affine_apply", z=z).shape == z.shape
+    grad_z, grad_weight, grad_bias = call("affine_backward", z=z, grad_out=z)
+    assert grad_z.shape == z.shape and not grad_weight.any() and not grad_bias.any()
+    pooled, _ = call("pool", x=np.empty((many, 0, 3)), mask=None, mode="all")
+    assert pooled.shape == (0, 3)
+    with pytest.raises(ValueError, match=r"^mask: row 0 keeps no token"):
+        call("pool", x=np.empty((7, 0, 3)), mask=None)
+    with pytest.raises((ValueError, MemoryError)):  # more than there is memory for, or can be addressed
+        call("pool_backward", grad_out=np.ones((1 << 20, 1)), mask=None, tokens=(1 << 31) - 1)

@@ -53,6 +53,13 @@ static const char *dtype_names(int dtypes)
     }
 }
 
+/* The name of a dtype's scalar type, without its module. Its str() would run Python code. */
+static const char *dtype_name(const PyArray_Descr *descr)
+{
+    const char *name = descr->typeobj->tp_name, *dot = strrchr(name, '.');
+    return dot == NULL ? name : dot + 1;
+}
+
 PyArrayObject *lns_array(PyObject *object, const char *name, int ndim, int dtypes, int writeable)
 {
     if (!PyArray_Check(object)) {
@@ -60,9 +67,9 @@ PyArrayObject *lns_array(PyObject *object, const char *name, int ndim, int dtype
         return NULL;
     }
     PyArrayObject *array = (PyArrayObject *)object;
+    const PyArray_Descr *descr = PyArray_DESCR(array);
     if (!(dtype_bit(PyArray_TYPE(array)) & dtypes)) {
-        PyErr_Format(PyExc_TypeError, "%s must have dtype %s, got %S", name, dtype_names(dtypes),
-                     (PyObject *)PyArray_DESCR(array));
+        PyErr_Format(PyExc_TypeError, "%s must have dtype %s, got %s", name, dtype_names(dtypes), dtype_name(descr));
         return NULL;
     }
     if (ndim >= 0 && PyArray_NDIM(array) != ndim) {
@@ -70,8 +77,8 @@ PyArrayObject *lns_array(PyObject *object, const char *name, int ndim, int dtype
         return NULL;
     }
     if (!PyArray_ISNOTSWAPPED(array)) {
-        PyErr_Format(PyExc_TypeError, "%s must be in native byte order, got %S", name,
-                     (PyObject *)PyArray_DESCR(array));
+        PyErr_Format(PyExc_TypeError, "%s must be in native byte order, got %c%c%zd", name, descr->byteorder,
+                     descr->kind, (Py_ssize_t)PyArray_ITEMSIZE(array));
         return NULL;
     }
     if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
@@ -127,6 +134,15 @@ PyArrayObject *lns_new(int ndim, const npy_intp *shape, int typenum)
     return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, typenum);
 }
 
+PyArrayObject *lns_copy(PyArrayObject *array)
+{
+    PyArrayObject *copy = lns_new(PyArray_NDIM(array), PyArray_DIMS(array), PyArray_TYPE(array));
+    if (copy != NULL) { /* not PyArray_NewCopy, which may release the GIL or run a subclass's code */
+        memcpy(PyArray_DATA(copy), PyArray_DATA(array), (size_t)PyArray_NBYTES(copy));
+    }
+    return copy;
+}
+
 PyArrayObject *lns_new_vector(int64_t d, lns_dtype dtype)
 {
     const npy_intp shape[1] = {(npy_intp)d};
@@ -169,21 +185,25 @@ static int take_sample(lns_batch *batch, Py_ssize_t k)
     return 1;
 }
 
-int lns_batch_take(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject *masses, const char *argument,
-                   const lns_batch *like)
+PyObject *lns_tuple(PyObject *object, const char *name)
 {
-    batch->arrays = PySequence_Tuple(arrays);
-    batch->names = batch->arrays == NULL ? NULL : PySequence_Tuple(names);
-    if (batch->names == NULL) {
+    if (Py_TYPE(object)->tp_iter == NULL && !PySequence_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a sequence, got %s", name, Py_TYPE(object)->tp_name);
+        return NULL;
+    }
+    return PySequence_Tuple(object);
+}
+
+int lns_batch_open(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject *masses, const char *argument)
+{
+    batch->argument = argument;
+    if ((batch->arrays = lns_tuple(arrays, argument)) == NULL || (batch->names = lns_tuple(names, "names")) == NULL ||
+        (masses != Py_None && (batch->masses = lns_tuple(masses, "row weights")) == NULL)) {
         return 0;
     }
     batch->count = PyTuple_GET_SIZE(batch->arrays);
-    if (masses != Py_None && (batch->masses = PySequence_Tuple(masses)) == NULL) {
-        return 0;
-    }
     if (PyTuple_GET_SIZE(batch->names) != batch->count ||
-        (batch->masses != NULL && PyTuple_GET_SIZE(batch->masses) != batch->count) ||
-        (like != NULL && like->count != batch->count)) {
+        (batch->masses != NULL && PyTuple_GET_SIZE(batch->masses) != batch->count)) {
         PyErr_Format(PyExc_ValueError, "%s: arrays, names and row weights must have one entry a module", argument);
         return 0;
     }
@@ -192,6 +212,27 @@ int lns_batch_take(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject
             PyErr_Format(PyExc_TypeError, "%s: names must be str", argument);
             return 0;
         }
+    }
+    return 1;
+}
+
+int lns_batch_open_one(lns_batch *batch, PyObject *array, PyObject *name, PyObject *mass)
+{
+    PyObject *arrays = PyTuple_Pack(1, array), *names = PyTuple_Pack(1, name), *masses = PyTuple_Pack(1, mass);
+    const int done =
+        arrays != NULL && names != NULL && masses != NULL && lns_batch_open(batch, arrays, names, masses, "sample");
+    Py_XDECREF(arrays);
+    Py_XDECREF(names);
+    Py_XDECREF(masses);
+    return done;
+}
+
+int lns_batch_fill(lns_batch *batch, const lns_batch *like)
+{
+    if (like != NULL && like->count != batch->count) {
+        PyErr_Format(PyExc_ValueError, "%s must have %zd entries, one a module, got %zd", batch->argument, like->count,
+                     batch->count);
+        return 0;
     }
     batch->samples = PyMem_Calloc((size_t)batch->count + 1, sizeof(lns_sample));
     if (batch->samples == NULL) {
@@ -215,17 +256,6 @@ int lns_batch_take(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject
         }
     }
     return 1;
-}
-
-int lns_batch_take_one(lns_batch *batch, PyObject *array, PyObject *name, PyObject *mass)
-{
-    PyObject *arrays = PyTuple_Pack(1, array), *names = PyTuple_Pack(1, name), *masses = PyTuple_Pack(1, mass);
-    const int done = arrays != NULL && names != NULL && masses != NULL &&
-                     lns_batch_take(batch, arrays, names, masses, "sample", NULL);
-    Py_XDECREF(arrays);
-    Py_XDECREF(names);
-    Py_XDECREF(masses);
-    return done;
 }
 
 void lns_batch_clear(lns_batch *batch)
@@ -289,19 +319,48 @@ void lns_work_free(void *work)
     }
 }
 
+/* Says what was expected, where the conversion of `object` failed for its type; other errors stay as they are. */
+static int wrong_type(PyObject *object, const char *name, const char *expected)
+{
+    if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Format(PyExc_TypeError, "%s must be %s, got %s", name, expected, Py_TYPE(object)->tp_name);
+    }
+    return 0;
+}
+
+int lns_choice(PyObject *object, const char *name, const char *expected, const char *const *choices, int count,
+               int *out)
+{
+    if (!PyUnicode_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a str, got %s", name, Py_TYPE(object)->tp_name);
+        return 0;
+    }
+    for (int k = 0; k < count; k++) {
+        if (PyUnicode_CompareWithASCIIString(object, choices[k]) == 0) {
+            *out = k;
+            return 1;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "%s must be %s, got %R", name, expected, object);
+    return 0;
+}
+
 int lns_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out)
 {
-    const long long value = PyLong_AsLongLong(object);
-    if (value == -1 && PyErr_Occurred()) {
-        return 0;
+    int overflow = 0;
+    PyObject *index = PyNumber_Index(object);
+    if (index == NULL) {
+        return wrong_type(object, name, "an int");
     }
-    if (value < least || value > most) {
-        PyErr_Format(PyExc_ValueError, "%s must be from %lld to %lld, got %lld", name, (long long)least,
-                     (long long)most, value);
-        return 0;
+    const long long value = PyLong_AsLongLongAndOverflow(index, &overflow);
+    const int fits = overflow == 0 && value >= least && value <= most;
+    if (!fits) {
+        PyErr_Format(PyExc_ValueError, "%s must be from %lld to %lld, got %S", name, (long long)least, (long long)most,
+                     index);
     }
+    Py_DECREF(index);
     *out = value;
-    return 1;
+    return fits;
 }
 
 int lns_threads(PyObject *object, int *out)
@@ -317,12 +376,28 @@ int lns_threads(PyObject *object, int *out)
 int lns_double(PyObject *object, const char *name, double *out)
 {
     *out = PyFloat_AsDouble(object);
-    if (*out == -1 && PyErr_Occurred()) {
-        return 0;
+    const int failed = *out == -1 && PyErr_Occurred();
+    if (failed && !PyErr_ExceptionMatches(PyExc_OverflowError)) { /* which an int beyond all doubles raises */
+        return wrong_type(object, name, "a real number");
     }
-    if (!Py_IS_FINITE(*out)) {
+    if (failed || !Py_IS_FINITE(*out)) {
         PyErr_Format(PyExc_ValueError, "%s must be finite, got %S", name, object);
         return 0;
+    }
+    return 1;
+}
+
+int lns_apart(PyArrayObject *const *arrays, const char *const *names, int written, int count)
+{
+    for (int i = 0; i < written; i++) {
+        const char *begin = PyArray_BYTES(arrays[i]), *end = begin + PyArray_NBYTES(arrays[i]);
+        for (int k = i + 1; k < count; k++) {
+            const char *other = PyArray_BYTES(arrays[k]);
+            if (begin < other + PyArray_NBYTES(arrays[k]) && other < end) {
+                PyErr_Format(PyExc_ValueError, "%s and %s must not share memory", names[i], names[k]);
+                return 0;
+            }
+        }
     }
     return 1;
 }

@@ -1,5 +1,8 @@
 /* Array arguments: checks, references, error messages. Every function that takes a PyObject * returns 0 or NULL with an
- * exception set on failure. */
+ * exception set on failure.
+ *
+ * Order matters in a wrapper: first everything whose conversion may run Python code (numbers, flags, sequences), then
+ * the arrays. Code that runs after an array was looked at could change its shape under the pointer taken from it. */
 #ifndef LNS_ARGS_H
 #define LNS_ARGS_H
 
@@ -37,25 +40,39 @@ lns_dtype lns_working(lns_dtype dtype);
 int lns_typenum(lns_dtype dtype);
 
 PyArrayObject *lns_new(int ndim, const npy_intp *shape, int typenum);
+
+/* A private copy, for what bounds the engine's writes: with the GIL released, somebody could change the array given. */
+PyArrayObject *lns_copy(PyArrayObject *array);
 PyArrayObject *lns_new_vector(int64_t d, lns_dtype dtype);
 
 /* A batch of samples and what keeps them alive while the GIL is released. */
 typedef struct lns_batch {
+    const char *argument;
     PyObject *arrays, *names, *masses; /* tuples; masses may be NULL */
     lns_sample *samples;
     Py_ssize_t count;
 } lns_batch;
 
-/* Fills the batch; masses may be Py_None. All samples must have the working type of the first of `like` (or, where
- * `like` is NULL or empty, of each other). Release it with lns_batch_clear in any case. */
-int lns_batch_take(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject *masses, const char *argument,
-                   const lns_batch *like);
+/* Takes the sequences of a batch, which may run Python code; masses may be Py_None. Release the batch with
+ * lns_batch_clear in any case. */
+int lns_batch_open(lns_batch *batch, PyObject *arrays, PyObject *names, PyObject *masses, const char *argument);
+
+/* Then checks the arrays and fills in the samples. All must have the working type of the first of `like` (or, where
+ * `like` is NULL or empty, of each other). */
+int lns_batch_fill(lns_batch *batch, const lns_batch *like);
 void lns_batch_clear(lns_batch *batch);
 
-/* One array as a batch of one. */
-int lns_batch_take_one(lns_batch *batch, PyObject *array, PyObject *name, PyObject *mass);
+/* One array as a batch of one; fill it as well. */
+int lns_batch_open_one(lns_batch *batch, PyObject *array, PyObject *name, PyObject *mass);
 
-/* A list of `count` new arrays; `shape_of` gives d, or n and d, from each sample. */
+/* New: a sequence as a tuple. */
+PyObject *lns_tuple(PyObject *object, const char *name);
+
+/* Whether the first `written` of `count` arrays overlap no other of them; what an engine updates in place must not be
+ * its input as well. */
+int lns_apart(PyArrayObject *const *arrays, const char *const *names, int written, int count);
+
+/* A list of new arrays: [d], or [n, d], for each sample of the batch. */
 PyObject *lns_new_list(const lns_batch *like, int ndim);
 void *lns_list_data(PyObject *list, Py_ssize_t k);
 
@@ -64,6 +81,9 @@ void *lns_list_data(PyObject *list, Py_ssize_t k);
 void *lns_work_new(int64_t size);
 void lns_work_free(void *work);
 
+/* Index of the str `object` among `count` choices; `expected` is how a message lists them. */
+int lns_choice(PyObject *object, const char *name, const char *expected, const char *const *choices, int count,
+               int *out);
 int lns_int(PyObject *object, const char *name, int64_t least, int64_t most, int64_t *out);
 int lns_threads(PyObject *object, int *out);
 int lns_double(PyObject *object, const char *name, double *out);

@@ -8,8 +8,17 @@ typedef struct affine_sizes {
 static PyArrayObject *take_z(PyObject *object, const char *name, affine_sizes *s)
 {
     PyArrayObject *z = lns_array(object, name, 3, LNS_TAKE_ANY, 0);
-    if (z != NULL) {
-        *s = (affine_sizes){lns_dtype_of(z), PyArray_DIM(z, 0), PyArray_DIM(z, 1), PyArray_DIM(z, 2)};
+    if (z == NULL) {
+        return NULL;
+    }
+    *s = (affine_sizes){lns_dtype_of(z), PyArray_DIM(z, 0), PyArray_DIM(z, 1), PyArray_DIM(z, 2)};
+    if (s->inner == 0) {
+        s->outer = 0; /* nothing to do, however many rows an empty array claims */
+    }
+    if (s->d < 1) {
+        PyErr_Format(PyExc_ValueError, "%s must have at least one channel, got shape (%zd, 0, %zd)", name,
+                     (Py_ssize_t)PyArray_DIM(z, 0), (Py_ssize_t)PyArray_DIM(z, 2));
+        return NULL;
     }
     return z;
 }
@@ -23,10 +32,10 @@ LNS_FUNCTION(affine_apply)
     PyArrayObject *z, *weight, *bias, *out;
     double strength;
     int threads;
-    if (!lns_expect("affine_apply", count, 5) || (z = take_z(args[0], "z", &s)) == NULL ||
+    if (!lns_expect("affine_apply", count, 5) || !lns_double(args[3], "strength", &strength) ||
+        !lns_threads(args[4], &threads) || (z = take_z(args[0], "z", &s)) == NULL ||
         (weight = lns_vector(args[1], "weight", s.d, lns_working(s.dtype), 0)) == NULL ||
-        (bias = lns_vector(args[2], "bias", s.d, lns_working(s.dtype), 0)) == NULL ||
-        !lns_double(args[3], "strength", &strength) || !lns_threads(args[4], &threads)) {
+        (bias = lns_vector(args[2], "bias", s.d, lns_working(s.dtype), 0)) == NULL) {
         return NULL;
     }
     void *work = lns_work_new(lns_affine_worksize(s.outer, s.d, s.inner));
@@ -53,20 +62,21 @@ LNS_FUNCTION(affine_apply)
 LNS_FUNCTION(affine_backward)
 {
     (void)module;
-    affine_sizes s, g;
+    affine_sizes s, same;
     lns_status status;
     PyArrayObject *z, *weight, *grad_out, *grad_z = NULL, *grad_weight = NULL, *grad_bias = NULL;
     PyObject *result = NULL;
     void *work = NULL;
     double strength;
     int threads, need_z;
-    if (!lns_expect("affine_backward", count, 6) || (z = take_z(args[0], "z", &s)) == NULL ||
+    if (!lns_expect("affine_backward", count, 6) || !lns_double(args[2], "strength", &strength) ||
+        (need_z = PyObject_IsTrue(args[4])) < 0 || !lns_threads(args[5], &threads) ||
+        (z = take_z(args[0], "z", &s)) == NULL ||
         (weight = lns_vector(args[1], "weight", s.d, lns_working(s.dtype), 0)) == NULL ||
-        !lns_double(args[2], "strength", &strength) || (grad_out = take_z(args[3], "grad_out", &g)) == NULL ||
-        (need_z = PyObject_IsTrue(args[4])) < 0 || !lns_threads(args[5], &threads)) {
+        (grad_out = take_z(args[3], "grad_out", &same)) == NULL) {
         return NULL;
     }
-    if (s.dtype != g.dtype || s.outer != g.outer || s.d != g.d || s.inner != g.inner) {
+    if (s.dtype != same.dtype || !PyArray_SAMESHAPE(z, grad_out)) {
         PyErr_SetString(PyExc_ValueError, "grad_out must have the dtype and shape of z");
         return NULL;
     }

@@ -1,5 +1,22 @@
 #include "python/functions.h"
 
+/* LAPACK is not made for what is not finite. */
+static int take_covariance(PyObject *object, const char *name, PyArrayObject **out)
+{
+    PyArrayObject *array = lns_array(object, name, 2, LNS_TAKE_F64, 0);
+    const double *value = array == NULL ? NULL : PyArray_DATA(array);
+    for (npy_intp i = 0; array != NULL && i < PyArray_SIZE(array); i++) {
+        if (!isfinite(value[i])) {
+            const npy_intp d = PyArray_DIM(array, 1);
+            PyErr_Format(PyExc_ValueError, "%s is not finite at row %zd, column %zd", name, (Py_ssize_t)(i / d),
+                         (Py_ssize_t)(i % d));
+            return 0;
+        }
+    }
+    *out = array;
+    return array != NULL;
+}
+
 /* bures_map(cov_source, cov_target, ridge) */
 LNS_FUNCTION(bures_map)
 {
@@ -8,9 +25,8 @@ LNS_FUNCTION(bures_map)
     PyArrayObject *source, *target, *map = NULL;
     double ridge;
     void *work = NULL;
-    if (!lns_expect("bures_map", count, 3) || (source = lns_array(args[0], "cov_source", 2, LNS_TAKE_F64, 0)) == NULL ||
-        (target = lns_array(args[1], "cov_target", 2, LNS_TAKE_F64, 0)) == NULL ||
-        !lns_double(args[2], "ridge", &ridge)) {
+    if (!lns_expect("bures_map", count, 3) || !lns_double(args[2], "ridge", &ridge) ||
+        !take_covariance(args[0], "cov_source", &source) || !take_covariance(args[1], "cov_target", &target)) {
         return NULL;
     }
     const npy_intp d = PyArray_DIM(source, 0);

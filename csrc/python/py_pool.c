@@ -1,7 +1,5 @@
 #include "python/functions.h"
 
-#include <string.h>
-
 static int take_mode(PyObject *object, lns_pooling *mode)
 {
     static const char *const names[] = {[LNS_POOL_MEAN] = "mean",
@@ -9,26 +7,18 @@ static int take_mode(PyObject *object, lns_pooling *mode)
                                         [LNS_POOL_MAX] = "max",
                                         [LNS_POOL_LAST] = "last",
                                         [LNS_POOL_ALL] = "all"};
-    const char *name = PyUnicode_AsUTF8(object);
-    for (int k = 0; name != NULL && k < 5; k++) {
-        if (strcmp(name, names[k]) == 0) {
-            *mode = (lns_pooling)k;
-            return 1;
-        }
-    }
-    if (name != NULL) {
-        PyErr_Format(PyExc_ValueError, "pooling must be 'mean', 'min', 'max', 'last' or 'all', got %R", object);
-    }
-    return 0;
+    int choice = 0;
+    const int found = lns_choice(object, "pooling", "'mean', 'min', 'max', 'last' or 'all'", names, 5, &choice);
+    *mode = (lns_pooling)choice;
+    return found;
 }
 
-/* A private copy of the mask, NULL for None: with the GIL released, somebody could change it between counting the real
- * tokens and writing them. *rows becomes their number. Returns 0 on failure. */
+/* A private copy of the mask, NULL for None; *rows becomes the number of real tokens. Returns 0 on failure. */
 static int take_mask(PyObject *object, int64_t batch, int64_t tokens, PyArrayObject **copy, int64_t *rows)
 {
     *copy = NULL;
-    *rows = batch * tokens;
     if (object == Py_None) {
+        *rows = batch * tokens;
         return 1;
     }
     PyArrayObject *array = lns_array(object, "mask", 2, LNS_TAKE_U8, 0);
@@ -40,7 +30,7 @@ static int take_mask(PyObject *object, int64_t batch, int64_t tokens, PyArrayObj
                      (long long)tokens, (Py_ssize_t)PyArray_DIM(array, 0), (Py_ssize_t)PyArray_DIM(array, 1));
         return 0;
     }
-    *copy = (PyArrayObject *)PyArray_NewCopy(array, NPY_CORDER);
+    *copy = lns_copy(array);
     if (*copy == NULL) {
         return 0;
     }
@@ -68,25 +58,32 @@ LNS_FUNCTION(pool)
     lns_pooling mode;
     int64_t rows;
     int threads;
-    if (!lns_expect("pool", count, 4) || (x = lns_array(args[0], "x", 3, LNS_TAKE_ANY, 0)) == NULL ||
-        !take_mask(args[1], PyArray_DIM(x, 0), PyArray_DIM(x, 1), &mask, &rows) || !take_mode(args[2], &mode) ||
-        !lns_threads(args[3], &threads)) {
-        goto done;
+    if (!lns_expect("pool", count, 4) || !take_mode(args[2], &mode) || !lns_threads(args[3], &threads) ||
+        (x = lns_array(args[0], "x", 3, LNS_TAKE_ANY, 0)) == NULL) {
+        return NULL;
     }
     const int64_t batch = PyArray_DIM(x, 0), tokens = PyArray_DIM(x, 1), d = PyArray_DIM(x, 2);
     const lns_dtype dtype = lns_dtype_of(x);
+    const void *data = PyArray_DATA(x);
+    if (d < 1) {
+        PyErr_Format(PyExc_ValueError, "x must have at least one column, got shape (%lld, %lld, 0)", (long long)batch,
+                     (long long)tokens);
+        return NULL;
+    }
+    if (!take_mask(args[1], batch, tokens, &mask, &rows)) {
+        return NULL;
+    }
     const npy_intp shape[2] = {(npy_intp)(mode == LNS_POOL_ALL ? rows : batch), (npy_intp)d};
     const int extreme = mode == LNS_POOL_MIN || mode == LNS_POOL_MAX;
     if ((out = lns_new(2, shape, lns_typenum(lns_working(dtype)))) == NULL ||
         (extreme && (index = lns_new(2, shape, NPY_INT32)) == NULL)) {
         goto done;
     }
-    const void *data = PyArray_DATA(x);
     const uint8_t *real = data_or_null(mask);
     void *to = PyArray_DATA(out);
     int32_t *winners = index == NULL ? NULL : PyArray_DATA(index);
     Py_BEGIN_ALLOW_THREADS
-    status = lns_pool(data, dtype, batch, tokens, d, real, mode, threads, to, winners, &place);
+    status = lns_pool(data, dtype, shape[0] == 0 ? 0 : batch, tokens, d, real, mode, threads, to, winners, &place);
     Py_END_ALLOW_THREADS
     if (status == LNS_OK) {
         result = PyTuple_Pack(2, out, index != NULL ? (PyObject *)index : Py_None);
@@ -101,13 +98,13 @@ done:
 }
 
 /* How many sequences there are: the rows of grad_out, except for "all", whose rows are tokens; there the mask tells. */
-static int64_t sequences(PyArrayObject *grad_out, PyObject *mask, lns_pooling mode, int64_t tokens)
+static int64_t sequences(int64_t pooled, PyObject *mask, lns_pooling mode, int64_t tokens)
 {
     if (mode != LNS_POOL_ALL) {
-        return PyArray_DIM(grad_out, 0);
+        return pooled;
     }
     if (mask == Py_None) {
-        return PyArray_DIM(grad_out, 0) / tokens;
+        return pooled / tokens;
     }
     const int has_rows = PyArray_Check(mask) && PyArray_NDIM((PyArrayObject *)mask) > 0;
     return has_rows ? PyArray_DIM((PyArrayObject *)mask, 0) : 0;
@@ -124,7 +121,7 @@ static PyArrayObject *take_index(PyObject *object, PyArrayObject *grad_out)
         PyErr_SetString(PyExc_ValueError, "index must have the shape of grad_out");
         return NULL;
     }
-    return (PyArrayObject *)PyArray_NewCopy(index, NPY_CORDER);
+    return lns_copy(index);
 }
 
 /* pool_backward(grad_out, mask, mode, index, tokens, threads) */
@@ -133,30 +130,30 @@ LNS_FUNCTION(pool_backward)
     (void)module;
     PyArrayObject *grad_out, *mask = NULL, *index = NULL, *grad_x = NULL;
     lns_place place = {0};
-    lns_status status = LNS_OK;
+    lns_status status = LNS_BAD_SIZE;
     lns_pooling mode;
     int64_t tokens, rows;
     int threads;
-    if (!lns_expect("pool_backward", count, 6) ||
-        (grad_out = lns_array(args[0], "grad_out", 2, LNS_TAKE_REAL, 0)) == NULL || !take_mode(args[2], &mode) ||
-        !lns_int(args[4], "tokens", 1, INT32_MAX, &tokens) || !lns_threads(args[5], &threads)) {
+    if (!lns_expect("pool_backward", count, 6) || !take_mode(args[2], &mode) ||
+        !lns_int(args[4], "tokens", 1, INT32_MAX, &tokens) || !lns_threads(args[5], &threads) ||
+        (grad_out = lns_array(args[0], "grad_out", 2, LNS_TAKE_REAL, 0)) == NULL) {
         return NULL;
     }
-    const int64_t batch = sequences(grad_out, args[1], mode, tokens), d = PyArray_DIM(grad_out, 1);
-    if (!take_mask(args[1], batch, tokens, &mask, &rows)) {
-        return NULL;
-    }
-    if (mode == LNS_POOL_ALL && rows != PyArray_DIM(grad_out, 0)) {
-        PyErr_Format(PyExc_ValueError, "grad_out must have %lld rows, got %zd", (long long)rows,
-                     (Py_ssize_t)PyArray_DIM(grad_out, 0));
-        goto done;
-    }
-    if ((mode == LNS_POOL_MIN || mode == LNS_POOL_MAX) && (index = take_index(args[3], grad_out)) == NULL) {
-        goto done;
-    }
+    const int64_t pooled = PyArray_DIM(grad_out, 0), d = PyArray_DIM(grad_out, 1);
+    const int64_t batch = sequences(pooled, args[1], mode, tokens);
     const lns_dtype dtype = lns_dtype_of(grad_out);
     const npy_intp shape[3] = {(npy_intp)batch, (npy_intp)tokens, (npy_intp)d};
-    if ((grad_x = lns_new(3, shape, lns_typenum(dtype))) == NULL) {
+    if (d < 1) {
+        PyErr_Format(PyExc_ValueError, "grad_out must have at least one column, got shape (%lld, 0)",
+                     (long long)pooled);
+        return NULL;
+    }
+    if ((grad_x = lns_new(3, shape, lns_typenum(dtype))) == NULL || !take_mask(args[1], batch, tokens, &mask, &rows) ||
+        ((mode == LNS_POOL_MIN || mode == LNS_POOL_MAX) && (index = take_index(args[3], grad_out)) == NULL)) {
+        goto done;
+    }
+    if (mode == LNS_POOL_ALL && rows != pooled) {
+        PyErr_Format(PyExc_ValueError, "grad_out must have %lld rows, got %lld", (long long)rows, (long long)pooled);
         goto done;
     }
     const void *data = PyArray_DATA(grad_out);
@@ -167,11 +164,13 @@ LNS_FUNCTION(pool_backward)
     status = lns_pool_backward(data, dtype, batch, tokens, d, real, mode, winners, threads, to, &place);
     Py_END_ALLOW_THREADS
     if (status != LNS_OK) {
-        Py_CLEAR(grad_x);
         lns_raise(status, &place, NULL, NULL);
     }
 done:
     Py_XDECREF(mask);
     Py_XDECREF(index);
+    if (status != LNS_OK) {
+        Py_CLEAR(grad_x);
+    }
     return (PyObject *)grad_x;
 }

@@ -19,9 +19,9 @@ LNS_FUNCTION(prox_sparse_group)
     PyArrayObject *x, *out;
     double tau, l1, group;
     lns_status status;
-    if (!lns_expect("prox_sparse_group", count, 4) || (x = lns_array(args[0], "x", 1, LNS_TAKE_REAL, 0)) == NULL ||
-        !take_penalty(args[1], "tau", &tau) || !take_penalty(args[2], "l1", &l1) ||
-        !take_penalty(args[3], "group", &group)) {
+    if (!lns_expect("prox_sparse_group", count, 4) || !take_penalty(args[1], "tau", &tau) ||
+        !take_penalty(args[2], "l1", &l1) || !take_penalty(args[3], "group", &group) ||
+        (x = lns_array(args[0], "x", 1, LNS_TAKE_REAL, 0)) == NULL) {
         return NULL;
     }
     const int64_t d = PyArray_DIM(x, 0);
@@ -47,24 +47,14 @@ LNS_FUNCTION(prox_sparse_group)
     return (PyObject *)out;
 }
 
-/* (m_weight, v_weight, m_bias, v_bias, step, beta1, beta2, eps) */
-static int take_adam(PyObject *object, int64_t total, lns_dtype dtype, lns_adam *adam)
+/* (m_weight, v_weight, m_bias, v_bias, step, beta1, beta2, eps): the numbers. */
+static int take_adam(PyObject *object, lns_adam *adam)
 {
-    void *moments[4];
-    static const char *const names[4] = {"m_weight", "v_weight", "m_bias", "v_bias"};
     if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 8) {
         PyErr_SetString(PyExc_TypeError,
                         "adam must be a tuple (m_weight, v_weight, m_bias, v_bias, step, beta1, beta2, eps)");
         return 0;
     }
-    for (int k = 0; k < 4; k++) {
-        PyArrayObject *array = lns_vector(PyTuple_GET_ITEM(object, k), names[k], total, dtype, 1);
-        if (array == NULL) {
-            return 0;
-        }
-        moments[k] = PyArray_DATA(array);
-    }
-    *adam = (lns_adam){.m_weight = moments[0], .v_weight = moments[1], .m_bias = moments[2], .v_bias = moments[3]};
     return lns_int(PyTuple_GET_ITEM(object, 4), "step", 1, INT64_MAX, &adam->step) &&
            lns_double(PyTuple_GET_ITEM(object, 5), "beta1", &adam->beta1) &&
            lns_double(PyTuple_GET_ITEM(object, 6), "beta2", &adam->beta2) &&
@@ -75,7 +65,7 @@ static int take_adam(PyObject *object, int64_t total, lns_dtype dtype, lns_adam 
 static int take_offsets(PyObject *object, int64_t total, PyArrayObject **copy, lns_step_problem *problem)
 {
     PyArrayObject *offsets = lns_array(object, "offsets", 1, LNS_TAKE_I64, 0);
-    *copy = offsets == NULL ? NULL : (PyArrayObject *)PyArray_NewCopy(offsets, NPY_CORDER);
+    *copy = offsets == NULL ? NULL : lns_copy(offsets);
     if (*copy == NULL) {
         return 0;
     }
@@ -94,38 +84,69 @@ static int take_offsets(PyObject *object, int64_t total, PyArrayObject **copy, l
     return 1;
 }
 
+/* The vectors of a step, all of one size and dtype: parameters, then moments where there are any, then gradients. */
+static int take_vectors(PyObject *const *args, lns_step_problem *problem, lns_adam *adam, int64_t *total)
+{
+    static const char *const names[] = {"weight", "bias",   "m_weight",    "v_weight",
+                                        "m_bias", "v_bias", "grad_weight", "grad_bias"};
+    PyArrayObject *arrays[8];
+    const char *labels[8];
+    int count = 0, written = 0;
+    PyArrayObject *weight = lns_array(args[0], "weight", 1, LNS_TAKE_REAL, 1);
+    if (weight == NULL) {
+        return 0;
+    }
+    *total = PyArray_DIM(weight, 0);
+    problem->dtype = lns_dtype_of(weight);
+    for (int k = 0; k < 8; k++) {
+        const int is_moment = k >= 2 && k < 6, is_gradient = k >= 6;
+        if (is_moment && problem->adam == NULL) {
+            continue;
+        }
+        PyObject *object = is_moment ? PyTuple_GET_ITEM(args[10], k - 2) : args[is_gradient ? k - 4 : k];
+        labels[count] = names[k];
+        if ((arrays[count++] = lns_vector(object, names[k], *total, problem->dtype, !is_gradient)) == NULL) {
+            return 0;
+        }
+        written += !is_gradient;
+    }
+    problem->weight = PyArray_DATA(arrays[0]);
+    problem->bias = PyArray_DATA(arrays[1]);
+    if (problem->adam != NULL) {
+        adam->m_weight = PyArray_DATA(arrays[2]);
+        adam->v_weight = PyArray_DATA(arrays[3]);
+        adam->m_bias = PyArray_DATA(arrays[4]);
+        adam->v_bias = PyArray_DATA(arrays[5]);
+    }
+    problem->grad_weight = PyArray_DATA(arrays[written]);
+    problem->grad_bias = PyArray_DATA(arrays[written + 1]);
+    return lns_apart(arrays, labels, written, count);
+}
+
 /* step(weight, bias, grad_weight, grad_bias, offsets, lr, l1, group, l1_bias, group_bias, adam, threads) */
 LNS_FUNCTION(step)
 {
     (void)module;
-    PyArrayObject *weight, *bias, *grad_weight, *grad_bias, *offsets = NULL;
+    PyArrayObject *offsets = NULL;
     PyObject *result = NULL;
+    lns_adam adam = {0};
     lns_step_problem problem = {0};
-    lns_adam adam;
     lns_place place = {0};
     lns_status status;
     double *per_module = NULL;
+    int64_t total;
     int threads;
-    if (!lns_expect("step", count, 12) || (weight = lns_array(args[0], "weight", 1, LNS_TAKE_REAL, 1)) == NULL) {
+    if (!lns_expect("step", count, 12)) {
         return NULL;
     }
-    const int64_t total = PyArray_DIM(weight, 0);
-    problem.dtype = lns_dtype_of(weight);
-    if ((bias = lns_vector(args[1], "bias", total, problem.dtype, 1)) == NULL ||
-        (grad_weight = lns_vector(args[2], "grad_weight", total, problem.dtype, 0)) == NULL ||
-        (grad_bias = lns_vector(args[3], "grad_bias", total, problem.dtype, 0)) == NULL ||
-        !take_offsets(args[4], total, &offsets, &problem) || !take_penalty(args[5], "lr", &problem.lr) ||
-        !take_penalty(args[6], "l1", &problem.l1) || !take_penalty(args[7], "group", &problem.group) ||
-        !take_penalty(args[8], "l1_bias", &problem.l1_bias) ||
+    problem.adam = args[10] != Py_None ? &adam : NULL;
+    if (!take_penalty(args[5], "lr", &problem.lr) || !take_penalty(args[6], "l1", &problem.l1) ||
+        !take_penalty(args[7], "group", &problem.group) || !take_penalty(args[8], "l1_bias", &problem.l1_bias) ||
         !take_penalty(args[9], "group_bias", &problem.group_bias) || !lns_threads(args[11], &threads) ||
-        (args[10] != Py_None && !take_adam(args[10], total, problem.dtype, &adam))) {
+        (problem.adam != NULL && !take_adam(args[10], &adam)) || !take_vectors(args, &problem, &adam, &total) ||
+        !take_offsets(args[4], total, &offsets, &problem)) {
         goto done;
     }
-    problem.adam = args[10] != Py_None ? &adam : NULL;
-    problem.weight = PyArray_DATA(weight);
-    problem.bias = PyArray_DATA(bias);
-    problem.grad_weight = PyArray_DATA(grad_weight);
-    problem.grad_bias = PyArray_DATA(grad_bias);
     per_module = lns_work_new((problem.modules + 1) * 2 * (int64_t)sizeof(double));
     if (per_module == NULL) {
         goto done;

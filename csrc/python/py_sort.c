@@ -11,7 +11,7 @@ LNS_FUNCTION(sort_columns)
     void **out = NULL, *work = NULL;
     int threads;
     if (!lns_expect("sort_columns", count, 3) || !lns_threads(args[2], &threads) ||
-        !lns_batch_take(&u, args[0], args[1], Py_None, "samples", NULL)) {
+        !lns_batch_open(&u, args[0], args[1], Py_None, "samples") || !lns_batch_fill(&u, NULL)) {
         goto done;
     }
     sorted = lns_new_list(&u, 2);

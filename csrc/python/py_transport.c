@@ -1,21 +1,12 @@
 #include "python/functions.h"
 
-#include <string.h>
-
 static int take_method(PyObject *object, lns_method *method)
 {
     static const char *const names[] = {[LNS_MEAN] = "mean", [LNS_GAUSSIAN] = "gaussian", [LNS_LINEAR] = "linear"};
-    const char *name = PyUnicode_AsUTF8(object);
-    for (int k = 0; name != NULL && k < 3; k++) {
-        if (strcmp(name, names[k]) == 0) {
-            *method = (lns_method)k;
-            return 1;
-        }
-    }
-    if (name != NULL) {
-        PyErr_Format(PyExc_ValueError, "method must be 'mean', 'gaussian' or 'linear', got %R", object);
-    }
-    return 0;
+    int choice = 0;
+    const int found = lns_choice(object, "method", "'mean', 'gaussian' or 'linear'", names, 3, &choice);
+    *method = (lns_method)choice;
+    return found;
 }
 
 /* A closed-form map needs two rows on both sides. */
@@ -43,8 +34,9 @@ LNS_FUNCTION(fit_local)
     void *work = NULL;
     int threads;
     if (!lns_expect("fit_local", count, 8) || !take_method(args[4], &method) || !lns_threads(args[7], &threads) ||
-        !lns_batch_take(&u, args[0], args[5], args[2], "source", NULL) ||
-        !lns_batch_take(&v, args[1], args[6], args[3], "target", &u) || !enough_rows(&u) || !enough_rows(&v)) {
+        !lns_batch_open(&u, args[0], args[5], args[2], "source") ||
+        !lns_batch_open(&v, args[1], args[6], args[3], "target") || !lns_batch_fill(&u, NULL) ||
+        !lns_batch_fill(&v, &u) || !enough_rows(&u) || !enough_rows(&v)) {
         goto done;
     }
     jobs = PyMem_Calloc((size_t)u.count + 1, sizeof *jobs);

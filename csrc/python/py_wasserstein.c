@@ -38,8 +38,7 @@ LNS_FUNCTION(wasserstein)
     int threads, v_sorted;
     if (!lns_expect("wasserstein", count, 11) || (v_sorted = PyObject_IsTrue(args[6])) < 0 ||
         !lns_int(args[7], "gradient", 0, 2, &gradient) || !lns_threads(args[10], &threads) ||
-        !lns_batch_take(&u, args[0], args[8], args[4], "u", NULL) ||
-        !lns_batch_take(&v, args[1], args[9], args[5], "v", &u)) {
+        !lns_batch_open(&u, args[0], args[8], args[4], "u") || !lns_batch_open(&v, args[1], args[9], args[5], "v")) {
         goto done;
     }
     if ((args[2] == Py_None) != (args[3] == Py_None) || (gradient == 1 && args[2] == Py_None)) {
@@ -47,15 +46,16 @@ LNS_FUNCTION(wasserstein)
         goto done;
     }
     if (args[2] != Py_None) {
-        weights = PySequence_Tuple(args[2]);
-        biases = PySequence_Tuple(args[3]);
-        if (weights == NULL || biases == NULL) {
+        if ((weights = lns_tuple(args[2], "weight")) == NULL || (biases = lns_tuple(args[3], "bias")) == NULL) {
             goto done;
         }
         if (PyTuple_GET_SIZE(weights) != u.count || PyTuple_GET_SIZE(biases) != u.count) {
             PyErr_SetString(PyExc_ValueError, "weight and bias must have one entry a module");
             goto done;
         }
+    }
+    if (!lns_batch_fill(&u, NULL) || !lns_batch_fill(&v, &u)) {
+        goto done;
     }
     jobs = PyMem_Calloc((size_t)u.count + 1, sizeof *jobs);
     if (jobs == NULL) {

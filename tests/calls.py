@@ -1,0 +1,52 @@
+"""A sound call of every function of the extension, for tests that vary it."""
+
+import numpy as np
+
+from lineas import _core
+
+
+def ones(*shape, dtype=np.float64):
+    return np.ones(shape, dtype)
+
+
+def sound(name, d=3):
+    """Arguments of a sound call of one function, in order, on arrays of d columns."""
+    rows, other, vector, z = ones(4, d), ones(5, d), ones(d), ones(2, d, 4)
+    tokens, threads = ones(2, 4, dtype=np.uint8), {"threads": 1}
+    state = {"mean": np.zeros(d), "m2": np.zeros(d), "low": np.full(d, np.inf), "high": np.full(d, -np.inf)}
+    pair = {"u": [rows], "v": [other], "weight": [vector], "bias": [ones(d)], "u_mass": None, "v_mass": None}
+    flat = {part: ones(2 + d) for part in ("weight", "bias", "grad_weight", "grad_bias")}
+    penalties = {"lr": 0.1, "l1": 0.1, "group": 0.1, "l1_bias": 0.1, "group_bias": 0.1}
+    fit = {"source": [rows], "target": [other], "source_mass": None, "target_mass": None, "method": "linear"}
+    return {
+        "sort_columns": {"samples": [rows], "names": ["x"]} | threads,
+        "wasserstein": pair | {"v_sorted": False, "gradient": 2, "u_names": ["u"], "v_names": ["v"]} | threads,
+        "affine_apply": {"z": z, "weight": vector, "bias": ones(d), "strength": 0.5} | threads,
+        "affine_backward": {"z": z, "weight": vector, "strength": 0.5, "grad_out": z, "need_z": True} | threads,
+        "pool": {"x": ones(2, 4, d), "mask": tokens, "mode": "mean"} | threads,
+        "pool_backward": {"grad_out": ones(2, d), "mask": tokens, "mode": "mean", "index": None, "tokens": 4} | threads,
+        "moments_update": {"x": rows, "count": 0} | state | {"name": "x"} | threads,
+        "moments_merge": {"count": 1} | state | {"count_b": 2} | {f"{key}_b": ones(d) for key in state},
+        "prox_sparse_group": {"x": vector, "tau": 1.0, "l1": 1.0, "group": 1.0},
+        "step": flat | {"offsets": np.array([0, 2, 2 + d])} | penalties | {"adam": None} | threads,
+        "fit_local": fit | {"source_names": ["u"], "target_names": ["v"]} | threads,
+        "covariance": {"x": rows, "mass": None, "name": "x"},
+        "bures_map": {"cov_source": np.eye(d), "cov_target": np.eye(d), "ridge": 0.0},
+    }[name]
+
+
+def call(name, /, **changes):
+    """The sound call with some arguments changed."""
+    arguments = sound(name)
+    assert changes.keys() <= arguments.keys()
+    return getattr(_core, name)(*(arguments | changes).values())
+
+
+NAMES = [name for name in dir(_core) if not name.startswith("_") and name not in ("cpu", "blas")]
+
+
+def flat(value):
+    """The leaves of nested lists and tuples; of an exception its text."""
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in flat(part)]
+    return [repr(value)] if isinstance(value, Exception) else [value]
