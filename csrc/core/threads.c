@@ -2,9 +2,6 @@
 
 #include <pthread.h>
 
-/* Starting and joining a thread costs about 70 microseconds; below this share a second thread does not pay. */
-#define MIN_SHARE_NS 1000000
-
 typedef struct {
     lns_loop_body body;
     void *context;
@@ -25,8 +22,8 @@ int lns_thread_count(int64_t units, int64_t cost_ns, int threads)
     if (count > units) {
         count = units;
     }
-    if (count > cost_ns / MIN_SHARE_NS) {
-        count = cost_ns / MIN_SHARE_NS;
+    if (count > cost_ns / LNS_MIN_SHARE_NS) {
+        count = cost_ns / LNS_MIN_SHARE_NS;
     }
     return count < 1 ? 1 : (int)count;
 }

@@ -7,6 +7,12 @@
 /* Most threads one loop ever uses, whatever the caller asks for. */
 #define LNS_MAX_THREADS 64
 
+/* Starting and joining a thread costs about 70 microseconds; below this share a second thread does not pay. Tests build
+ * with 1, so that threads start for the smallest work. */
+#ifndef LNS_MIN_SHARE_NS
+#define LNS_MIN_SHARE_NS 1000000
+#endif
+
 /* Handles the units [begin, end). `thread` in [0, threads) selects this thread's part of the work memory. */
 typedef void (*lns_loop_body)(void *context, int64_t begin, int64_t end, int thread);
 

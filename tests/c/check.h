@@ -40,5 +40,6 @@ void test_pool(void);
 void test_moments(void);
 void test_prox(void);
 void test_bits(void);
+void test_threads(void);
 
 #endif

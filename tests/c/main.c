@@ -59,6 +59,7 @@ int main(void)
         test_moments();
         test_prox();
         test_bits();
+        test_threads();
     }
     printf("%d checks, %d failed\n", checks, failures);
     return failures != 0;

@@ -25,7 +25,7 @@ static void every_unit_runs_once(void)
 
 static void thread_counts(void)
 {
-    CHECK(lns_thread_count(100, 1000, 8) == 1); /* too little work */
+    CHECK(lns_thread_count(100, 2 * LNS_MIN_SHARE_NS - 1, 8) == 1); /* too little work */
     CHECK(lns_thread_count(100, INT64_C(1) << 40, 8) == 8);
     CHECK(lns_thread_count(3, INT64_C(1) << 40, 8) == 3); /* too few units */
     CHECK(lns_thread_count(1000, INT64_C(1) << 40, 1000) == LNS_MAX_THREADS);
