@@ -51,7 +51,16 @@ def check_source(path: Path) -> None:
     with tarfile.open(path) as archive:
         names = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
     must = tracked(
-        "*.md", "*.toml", "setup.py", "Makefile", "LICENSE", "LICENSES/*", "csrc/**/*", "lineas/**/*", "tests/**/*"
+        "*.md",
+        "*.toml",
+        "setup.py",
+        "Makefile",
+        "LICENSE",
+        "LICENSES/*",
+        "csrc/**/*",
+        "examples/*",
+        "lineas/**/*",
+        "tests/**/*",
     )
     check(path.name, names, must, r"PKG-INFO|setup\.cfg|MANIFEST\.in|\.clang-format|docs/.*|lineas\.egg-info/.*")
 
