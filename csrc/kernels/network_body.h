@@ -72,83 +72,32 @@ static LNS_INLINE VNAME(mask) * VNAME(run)(key *keys, VNAME(mask) * mask, const 
     return VNAME(block16)(keys, 1, mask, mode, LNS_SORT);
 }
 
-/* Rows `distance` apart through one comparator each. */
-static LNS_INLINE VNAME(mask) * VNAME(row_pair)(key *keys, int64_t distance, VNAME(mask) * mask, const int mode)
+/* Fills a tile of n rows up to lns_network_rows(n) with keys above all others. */
+static inline void VNAME(fill_up)(key *keys, int64_t n)
 {
-    for (int p = 0; p < VEC_PARTS; p++) {
-        key *const at = keys + (mode == LNS_UNDO ? VEC_PARTS - 1 - p : p) * VEC_LANES;
-        VNAME(vec) a = VNAME(vec_load)(at), b = VNAME(vec_load)(at + distance * LANES);
-        VNAME(comparator)(&a, &b, &mask, mode);
-        VNAME(vec_store)(at, a);
-        VNAME(vec_store)(at + distance * LANES, b);
-    }
-    return mask;
-}
-
-/* One stage of Batcher's odd-even merge of sorted stretches of p rows, or undoes that. */
-static LNS_INLINE VNAME(mask) *
-    VNAME(stage)(key *keys, int64_t rows, int64_t p, int64_t distance, VNAME(mask) * mask, const int mode)
-{
-    VNAME(mask) *begin = mask;
-    if (mode == LNS_UNDO) { /* comparators of a stage touch different rows: only each one's record must be found */
-        begin = mask = mask - lns_stage_size(rows, p, distance) * VEC_PARTS;
-    }
-    for (int64_t block = 0; block < rows; block += 2 * p) {
-        const int64_t end = (block + 2 * p < rows ? block + 2 * p : rows) - distance;
-        for (int64_t j = block + (distance == p ? 0 : distance); j < end; j += 2 * distance) {
-            for (int64_t i = j; i < end && i < j + distance; i++) {
-                if (mode == LNS_UNDO) {
-                    VNAME(row_pair)(keys + i * LANES, distance, mask + VEC_PARTS, mode);
-                    mask += VEC_PARTS;
-                } else {
-                    mask = VNAME(row_pair)(keys + i * LANES, distance, mask, mode);
-                }
-            }
-        }
-    }
-    return mode == LNS_UNDO ? begin : mask;
-}
-
-/* The network for n rows, filled up with keys above all others to lns_network_rows(n). */
-static LNS_INLINE void VNAME(network)(key *keys, int64_t n, VNAME(mask) * mask, const int mode)
-{
-    const int64_t rows = lns_network_rows(n);
-    for (int64_t i = n * LANES; i < rows * LANES; i++) {
+    for (int64_t i = n * LANES; i < lns_network_rows(n) * LANES; i++) {
         keys[i] = (key)((ukey)-1 >> 1);
     }
-    if (rows == 16) {
+}
+
+/* The network for n <= LNS_RUN rows. */
+static LNS_INLINE void VNAME(network)(key *keys, int64_t n, VNAME(mask) * mask, const int mode)
+{
+    VNAME(fill_up)(keys, n);
+    if (n <= 16) {
         VNAME(block16)(keys, 1, mask, mode, LNS_SORT);
-        return;
-    }
-    for (int64_t i = 0; i < rows; i += LNS_RUN) {
-        mask = VNAME(run)(keys + i * LANES, mask, mode);
-    }
-    for (int64_t p = LNS_RUN; p < rows; p *= 2) {
-        for (int64_t distance = p; distance >= 1; distance /= 2) {
-            mask = VNAME(stage)(keys, rows, p, distance, mask, mode);
-        }
+    } else {
+        VNAME(run)(keys, mask, mode);
     }
 }
 
 /* Undoes a recorded network; what stands in the rows that filled it up does not matter. */
 static inline void VNAME(network_undo)(key *keys, int64_t n, VNAME(mask) * mask)
 {
-    const int64_t rows = lns_network_rows(n);
-    int64_t top = LNS_RUN;
     mask += lns_network_size(n) * VEC_PARTS;
-    if (rows == 16) {
+    if (n <= 16) {
         VNAME(block16)(keys, 1, mask, LNS_UNDO, LNS_SORT);
-        return;
-    }
-    while (2 * top < rows) {
-        top *= 2;
-    }
-    for (int64_t p = top; p >= LNS_RUN && p < rows; p /= 2) {
-        for (int64_t distance = 1; distance <= p; distance *= 2) {
-            mask = VNAME(stage)(keys, rows, p, distance, mask, LNS_UNDO);
-        }
-    }
-    for (int64_t i = rows - LNS_RUN; i >= 0; i -= LNS_RUN) {
-        mask = VNAME(run)(keys + i * LANES, mask, LNS_UNDO);
+    } else {
+        VNAME(run)(keys, mask, LNS_UNDO);
     }
 }

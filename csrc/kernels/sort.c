@@ -21,11 +21,11 @@ static int64_t work_each(const lns_sample *samples, int64_t count)
 {
     int64_t most = 0;
     for (int64_t k = 0; k < count; k++) {
-        const int64_t tile = lns_tile_bytes(samples[k].n), order = lns_order_bytes(samples[k].n, 0);
-        if (!lns_sample_ok(&samples[k]) || tile < 0 || order < 0) {
+        const int64_t tile = lns_tile_bytes(samples[k].n);
+        if (!lns_sample_ok(&samples[k]) || tile < 0) {
             return -1;
         }
-        most = tile + order > most ? tile + order : most;
+        most = tile > most ? tile : most;
     }
     return lns_pad(most);
 }

@@ -13,12 +13,10 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
         }
         const lns_sample *s = &c->samples[k];
         const int64_t column = (unit - first) * LANES;
-        char *rest = work + lns_tile_bytes(s->n);
-        const VNAME(order) order = VNAME(order_at)(&rest, s->n, 0);
         VNAME(load_keys)(s, column, tile);
         VNAME(prefetch_out)(c->out[k], s->n, s->d, column);
         VNAME(prefetch_tile)(s, column + LANES);
-        VNAME(sort_tile)(tile, s->n, &order);
+        VNAME(sort_tile)(tile, s->n);
         VNAME(flip_tile)(tile, s->n);
         c->bad[thread] |= !VNAME(sorted_finite)((const real *)(void *)tile, s->n);
         VNAME(store_tile)((const real *)(void *)tile, s->n, s->d, column, c->out[k]);

@@ -17,10 +17,8 @@
 /* For functions whose constant arguments choose the code. */
 #define LNS_INLINE inline __attribute__((always_inline))
 
-/* Up to here a network sorts all lanes of a tile at once, recording its decisions where the ranks are wanted; above,
- * each column is sorted by radix. */
-#define LNS_NETWORK_ROWS 1024
-#define LNS_RECORD_ROWS 256
+/* What a sorted tile tells of its order: nothing; enough to undo it; the source row of every sorted row. */
+typedef enum lns_ranks { LNS_NO_RANKS, LNS_RANKS, LNS_ROWS } lns_ranks;
 
 /* Up to here the rows of the next tile are asked for in advance. */
 #define LNS_PREFETCH_ROWS 128
@@ -43,42 +41,28 @@ static inline int64_t lns_tile_bytes(int64_t n)
     return lns_mul(lns_network_rows(n), LNS_TILE_ROW);
 }
 
-/* Comparators of one stage of Batcher's odd-even merge: sorted stretches of p rows are being merged in pairs, comparing
- * rows `distance` apart. */
-static inline int64_t lns_stage_size(int64_t rows, int64_t p, int64_t distance)
-{
-    int64_t size = 0;
-    for (int64_t block = 0; block < rows; block += 2 * p) {
-        const int64_t end = block + 2 * p < rows ? block + 2 * p : rows;
-        for (int64_t j = block + (distance == p ? 0 : distance); j + distance < end; j += 2 * distance) {
-            size += j + 2 * distance < end ? distance : end - distance - j;
-        }
-    }
-    return size;
-}
-
-/* Comparators of the whole network for n rows. */
+/* Comparators of the network for n <= LNS_RUN rows. */
 static inline int64_t lns_network_size(int64_t n)
 {
-    const int64_t rows = lns_network_rows(n);
-    int64_t size = rows == 16 ? LNS_SORT16_COMPARATORS : rows / LNS_RUN * LNS_RUN_COMPARATORS;
-    for (int64_t p = LNS_RUN; p < rows; p *= 2) {
-        for (int64_t distance = p; distance >= 1; distance /= 2) {
-            size += lns_stage_size(rows, p, distance);
-        }
-    }
-    return size;
+    return n <= 16 ? LNS_SORT16_COMPARATORS : LNS_RUN_COMPARATORS;
 }
 
-/* Bytes of work that sorting a tile of n rows takes, with its ranks remembered where `ranked`. */
-static inline int64_t lns_order_bytes(int64_t n, int ranked)
+/* Whether the order of n rows is remembered as a record of the network. */
+static inline int lns_records(int64_t n, lns_ranks ranks)
 {
-    const int64_t pairs = lns_mul(n, 32);
-    if (pairs < 0 || n > UINT32_MAX) {
-        return -1;
+    return ranks == LNS_RANKS && n <= LNS_RUN;
+}
+
+/* Bytes of work that remembering the order of a tile of n rows takes (struct order in rank_body.h). */
+static inline int64_t lns_order_bytes(int64_t n, lns_ranks ranks)
+{
+    if (ranks == LNS_NO_RANKS) {
+        return 0;
     }
-    const int64_t masks = ranked && n <= LNS_RECORD_ROWS ? lns_network_size(n) * LNS_TILE_ROW : 0;
-    return lns_pad(pairs) + masks + (ranked ? lns_mul(n, LNS_TILE_ROW) : 0);
+    if (lns_records(n, ranks)) {
+        return lns_network_size(n) * LNS_TILE_ROW;
+    }
+    return 2 * lns_tile_bytes(n) + lns_pad(n * 32) + lns_pad(n * 8);
 }
 
 /* The common refinement of {i / n} and {k / m}: at most n + m - 1 segments, for samples of equally weighted rows. */
@@ -103,15 +87,14 @@ static inline int64_t lns_segments(int64_t n, int64_t m, lns_segment *out)
     return count;
 }
 
-/* The same for weighted rows in the order rank_*[0..] of one column; a NULL mass means equal weights. The last row of
- * each side takes what rounding leaves over. */
-static inline int64_t lns_weighted_segments(int64_t n, const double *mass_u, double total_u, const uint32_t *rank_u,
-                                            int64_t m, const double *mass_v, double total_v, const uint32_t *rank_v,
-                                            lns_segment *out)
+/* The same for the rows of one column in their order, with their weights; a NULL mass means equal weights. The last row
+ * of each side takes what rounding leaves over. */
+static inline int64_t lns_weighted_segments(int64_t n, const double *mass_u, double total_u, int64_t m,
+                                            const double *mass_v, double total_v, lns_segment *out)
 {
     int64_t count = 0, i = 0, k = 0;
-    double left_u = mass_u ? mass_u[rank_u[0]] / total_u : 1.0 / (double)n;
-    double left_v = mass_v ? mass_v[rank_v[0]] / total_v : 1.0 / (double)m;
+    double left_u = mass_u ? mass_u[0] / total_u : 1.0 / (double)n;
+    double left_v = mass_v ? mass_v[0] / total_v : 1.0 / (double)m;
     for (;;) {
         const int last_u = i == n - 1, last_v = k == m - 1;
         const int take_u = last_v || (!last_u && left_u <= left_v);
@@ -123,11 +106,11 @@ static inline int64_t lns_weighted_segments(int64_t n, const double *mass_u, dou
         if (take_u) {
             left_v -= left_u;
             i++;
-            left_u = mass_u ? mass_u[rank_u[i]] / total_u : 1.0 / (double)n;
+            left_u = mass_u ? mass_u[i] / total_u : 1.0 / (double)n;
         } else {
             left_u -= left_v;
             k++;
-            left_v = mass_v ? mass_v[rank_v[k]] / total_v : 1.0 / (double)m;
+            left_v = mass_v ? mass_v[k] / total_v : 1.0 / (double)m;
         }
     }
 }

@@ -28,10 +28,10 @@ static int64_t work_each(const lns_fit_job *jobs, int64_t count, int64_t *segmen
             jobs[k].source.d != jobs[k].target.d || n < 2 || m < 2 || n > UINT32_MAX || m > UINT32_MAX) {
             return -1;
         }
-        const int weighted = jobs[k].source.mass != NULL || jobs[k].target.mass != NULL;
+        const lns_ranks ranks = jobs[k].source.mass != NULL || jobs[k].target.mass != NULL ? LNS_ROWS : LNS_NO_RANKS;
         const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
-        const int64_t rest = lns_tile_bytes(n) + lns_tile_bytes(m) + lns_order_bytes(n, weighted) +
-                             lns_order_bytes(m, weighted) + segments;
+        const int64_t rest =
+            lns_tile_bytes(n) + lns_tile_bytes(m) + lns_order_bytes(n, ranks) + lns_order_bytes(m, ranks) + segments;
         *segments_each = segments > *segments_each ? segments : *segments_each;
         most = rest > most ? rest : most;
     }

@@ -1,5 +1,5 @@
 /* Template body: closed-form maps of a tile of the source to a tile of the target. */
-#include "kernels/tile_body.h"
+#include "kernels/rank_body.h"
 
 /* Means, variance of u and covariance of the paired quantiles of `width` columns (a constant: 1 or 8, so that the sums
  * stay in registers). Sums are taken around the median rows: a large mean costs no digits. */
@@ -76,6 +76,7 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
     const lns_sample *source = &job->source, *target = &job->target;
     const int64_t n = source->n, m = target->n, lanes = source->d - column < LANES ? source->d - column : LANES;
     const int weighted = source->mass != NULL || target->mass != NULL;
+    const lns_ranks ranks = weighted ? LNS_ROWS : LNS_NO_RANKS;
     double mean_u[LANES], mean_v[LANES], variance[LANES], other[LANES];
     int constant[LANES];
 
@@ -83,8 +84,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
     work += lns_tile_bytes(n);
     real *v = (real *)(void *)work;
     work += lns_tile_bytes(m);
-    const VNAME(order) order_u = VNAME(order_at)(&work, n, weighted);
-    const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted);
+    const VNAME(order) order_u = VNAME(order_at)(&work, n, ranks);
+    const VNAME(order) order_v = VNAME(order_at)(&work, m, ranks);
     lns_segment *own = (lns_segment *)(void *)work;
 
     if (method != LNS_LINEAR) {
@@ -102,11 +103,11 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
         VNAME(prefetch_tile)(source, column + LANES);
         VNAME(prefetch_tile)(target, column + LANES);
         if (weighted) {
-            VNAME(sort_by_column)((key *)(void *)u, n, &order_u);
-            VNAME(sort_by_column)((key *)(void *)v, m, &order_v);
+            VNAME(rank_tile)((key *)(void *)u, n, &order_u);
+            VNAME(rank_tile)((key *)(void *)v, m, &order_v);
         } else {
-            VNAME(sort_tile)((key *)(void *)u, n, &order_u);
-            VNAME(sort_tile)((key *)(void *)v, m, &order_v);
+            VNAME(sort_tile)((key *)(void *)u, n);
+            VNAME(sort_tile)((key *)(void *)v, m);
         }
         VNAME(flip_tile)(u, n);
         VNAME(flip_tile)(v, m);
@@ -121,8 +122,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
                                  other + l, 8);
         }
         for (int64_t l = 0; weighted && l < lanes; l++) {
-            const int64_t count = lns_weighted_segments(n, source->mass, total_u, order_u.rows + l * n, m, target->mass,
-                                                        total_v, order_v.rows + l * m, own);
+            const int64_t count = lns_weighted_segments(n, VNAME(column_mass)(source->mass, n, l, &order_u), total_u, m,
+                                                        VNAME(column_mass)(target->mass, m, l, &order_v), total_v, own);
             VNAME(quantile_sums)(u + l, n, v + l, m, own, count, mean_u + l, mean_v + l, variance + l, other + l, 1);
         }
     }

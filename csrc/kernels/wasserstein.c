@@ -33,7 +33,8 @@ static int64_t work_each(const lns_w2_job *jobs, int64_t count, int64_t *segment
         const int weighted = job->u.mass != NULL || job->v.mass != NULL;
         const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
         const int64_t tiles = 3 * lns_tile_bytes(n) + lns_tile_bytes(m);
-        const int64_t orders = lns_order_bytes(n, 1) + lns_order_bytes(m, weighted);
+        const int64_t orders = lns_order_bytes(n, weighted ? LNS_ROWS : LNS_RANKS) +
+                               lns_order_bytes(m, weighted ? LNS_ROWS : LNS_NO_RANKS);
         *segments_each = segments > *segments_each ? segments : *segments_each;
         most = tiles + orders + segments > most ? tiles + orders + segments : most;
     }

@@ -1,5 +1,5 @@
 /* Template body: squared W2 of a tile against its target, with gradients. */
-#include "kernels/tile_body.h"
+#include "kernels/rank_body.h"
 
 /* Adds a register's part of a float sum to its double total, and starts the next part. */
 static inline void VNAME(fold)(VNAME(reals) * part, double *restrict total)
@@ -65,17 +65,17 @@ static inline __attribute__((always_inline)) void VNAME(w2_segments)(const real 
 }
 
 /* Entries of u that are equal share the mean of their target quantiles: each gets its share by mass of their summed
- * gradient. u is sorted, g in the same order; rank (or NULL) tells the rows, mass (or NULL) their weights. */
-static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const double *mass, const uint32_t *rank)
+ * gradient. u is sorted, g and mass (or NULL) in the same order. */
+static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const double *mass)
 {
     for (int64_t begin = 0, end; begin < n; begin = end) {
         double sum = 0, weight = 0;
         for (end = begin; end < n && u[end * LANES] == u[begin * LANES]; end++) {
             sum += (double)g[end * LANES];
-            weight += mass != NULL ? mass[rank[end]] : 1;
+            weight += mass != NULL ? mass[end] : 1;
         }
         for (int64_t i = begin; end - begin > 1 && i < end; i++) {
-            const double own = mass != NULL ? mass[rank[i]] : 1;
+            const double own = mass != NULL ? mass[i] : 1;
             g[i * LANES] = weight > 0 ? (real)(sum * (own / weight)) : 0;
         }
     }
@@ -133,7 +133,6 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
     const int64_t n = job->u.n, m = job->v.n, d = job->u.d, lanes = d - column < LANES ? d - column : LANES;
     const int weighted = job->u.mass != NULL || job->v.mass != NULL;
     const int gradient = job->grad_u != NULL || job->grad_weight != NULL || job->grad_bias != NULL;
-    const int ranked_u = gradient || weighted;
     double value[LANES] = {0}, grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
     real weight[LANES] = {0};
 
@@ -146,8 +145,8 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
     real *g = (real *)(void *)work;
     work += lns_tile_bytes(n);
     key *keys_u = (key *)(void *)u, *keys_v = (key *)(void *)v;
-    const VNAME(order) order_u = VNAME(order_at)(&work, n, ranked_u);
-    const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted);
+    const VNAME(order) order_u = VNAME(order_at)(&work, n, weighted ? LNS_ROWS : gradient ? LNS_RANKS : LNS_NO_RANKS);
+    const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted ? LNS_ROWS : LNS_NO_RANKS);
     lns_segment *own = (lns_segment *)(void *)work;
 
     if (job->weight != NULL) {
@@ -176,21 +175,19 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
     VNAME(prefetch_tile)(&job->u, column + LANES);
     VNAME(prefetch_tile)(&job->v, column + LANES);
 
-    if (weighted) {
-        VNAME(sort_by_column)(keys_u, n, &order_u);
-    } else if (gradient) {
+    if (weighted || gradient) {
         VNAME(rank_tile)(keys_u, n, &order_u);
     } else {
-        VNAME(sort_tile)(keys_u, n, &order_u);
+        VNAME(sort_tile)(keys_u, n);
     }
     VNAME(flip_tile)(u, n);
     if (weighted) { /* also a sorted target: the weights need its ranks */
         if (v_sorted) {
             VNAME(flip_tile)(v, m);
         }
-        VNAME(sort_by_column)(keys_v, m, &order_v);
+        VNAME(rank_tile)(keys_v, m, &order_v);
     } else if (!v_sorted) {
-        VNAME(sort_tile)(keys_v, m, &order_v);
+        VNAME(sort_tile)(keys_v, m);
     }
     if (weighted || !v_sorted) {
         VNAME(flip_tile)(v, m);
@@ -202,8 +199,8 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
 
     if (weighted) {
         for (int64_t l = 0; l < lanes; l++) {
-            const int64_t count = lns_weighted_segments(n, job->u.mass, total_u, order_u.rows + l * n, m, job->v.mass,
-                                                        total_v, order_v.rows + l * m, own);
+            const int64_t count = lns_weighted_segments(n, VNAME(column_mass)(job->u.mass, n, l, &order_u), total_u, m,
+                                                        VNAME(column_mass)(job->v.mass, m, l, &order_v), total_v, own);
             VNAME(w2_segments)(u + l, v + l, own, count, gradient ? g + l : NULL, value + l, 1);
         }
     } else if (n == m) {
@@ -218,14 +215,10 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
 
     if (VNAME(any_ties)(u, n)) {
         for (int64_t l = 0; l < lanes; l++) {
-            VNAME(share_ties)(u + l, g + l, n, job->u.mass, weighted ? order_u.rows + l * n : NULL);
+            VNAME(share_ties)(u + l, g + l, n, VNAME(column_mass)(job->u.mass, n, l, &order_u));
         }
     }
-    if (weighted) {
-        VNAME(unrank_by_column)(g, n, &order_u);
-    } else {
-        VNAME(unrank_tile)(g, n, &order_u);
-    }
+    g = VNAME(unrank_tile)(g, n, &order_u);
     if (job->weight != NULL) {
         VNAME(w2_through_map)(g, z, weight, n, grad_weight, grad_bias);
         VNAME(store_row)(grad_weight, lanes, job->grad_weight, column);
