@@ -18,8 +18,6 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_bytes
 
 from .maps import AffineMap, SteeringMaps
 
@@ -73,6 +71,8 @@ def save(maps: SteeringMaps, path: str | PathLike[str]) -> None:
     """
     if not isinstance(maps, SteeringMaps):
         raise TypeError(f"maps must be a SteeringMaps, got {type(maps).__name__}")
+    from safetensors.numpy import save as to_bytes  # here, not above: arrays work where there is no safetensors
+
     path = os.fspath(path)
     tensors = {}
     for name, one in maps.items():
@@ -162,6 +162,8 @@ def load(path: str | PathLike[str]) -> SteeringMaps:
         If it is not a safetensors file, not one of lineas maps, from a later version, or its content does not hold
         together; the message names the file and what is wrong.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = os.fspath(path)
     with open(path, "rb"):
         pass  # for the operating system's own exact error; safetensors words it in its way
