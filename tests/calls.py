@@ -1,8 +1,14 @@
 """A sound call of every function of the extension, for tests that vary it."""
 
+import os
+import sys
+
 import numpy as np
 
 from lineas import _core
+
+# A child process imports what this one imports: the installed package, not a checkout that lies around it.
+SAME_PATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def ones(*shape, dtype=np.float64):
@@ -50,3 +56,12 @@ def flat(value):
     if isinstance(value, list | tuple):
         return [leaf for part in value for leaf in flat(part)]
     return [repr(value)] if isinstance(value, Exception) else [value]
+
+
+def arrays_in(value):
+    return [leaf for leaf in flat(value) if isinstance(leaf, np.ndarray)]
+
+
+def bits(value):
+    """What two results or arguments have in common exactly if they are equal to the last bit."""
+    return [(x.dtype.str, x.shape, x.tobytes()) if isinstance(x, np.ndarray) else repr(x) for x in flat(value)]

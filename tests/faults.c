@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stddef.h>
+#include <stdlib.h>
 
 enum { MEMORY, THREADS };
 
@@ -27,48 +27,66 @@ static int fails(int kind)
     return 1;
 }
 
-/* The function of that name that stands behind this library. */
-#define FIND_NEXT(name)                                                                                                \
-    static __typeof__(name) *next;                                                                                     \
-    if (next == NULL) {                                                                                                \
-        *(void **)&next = dlsym(RTLD_NEXT, #name);                                                                     \
+/* The functions that stand behind this library. Until they are found, which may itself ask for memory, there is none.
+ */
+static struct {
+    __typeof__(malloc) *malloc;
+    __typeof__(calloc) *calloc;
+    __typeof__(realloc) *realloc;
+    __typeof__(free) *free;
+    __typeof__(pthread_create) *pthread_create;
+} next;
+
+static void find_next(void)
+{
+    static int begun;
+    if (!begun) {
+        begun = 1;
+        *(void **)&next.malloc = dlsym(RTLD_NEXT, "malloc");
+        *(void **)&next.calloc = dlsym(RTLD_NEXT, "calloc");
+        *(void **)&next.realloc = dlsym(RTLD_NEXT, "realloc");
+        *(void **)&next.pthread_create = dlsym(RTLD_NEXT, "pthread_create");
+        *(void **)&next.free = dlsym(RTLD_NEXT, "free");
     }
+}
 
 void *malloc(size_t size)
 {
-    FIND_NEXT(malloc)
-    void *block = fails(MEMORY) ? NULL : next(size);
+    find_next();
+    void *block = next.malloc == NULL || fails(MEMORY) ? NULL : next.malloc(size);
     blocks += block != NULL;
     return block;
 }
 
 void *calloc(size_t count, size_t size)
 {
-    FIND_NEXT(calloc)
-    void *block = fails(MEMORY) ? NULL : next(count, size);
+    find_next();
+    void *block = next.calloc == NULL || fails(MEMORY) ? NULL : next.calloc(count, size);
     blocks += block != NULL;
     return block;
 }
 
 void *realloc(void *old, size_t size)
 {
-    FIND_NEXT(realloc)
-    void *block = fails(MEMORY) ? NULL : next(old, size);
+    find_next();
+    void *block = next.realloc == NULL || fails(MEMORY) ? NULL : next.realloc(old, size);
     blocks += block != NULL && old == NULL;
     return block;
 }
 
 void free(void *block)
 {
-    FIND_NEXT(free)
-    blocks -= block != NULL;
-    next(block);
+    find_next();
+    if (next.free != NULL) {
+        blocks -= block != NULL;
+        next.free(block);
+    }
 }
 
 int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*body)(void *), void *argument)
 {
-    FIND_NEXT(pthread_create)
-    return fails(THREADS) ? EAGAIN : next(thread, attributes, body, argument);
+    find_next();
+    return fails(THREADS) ? EAGAIN : next.pthread_create(thread, attributes, body, argument);
 }
 
 /* ---- for the test, by ctypes ------------------------------------------------------------------------------------- */

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from calls import NAMES, call, flat, ones, sound
+from calls import NAMES, arrays_in, call, flat, ones, sound
 from samples import encode
 
 from lineas import _core
@@ -421,10 +421,6 @@ class Meddling:
         return iter(self.read())
 
 
-def arrays_in(arguments):
-    return [x for x in flat(list(arguments.values())) if isinstance(x, np.ndarray)]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_code_that_an_argument_runs_cannot_change_arrays_after_their_check(name):
     """Numbers and sequences are read first: the call does what it does on arrays that were turned before it."""
@@ -436,12 +432,12 @@ def test_code_that_an_argument_runs_cannot_change_arrays_after_their_check(name)
             return str(error)
 
     turned = sound(name)
-    turn(arrays_in(turned))
+    turn(arrays_in(list(turned.values())))
     expected = outcome(turned)
     for key, value in sound(name).items():
         if isinstance(value, list | float | int):
             arguments = sound(name)
-            arguments[key] = Meddling(arguments[key], arrays_in(arguments))
+            arguments[key] = Meddling(arguments[key], arrays_in(list(arguments.values())))
             assert outcome(arguments) == expected, key
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from calls import NAMES, flat, sound
+from calls import NAMES, SAME_PATH, bits, sound
 from test_errors_core import TYPE_ERRORS, VALUE_ERRORS
 
 from lineas import _core
@@ -84,10 +84,6 @@ class Shim:
     def blocks(self):
         gc.collect()
         return self.library.faults_blocks()
-
-
-def bits(result):
-    return [(x.dtype.str, x.shape, x.tobytes()) if isinstance(x, np.ndarray) else repr(x) for x in flat(result)]
 
 
 def sweep(shim, name, make):
@@ -164,9 +160,7 @@ def outcomes(tmp_path_factory):
     asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0:allocator_may_return_null=1"
     run = subprocess.run(
         [sys.executable, "-c", "from test_faults import child; child()"],
-        env=os.environ
-        | {"LD_PRELOAD": preload, "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": asan}
-        | {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])},
+        env=os.environ | SAME_PATH | {"LD_PRELOAD": preload, "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": asan},
         capture_output=True,
         text=True,
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from calls import SAME_PATH
 from samples import digest
 
 import lineas
@@ -24,8 +25,7 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 def run(code):
     """What a child process prints that runs the code, with the paths of this one."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", code], env=os.environ | SAME_PATH, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return child.stdout.splitlines()
 

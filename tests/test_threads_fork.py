@@ -8,13 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from calls import SAME_PATH
 from samples import all_kernels, assert_same_bits, digest
 
 import lineas
 from lineas import _core, _threads
-
-# A child process imports what this one imports: the installed package, not a checkout that lies around it.
-SAME_PATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 @pytest.fixture(autouse=True)
