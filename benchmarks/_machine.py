@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def describe() -> str:
     """Processor, kernels and versions in one line."""
     return (
         f"{cpu_name()}, {platform.system()} {platform.machine()}, kernels {_core.cpu()}; "
-        f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
+        f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, POT {version('POT')}"
     )
 
 
@@ -82,13 +83,13 @@ def paired(calls: Mapping[str, Call], budget: float, clock: Callable[[], float] 
     A sample is one call, or as many as last about 2 ms, after an untimed one that brings the data into the caches;
     calls above 10 ms do without the latter. The rounds take about `budget` seconds, and there are at least 5.
     """
-    repeats = {}
+    once = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, round(SAMPLE / max(_sample(call, 1, False, time.perf_counter), 1e-7)))
-    took = {name: _sample(call, repeats[name], True, time.perf_counter) for name, call in calls.items()}
-    warm = {name: took[name] < 10e-3 for name in calls}
-    length = sum(took[name] * (repeats[name] + warm[name]) for name in calls)
+        once[name] = max(_sample(call, 1, False, time.perf_counter), 1e-7)
+    repeats = {name: max(1, round(SAMPLE / once[name])) for name in calls}
+    warm = {name: once[name] < 10e-3 for name in calls}
+    length = sum(once[name] * (repeats[name] + warm[name]) for name in calls)
     rounds = min(max(round(budget / length), LEAST_ROUNDS), MOST_ROUNDS)
 
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -172,7 +173,7 @@ class Case:
         cells = [
             self.kernel,
             self.size,
-            f"{seen['µs']:.4g}",
+            f"{seen['µs']:.{0 if seen['µs'] >= 100 else 2}f}",
             ", ".join(floor_cells),
             ", ".join(f"{name} {seen[name]:.3g}" for name in self.rivals),
             ", ".join(f"{name} {value:.1e}" if value else f"{name} 0" for name, value in self.errors.items()),

@@ -1,6 +1,8 @@
 """What a call costs when there is hardly anything to compute: public functions on tiny float32 arrays, one thread.
 
-python benchmarks/call_overhead.py [--budget 1.5]
+The time is that of the Python layer: checking the arguments, taking pointers, allocating the results.
+
+    python benchmarks/call_overhead.py [--budget 1.5]
 """
 
 from __future__ import annotations
