@@ -15,7 +15,7 @@ typedef struct VNAME(pair) {
 typedef struct VNAME(order) {
     VNAME(mask) * masks; /* what each comparator of the network swapped; NULL where rows are wanted instead */
     key *rows;           /* [lns_network_rows(n), LANES] source row of each sorted row */
-    key *source;         /* [lns_network_rows(n), LANES] the keys as they came; later the tile in their order */
+    key *source;         /* [lns_network_rows(n), LANES] the keys as they came */
     VNAME(pair) * pairs; /* [2, n] */
     double *mass;        /* [n] weights of one column's rows in its order */
 } VNAME(order);
@@ -215,20 +215,20 @@ static inline void VNAME(rank_tile)(key *keys, int64_t n, const VNAME(order) * o
     }
 }
 
-/* The tile, of lns_network_rows(n) rows, with its rows back in the order from before VNAME(rank_tile); overwritten. */
-static inline real *VNAME(unrank_tile)(real *tile, int64_t n, const VNAME(order) * o)
+/* Brings a tile, of lns_network_rows(n) rows, from that order back to the one before. */
+static inline void VNAME(unrank_tile)(real *tile, int64_t n, const VNAME(order) * o)
 {
     if (o->masks != NULL) {
         VNAME(network_undo)((key *)(void *)tile, n, o->masks);
-        return tile;
+        return;
     }
-    real *out = (real *)(void *)o->source;
+    real *sorted = (real *)(void *)o->source;
+    memcpy(sorted, tile, (size_t)n * LNS_TILE_ROW);
     for (int64_t i = 0; i < n; i++) {
         for (int l = 0; l < LANES; l++) {
-            out[(int64_t)o->rows[i * LANES + l] * LANES + l] = tile[i * LANES + l];
+            tile[(int64_t)o->rows[i * LANES + l] * LANES + l] = sorted[i * LANES + l];
         }
     }
-    return out;
 }
 
 /* The weights of the rows in the order of column l; NULL stays NULL. */

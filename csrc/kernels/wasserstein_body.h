@@ -33,35 +33,51 @@ static inline void VNAME(w2_equal)(const real *u, const real *v, int64_t n, real
     }
 }
 
-/* The same along segments, for `lanes` columns of the tiles (a constant: LANES, or 1 where each has its own segments).
- */
-static inline __attribute__((always_inline)) void VNAME(w2_segments)(const real *u, const real *v,
-                                                                     const lns_segment *segments, int64_t count,
-                                                                     real *g, double *value, const int lanes)
+/* The same along segments that all columns share. */
+static inline void VNAME(w2_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
+                                      double *restrict value)
 {
-    int64_t row = -1;
+    VNAME(reals) part[VEC_PARTS] = {0}, sum[VEC_PARTS] = {0};
     for (int64_t s = 0; s < count; s++) {
-        const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
-        const double mass = segments[s].mass;
-        const real twice = (real)(2 * mass);
-        for (int l = 0; l < lanes; l++) {
-            const double difference = (double)a[l] - (double)b[l];
-            value[l] += mass * (difference * difference);
-        }
-        if (g == NULL) {
-            continue;
-        }
-        real *to = g + segments[s].i * LANES;
-        if (segments[s].i != row) {
-            row = segments[s].i;
-            for (int l = 0; l < lanes; l++) {
-                to[l] = 0;
+        const int64_t i = segments[s].i, k = segments[s].k;
+        const real mass = (real)segments[s].mass, twice = (real)(2 * segments[s].mass);
+        const int last = s + 1 == count || segments[s + 1].i != i;
+        for (int p = 0; p < VEC_PARTS; p++) {
+            const int64_t at = p * VEC_LANES;
+            const VNAME(reals) difference =
+                VNAME(reals_load)(u + i * LANES + at) - VNAME(reals_load)(v + k * LANES + at);
+            part[p] += mass * (difference * difference);
+            sum[p] += twice * difference;
+            if (g != NULL && last) {
+                VNAME(reals_store)(g + i * LANES + at, sum[p]);
+                sum[p] = (VNAME(reals)){0};
             }
         }
-        for (int l = 0; l < lanes; l++) {
-            to[l] += twice * (a[l] - b[l]);
+        if (s % LNS_FOLD == LNS_FOLD - 1 || s + 1 == count) {
+            for (int p = 0; p < VEC_PARTS; p++) {
+                VNAME(fold)(&part[p], value + p * VEC_LANES);
+            }
         }
     }
+}
+
+/* The same for one column with segments of its own. */
+static inline void VNAME(w2_column)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
+                                    double *value)
+{
+    double sum = 0, gradient = 0;
+    for (int64_t s = 0; s < count; s++) {
+        const int64_t i = segments[s].i;
+        const double difference = (double)u[i * LANES] - (double)v[segments[s].k * LANES];
+        const double weighted = segments[s].mass * difference;
+        sum += weighted * difference;
+        gradient += 2 * weighted;
+        if (g != NULL && (s + 1 == count || segments[s + 1].i != i)) {
+            g[i * LANES] = (real)gradient;
+            gradient = 0;
+        }
+    }
+    *value = sum;
 }
 
 /* Entries of u that are equal share the mean of their target quantiles: each gets its share by mass of their summed
@@ -201,12 +217,12 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
         for (int64_t l = 0; l < lanes; l++) {
             const int64_t count = lns_weighted_segments(n, VNAME(column_mass)(job->u.mass, n, l, &order_u), total_u, m,
                                                         VNAME(column_mass)(job->v.mass, m, l, &order_v), total_v, own);
-            VNAME(w2_segments)(u + l, v + l, own, count, gradient ? g + l : NULL, value + l, 1);
+            VNAME(w2_column)(u + l, v + l, own, count, gradient ? g + l : NULL, value + l);
         }
     } else if (n == m) {
         VNAME(w2_equal)(u, v, n, gradient ? g : NULL, value);
     } else {
-        VNAME(w2_segments)(u, v, shared, shared_count, gradient ? g : NULL, value, LANES);
+        VNAME(w2_segments)(u, v, shared, shared_count, gradient ? g : NULL, value);
     }
     VNAME(store_row)(value, lanes, job->value, column);
     if (!gradient) {
@@ -218,7 +234,7 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
             VNAME(share_ties)(u + l, g + l, n, VNAME(column_mass)(job->u.mass, n, l, &order_u));
         }
     }
-    g = VNAME(unrank_tile)(g, n, &order_u);
+    VNAME(unrank_tile)(g, n, &order_u);
     if (job->weight != NULL) {
         VNAME(w2_through_map)(g, z, weight, n, grad_weight, grad_bias);
         VNAME(store_row)(grad_weight, lanes, job->grad_weight, column);
