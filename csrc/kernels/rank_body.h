@@ -122,10 +122,11 @@ static inline int64_t VNAME(insert)(key *keys, key *rows, int64_t row, int l)
     return i;
 }
 
-/* Puts nearly sorted columns right by insertion. A column that takes more moves than a radix sort would is given up. */
+/* Puts nearly sorted columns right by insertion. A column that takes more moves than a radix sort is worth is given up.
+ */
 static inline void VNAME(repair)(key *keys, int64_t n, const VNAME(order) * o)
 {
-    enum { BLOCK = 4, MOST_MOVES = 8 };
+    enum { BLOCK = 4, MOST_MOVES = 4 /* a row */ };
     int64_t moves[LANES] = {0};
     for (int64_t begin = 0; begin < n - 1; begin += BLOCK) {
         const int64_t end = begin + BLOCK < n - 1 ? begin + BLOCK : n - 1;
@@ -143,7 +144,7 @@ static inline void VNAME(repair)(key *keys, int64_t n, const VNAME(order) * o)
                     continue;
                 }
                 moves[l] += VNAME(insert)(keys, o->rows, i, l);
-                if (moves[l] > MOST_MOVES * n) {
+                if (moves[l] > MOST_MOVES * (i + LNS_RUN)) {
                     VNAME(rank_column)(keys, n, l, o);
                 }
             }
