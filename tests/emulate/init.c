@@ -1,4 +1,5 @@
-/* The only process of the emulated machine: runs the program, says how it ended, and switches the machine off. */
+/* The only process of the emulated machine: runs the program with its own arguments (the kernel hands over what follows
+ * "--" on its command line), says how it ended, and switches the machine off. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mount.h>
@@ -7,17 +8,17 @@
 #include <termios.h>
 #include <unistd.h>
 
-int main(void)
+int main(int count, char **arguments)
 {
-    char *const arguments[] = {"/program", NULL};
     int status = 0;
+    (void)count;
     mount("proc", "/proc", "proc", 0, NULL);
     mount("sysfs", "/sys", "sysfs", 0, NULL);
     setenv("OPENBLAS_NUM_THREADS", "1", 1);
     printf("avx512 %s\n", __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") ? "yes" : "no");
     fflush(stdout);
     if (fork() == 0) {
-        execv(arguments[0], arguments);
+        execv("/program", arguments);
         perror("/program");
         _exit(127);
     }
