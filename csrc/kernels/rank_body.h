@@ -131,13 +131,10 @@ static inline void VNAME(repair)(key *keys, int64_t n, const VNAME(order) * o)
     for (int64_t begin = 0; begin < n - 1; begin += BLOCK) {
         const int64_t end = begin + BLOCK < n - 1 ? begin + BLOCK : n - 1;
         VNAME(vec) wrong = {0};
-        key any = 0;
         for (int64_t i = begin * LANES; i < end * LANES; i += VEC_LANES) {
             wrong |= (VNAME(vec))(VNAME(vec_load)(keys + i) > VNAME(vec_load)(keys + i + LANES));
         }
-        for (int l = 0; l < VEC_LANES; l++) {
-            any |= wrong[l];
-        }
+        const int any = VNAME(vec_any)(wrong);
         for (int64_t i = begin + 1; any && i <= end; i++) {
             for (int l = 0; l < LANES; l++) {
                 if (keys[(i - 1) * LANES + l] <= keys[i * LANES + l]) {
@@ -216,7 +213,7 @@ static inline void VNAME(rank_tile)(key *keys, int64_t n, const VNAME(order) * o
     }
 }
 
-/* Brings a tile, of lns_network_rows(n) rows, from that order back to the one before. */
+/* Puts the rows of a tile, of lns_network_rows(n) rows, back into the order from before VNAME(rank_tile). */
 static inline void VNAME(unrank_tile)(real *tile, int64_t n, const VNAME(order) * o)
 {
     if (o->masks != NULL) {

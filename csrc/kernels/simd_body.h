@@ -49,6 +49,21 @@ static inline VNAME(vec) VNAME(vec_flip)(VNAME(vec) k)
     return k ^ (sign & (key)((ukey)-1 >> 1));
 }
 
+static inline key VNAME(flip)(key k)
+{
+    return k ^ (key)((ukey)(k >> (KEY_BITS - 1)) >> 1);
+}
+
+/* Whether any lane of a comparison is set. */
+static inline int VNAME(vec_any)(VNAME(vec) lanes)
+{
+    key any = 0;
+    for (int l = 0; l < VEC_LANES; l++) {
+        any |= lanes[l];
+    }
+    return any != 0;
+}
+
 /* Where a > b. */
 static inline VNAME(mask) VNAME(vec_greater)(VNAME(vec) a, VNAME(vec) b)
 {
@@ -61,30 +76,20 @@ static inline VNAME(mask) VNAME(vec_greater)(VNAME(vec) a, VNAME(vec) b)
 #endif
 }
 
-/* b where the mask is set, else a. */
-static inline VNAME(vec) VNAME(vec_select)(VNAME(mask) mask, VNAME(vec) a, VNAME(vec) b)
-{
-#if VEC_BYTES == 64 && REAL_IS_DOUBLE
-    return (VNAME(vec))_mm512_mask_mov_epi64((__m512i)a, mask, (__m512i)b);
-#elif VEC_BYTES == 64
-    return (VNAME(vec))_mm512_mask_mov_epi32((__m512i)a, mask, (__m512i)b);
-#elif VEC_BYTES == 32
-    return (VNAME(vec))_mm256_blendv_epi8((__m256i)a, (__m256i)b, (__m256i)mask);
-#else
-    return a ^ ((a ^ b) & mask);
-#endif
-}
-
+/* Swaps the lanes that the mask marks. */
 static inline void VNAME(vec_swap)(VNAME(vec) * a, VNAME(vec) * b, VNAME(mask) mask)
 {
     const VNAME(vec) x = *a, y = *b;
-#if VEC_BYTES == 16
-    const VNAME(vec) difference = (x ^ y) & mask;
+#if VEC_BYTES == 64 && REAL_IS_DOUBLE
+    *a = (VNAME(vec))_mm512_mask_mov_epi64((__m512i)x, mask, (__m512i)y);
+    *b = (VNAME(vec))_mm512_mask_mov_epi64((__m512i)y, mask, (__m512i)x);
+#elif VEC_BYTES == 64
+    *a = (VNAME(vec))_mm512_mask_mov_epi32((__m512i)x, mask, (__m512i)y);
+    *b = (VNAME(vec))_mm512_mask_mov_epi32((__m512i)y, mask, (__m512i)x);
+#else
+    const VNAME(vec) difference = (x ^ y) & mask; /* on AVX2 no slower than two selections, which gcc 12 spoils */
     *a = x ^ difference;
     *b = y ^ difference;
-#else
-    *a = VNAME(vec_select)(mask, x, y);
-    *b = VNAME(vec_select)(mask, y, x);
 #endif
 }
 

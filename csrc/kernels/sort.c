@@ -25,7 +25,8 @@ static int64_t work_each(const lns_sample *samples, int64_t count)
         if (!lns_sample_ok(&samples[k]) || tile < 0) {
             return -1;
         }
-        most = tile > most ? tile : most;
+        const int64_t panel = lns_panel(samples[k].n, INT64_MAX) * tile;
+        most = panel > most ? panel : most;
     }
     return lns_pad(most);
 }

@@ -5,20 +5,22 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
 {
     sort_context *c = context;
     char *work = (char *)c->work + thread * c->work_each;
-    key *tile = (key *)(void *)work;
+    key *tiles = (key *)(void *)work;
     int64_t k = 0, first = 0; /* module of the unit, and its first unit */
-    for (int64_t unit = begin; unit < end; unit++) {
+    for (int64_t unit = begin, count; unit < end; unit += count) {
         while (lns_is_past(&c->samples[k], unit, &first)) {
             k++;
         }
         const lns_sample *s = &c->samples[k];
-        const int64_t column = (unit - first) * LANES;
-        VNAME(load_keys)(s, column, tile);
-        VNAME(prefetch_out)(c->out[k], s->n, s->d, column);
-        VNAME(prefetch_tile)(s, column + LANES);
-        VNAME(sort_tile)(tile, s->n);
-        VNAME(flip_tile)(tile, s->n);
-        c->bad[thread] |= !VNAME(sorted_finite)((const real *)(void *)tile, s->n);
-        VNAME(store_tile)((const real *)(void *)tile, s->n, s->d, column, c->out[k]);
+        const int64_t column = (unit - first) * LANES, size = lns_tile_bytes(s->n);
+        const int64_t left = lns_tiles(s->d, s->dtype) - (unit - first);
+        count = lns_panel(s->n, left < end - unit ? left : end - unit);
+        VNAME(load_tiles)(s, column, count, tiles, 1);
+        for (int64_t t = 0; t < count; t++) {
+            key *tile = tiles + t * size / (int64_t)sizeof(key);
+            VNAME(sort_tile)(tile, s->n);
+            c->bad[thread] |= !VNAME(sorted_finite)(tile, s->n);
+        }
+        VNAME(store_tiles)(tiles, s->n, s->d, column, count, c->out[k], 1);
     }
 }

@@ -14,14 +14,14 @@
 
 #define LNS_TILE_ROW 64 /* bytes in a row of a tile */
 
+/* Bytes of the tiles that are loaded together. */
+#define LNS_PANEL_BYTES 8192
+
 /* For functions whose constant arguments choose the code. */
 #define LNS_INLINE inline __attribute__((always_inline))
 
 /* What a sorted tile tells of its order: nothing; enough to undo it; the source row of every sorted row. */
 typedef enum lns_ranks { LNS_NO_RANKS, LNS_RANKS, LNS_ROWS } lns_ranks;
-
-/* Up to here the rows of the next tile are asked for in advance. */
-#define LNS_PREFETCH_ROWS 128
 
 /* Rows (i of the source, k of the target) whose quantile functions overlap over `mass` of (0, 1). */
 typedef struct lns_segment {
@@ -39,6 +39,14 @@ static inline int64_t lns_network_rows(int64_t n)
 static inline int64_t lns_tile_bytes(int64_t n)
 {
     return lns_mul(lns_network_rows(n), LNS_TILE_ROW);
+}
+
+/* Neighbouring tiles of n rows that are loaded and stored together, where `left` are left: as many as stay in the
+ * first-level cache. */
+static inline int64_t lns_panel(int64_t n, int64_t left)
+{
+    const int64_t most = LNS_PANEL_BYTES / lns_tile_bytes(n);
+    return most < 1 ? 1 : most < left ? most : left;
 }
 
 /* Comparators of the network for n <= LNS_RUN rows. */

@@ -3,39 +3,80 @@
  * and whatever is not finite shows in the first or last row. */
 #include "kernels/merge_body.h"
 
-/* Columns [column, column + LANES) of the sample as a tile of reals, or of keys where `flipped`; lanes beyond d are
- * zero. Whole rows in the working type are the common case, and copies of a constant size: register by register, since
- * gcc copies a row in narrower pieces, for which the loads that follow would have to wait. */
-static LNS_INLINE void VNAME(load)(const lns_sample *s, int64_t column, void *tile, const int flipped)
+/* `count` neighbouring whole tiles in the working type, row by row over all of them: a row's cache lines follow each
+ * other, the rows lie d apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in
+ * narrower pieces, for which the loads that follow would have to wait. */
+static LNS_INLINE void VNAME(load_whole)(const lns_sample *s, int64_t column, int64_t count, key *tiles,
+                                         const int as_keys)
 {
-    const int64_t lanes = s->d - column < LANES ? s->d - column : LANES;
-    const int direct = lanes == LANES && (s->dtype == LNS_F32 || s->dtype == LNS_F64);
-    real values[LANES] = {0};
+    const int64_t size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
     for (int64_t i = 0; i < s->n; i++) {
         const real *from = (const real *)s->data + i * s->d + column;
-        if (!direct) {
-#if REAL_IS_DOUBLE
-            lns_load_f64(values, s->data, s->dtype, i * s->d + column, lanes);
-#else
-            lns_load_f32(values, s->data, s->dtype, i * s->d + column, lanes);
-#endif
-            from = values;
-        }
-        for (int p = 0; p < VEC_PARTS; p++) {
-            const VNAME(vec) v = VNAME(vec_load)(from + p * VEC_LANES);
-            VNAME(vec_store)((real *)tile + i * LANES + p * VEC_LANES, flipped ? VNAME(vec_flip)(v) : v);
+        key *to = tiles + i * LANES;
+        for (int64_t t = 0; t < count; t++, from += LANES, to += size) {
+            for (int p = 0; p < LANES; p += VEC_LANES) {
+                const VNAME(vec) v = VNAME(vec_load)(from + p);
+                VNAME(vec_store)(to + p, as_keys ? VNAME(vec_flip)(v) : v);
+            }
         }
     }
 }
 
-static inline void VNAME(load_tile)(const lns_sample *s, int64_t column, real *tile)
+/* One tile of any dtype; lanes beyond d are zero. */
+static LNS_INLINE void VNAME(load_any)(const lns_sample *s, int64_t column, key *tile, const int as_keys)
 {
-    VNAME(load)(s, column, tile, 0);
+    const int64_t lanes = s->d - column < LANES ? s->d - column : LANES;
+    real values[LANES] = {0};
+    for (int64_t i = 0; i < s->n; i++) {
+#if REAL_IS_DOUBLE
+        lns_load_f64(values, s->data, s->dtype, i * s->d + column, lanes);
+#else
+        lns_load_f32(values, s->data, s->dtype, i * s->d + column, lanes);
+#endif
+        for (int p = 0; p < LANES; p += VEC_LANES) {
+            const VNAME(vec) v = VNAME(vec_load)(values + p);
+            VNAME(vec_store)(tile + i * LANES + p, as_keys ? VNAME(vec_flip)(v) : v);
+        }
+    }
 }
 
-static inline void VNAME(load_keys)(const lns_sample *s, int64_t column, key *keys)
+/* `count` neighbouring tiles of the sample from `column` on: the bits of its values in the working type, or keys. */
+static LNS_INLINE void VNAME(load_tiles)(const lns_sample *s, int64_t column, int64_t count, key *tiles,
+                                         const int as_keys)
 {
-    VNAME(load)(s, column, keys, 1);
+    const int64_t size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
+    int64_t whole = (s->d - column) / LANES < count ? (s->d - column) / LANES : count;
+    if (s->dtype != LNS_F32 && s->dtype != LNS_F64) {
+        whole = 0;
+    }
+    VNAME(load_whole)(s, column, whole, tiles, as_keys);
+    for (int64_t t = whole; t < count; t++) {
+        VNAME(load_any)(s, column + t * LANES, tiles + t * size, as_keys);
+    }
+}
+
+/* The other way: out [n, d]. */
+static LNS_INLINE void VNAME(store_tiles)(const key *tiles, int64_t n, int64_t d, int64_t column, int64_t count,
+                                          real *out, const int as_keys)
+{
+    const int64_t size = lns_tile_bytes(n) / (int64_t)sizeof(key);
+    const int64_t whole = (d - column) / LANES < count ? (d - column) / LANES : count;
+    for (int64_t i = 0; i < n; i++) {
+        const key *from = tiles + i * LANES;
+        real *to = out + i * d + column;
+        for (int64_t t = 0; t < whole; t++, from += size, to += LANES) {
+            for (int p = 0; p < LANES; p += VEC_LANES) {
+                const VNAME(vec) v = VNAME(vec_load)(from + p);
+                VNAME(vec_store)(to + p, as_keys ? VNAME(vec_flip)(v) : v);
+            }
+        }
+        if (whole < count) { /* the last columns */
+            for (int64_t l = 0; l < d - column - whole * LANES; l++) {
+                const key k = as_keys ? VNAME(flip)(from[l]) : from[l];
+                memcpy(to + l, &k, sizeof k);
+            }
+        }
+    }
 }
 
 /* Turns the bits of reals into keys, or keys into the bits of reals, where they lie. */
@@ -47,55 +88,25 @@ static inline void VNAME(flip_tile)(void *tile, int64_t n)
     }
 }
 
-/* Asks for a tile's rows ahead of their use: they lie d apart, where no hardware prefetcher looks. */
-static inline void VNAME(prefetch_tile)(const lns_sample *s, int64_t column)
-{
-    const int64_t size = lns_element_size(s->dtype);
-    const char *from = (const char *)s->data + column * size;
-    for (int64_t i = 0; column < s->d && s->n <= LNS_PREFETCH_ROWS && i < s->n; i++) {
-        __builtin_prefetch(from + i * s->d * size);
-    }
-}
-
-/* The same for rows that are going to be written. */
-static inline void VNAME(prefetch_out)(const real *out, int64_t n, int64_t d, int64_t column)
-{
-    for (int64_t i = 0; n <= LNS_PREFETCH_ROWS && i < n; i++) {
-        __builtin_prefetch(out + i * d + column, 1);
-    }
-}
-
-static inline void VNAME(store_tile)(const real *restrict tile, int64_t n, int64_t d, int64_t column,
-                                     real *restrict out)
-{
-    const int64_t lanes = d - column < LANES ? d - column : LANES;
-    for (int64_t i = 0; lanes == LANES && i < n; i++) {
-        for (int p = 0; p < VEC_PARTS; p++) {
-            VNAME(vec_store)(out + i * d + column + p * VEC_LANES, VNAME(vec_load)(tile + i * LANES + p * VEC_LANES));
-        }
-    }
-    for (int64_t i = 0; lanes < LANES && i < n; i++) {
-        memcpy(out + i * d + column, tile + i * LANES, (size_t)lanes * sizeof(real));
-    }
-}
-
 /* Whether all lanes of rows [begin, end) are finite: the largest exponent marks what is not. */
 static inline int VNAME(rows_finite)(const real *tile, int64_t begin, int64_t end)
 {
     const key exponent = REAL_IS_DOUBLE ? (key)INT64_C(0x7ff0000000000000) : (key)0x7f800000;
     VNAME(vec) bad = {0};
-    key any = 0;
     for (int64_t i = begin * VEC_PARTS; i < end * VEC_PARTS; i++) {
         const VNAME(vec) bits = VNAME(vec_load)(tile + i * VEC_LANES);
         bad |= (VNAME(vec))((bits & exponent) == exponent);
     }
-    for (int l = 0; l < VEC_LANES; l++) {
-        any |= bad[l];
-    }
-    return any == 0;
+    return !VNAME(vec_any)(bad);
 }
 
-static inline int VNAME(sorted_finite)(const real *tile, int64_t n)
+/* Whether sorted keys are those of finite values: what is not shows in the first or last row. */
+static inline int VNAME(sorted_finite)(const key *keys, int64_t n)
 {
-    return VNAME(rows_finite)(tile, 0, 1) && VNAME(rows_finite)(tile, n - 1, n);
+    const key infinity = REAL_IS_DOUBLE ? (key)INT64_C(0x7ff0000000000000) : (key)0x7f800000;
+    key bad = 0;
+    for (int l = 0; l < LANES; l++) {
+        bad |= (key)(keys[l] <= ~infinity) | (key)(keys[(n - 1) * LANES + l] >= infinity);
+    }
+    return bad == 0;
 }

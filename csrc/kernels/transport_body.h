@@ -89,8 +89,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
     lns_segment *own = (lns_segment *)(void *)work;
 
     if (method != LNS_LINEAR) {
-        VNAME(load_tile)(source, column, u);
-        VNAME(load_tile)(target, column, v);
+        VNAME(load_tiles)(source, column, 1, (key *)(void *)u, 0);
+        VNAME(load_tiles)(target, column, 1, (key *)(void *)v, 0);
         VNAME(constant_columns)(u, n, constant);
         if (!VNAME(rows_finite)(u, 0, n) || !VNAME(rows_finite)(v, 0, m)) {
             return 0;
@@ -98,10 +98,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
         VNAME(tile_moments)(u, source, total_u, mean_u, variance);
         VNAME(tile_moments)(v, target, total_v, mean_v, other);
     } else {
-        VNAME(load_keys)(source, column, (key *)(void *)u);
-        VNAME(load_keys)(target, column, (key *)(void *)v);
-        VNAME(prefetch_tile)(source, column + LANES);
-        VNAME(prefetch_tile)(target, column + LANES);
+        VNAME(load_tiles)(source, column, 1, (key *)(void *)u, 1);
+        VNAME(load_tiles)(target, column, 1, (key *)(void *)v, 1);
         if (weighted) {
             VNAME(rank_tile)((key *)(void *)u, n, &order_u);
             VNAME(rank_tile)((key *)(void *)v, m, &order_v);
@@ -109,11 +107,11 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
             VNAME(sort_tile)((key *)(void *)u, n);
             VNAME(sort_tile)((key *)(void *)v, m);
         }
-        VNAME(flip_tile)(u, n);
-        VNAME(flip_tile)(v, m);
-        if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
+        if (!VNAME(sorted_finite)((key *)(void *)u, n) || !VNAME(sorted_finite)((key *)(void *)v, m)) {
             return 0;
         }
+        VNAME(flip_tile)(u, n);
+        VNAME(flip_tile)(v, m);
         for (int l = 0; l < LANES; l++) {
             constant[l] = u[l] == u[(n - 1) * LANES + l];
         }

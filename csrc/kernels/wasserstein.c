@@ -13,6 +13,17 @@ typedef struct w2_context {
     int bad[LNS_MAX_THREADS];
 } w2_context;
 
+static int lns_w2_gradient(const lns_w2_job *job)
+{
+    return job->grad_u != NULL || job->grad_weight != NULL || job->grad_bias != NULL;
+}
+
+/* Tiles in a panel of the job, of which `left` are left. */
+static int64_t lns_w2_panel(const lns_w2_job *job, int64_t left)
+{
+    return lns_panel(job->u.n > job->v.n ? job->u.n : job->v.n, left);
+}
+
 #define LNS_BODY "kernels/wasserstein_body.h"
 #include "kernels/variants.h"
 
@@ -32,7 +43,8 @@ static int64_t work_each(const lns_w2_job *jobs, int64_t count, int64_t *segment
         }
         const int weighted = job->u.mass != NULL || job->v.mass != NULL;
         const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
-        const int64_t tiles = 3 * lns_tile_bytes(n) + lns_tile_bytes(m);
+        const int64_t panel = lns_w2_panel(job, INT64_MAX);
+        const int64_t tiles = (2 * panel + 1) * lns_tile_bytes(n) + panel * lns_tile_bytes(m);
         const int64_t orders = lns_order_bytes(n, weighted ? LNS_ROWS : LNS_RANKS) +
                                lns_order_bytes(m, weighted ? LNS_ROWS : LNS_NO_RANKS);
         *segments_each = segments > *segments_each ? segments : *segments_each;

@@ -10,27 +10,40 @@ static inline void VNAME(fold)(VNAME(reals) * part, double *restrict total)
     *part = (VNAME(reals)){0};
 }
 
-/* Equal sizes and weights: row i of the sorted tiles meets row i alone. g may be NULL. */
-static inline void VNAME(w2_equal)(const real *u, const real *v, int64_t n, real *g, double *restrict value)
+/* Equal sizes and weights: row i of the sorted tiles meets row i alone. u holds keys, g may be NULL. Returns whether u
+ * has ties. */
+static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, real *g, double *restrict value)
 {
     const real twice = (real)(2.0 / (double)n);
-    for (int p = 0; p < LANES; p += VEC_LANES) {
-        VNAME(reals) part = {0};
-        for (int64_t i = 0; i < n; i++) {
-            const VNAME(reals) difference = VNAME(reals_load)(u + i * LANES + p) - VNAME(reals_load)(v + i * LANES + p);
-            part += difference * difference;
-            if (g != NULL) {
-                VNAME(reals_store)(g + i * LANES + p, twice * difference);
-            }
-            if (i % LNS_FOLD == LNS_FOLD - 1) {
-                VNAME(fold)(&part, value + p);
+    VNAME(vec) tied = {0};
+    VNAME(reals) before[VEC_PARTS];
+    for (int p = 0; p < VEC_PARTS; p++) {
+        before[p] = (VNAME(reals))((VNAME(vec)){0} - 1); /* NaN: equal to nothing */
+    }
+    for (int64_t begin = 0; begin < n; begin += LNS_FOLD) {
+        const int64_t end = n - begin < LNS_FOLD ? n : begin + LNS_FOLD;
+        VNAME(reals) part[VEC_PARTS] = {0};
+        for (int64_t i = begin; i < end; i++) {
+            for (int p = 0; p < VEC_PARTS; p++) {
+                const int64_t at = i * LANES + p * VEC_LANES;
+                const VNAME(reals) here = (VNAME(reals))VNAME(vec_flip)(VNAME(vec_load)(u + at));
+                const VNAME(reals) difference = here - VNAME(reals_load)(v + at);
+                part[p] += difference * difference;
+                tied |= (VNAME(vec))(here == before[p]);
+                before[p] = here;
+                if (g != NULL) {
+                    VNAME(reals_store)(g + at, twice * difference);
+                }
             }
         }
-        VNAME(fold)(&part, value + p);
+        for (int l = 0; l < LANES; l++) {
+            value[l] += (double)part[l / VEC_LANES][l % VEC_LANES];
+        }
     }
     for (int l = 0; l < LANES; l++) {
         value[l] /= (double)n;
     }
+    return VNAME(vec_any)(tied);
 }
 
 /* The same along segments that all columns share. */
@@ -97,19 +110,39 @@ static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const do
     }
 }
 
+/* The same for at most LNS_RUN rows of equal weight, all lanes in step. */
+static inline void VNAME(share_ties_of_run)(const real *u, real *g, int64_t n)
+{
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        VNAME(reals) mean[LNS_RUN], sum = {0}, count = {0};
+        VNAME(vec) tied[LNS_RUN + 1] = {0};
+        for (int64_t i = 0; i < n; i++) {
+            if (i > 0) {
+                tied[i] =
+                    (VNAME(vec))(VNAME(reals_load)(u + i * LANES + p) == VNAME(reals_load)(u + (i - 1) * LANES + p));
+            }
+            sum = VNAME(reals_load)(g + i * LANES + p) + (VNAME(reals))((VNAME(vec))sum & tied[i]);
+            count = (real)1 + (VNAME(reals))((VNAME(vec))count & tied[i]);
+            mean[i] = sum / count; /* of the ties so far: the last of them has it all */
+        }
+        for (int64_t i = n - 1; i >= 0; i--) {
+            const VNAME(vec) own = (VNAME(vec))mean[i], last = (VNAME(vec))mean[i + 1 < n ? i + 1 : i];
+            const VNAME(vec) shared = own ^ ((own ^ last) & tied[i + 1]);
+            mean[i] = (VNAME(reals))shared;
+            VNAME(vec_store)(g + i * LANES + p, shared);
+        }
+    }
+}
+
 static inline int VNAME(any_ties)(const real *u, int64_t n)
 {
     VNAME(vec) tied = {0};
-    key any = 0;
     for (int p = 0; p < LANES; p += VEC_LANES) {
         for (int64_t i = 0; i + 1 < n; i++) {
             tied |= (VNAME(vec))(VNAME(reals_load)(u + i * LANES + p) == VNAME(reals_load)(u + (i + 1) * LANES + p));
         }
     }
-    for (int l = 0; l < VEC_LANES; l++) {
-        any |= tied[l];
-    }
-    return any != 0;
+    return VNAME(vec_any)(tied);
 }
 
 /* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z.
@@ -142,106 +175,135 @@ static inline void VNAME(store_row)(const double *from, int64_t lanes, void *out
     }
 }
 
-/* One tile of one job; returns whether everything was finite. */
-static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, const lns_segment *shared,
-                          int64_t shared_count, double total_u, double total_v, char *work)
+/* How the rows of a job's samples meet. */
+typedef struct VNAME(pairing) {
+    int weighted;
+    double total_u, total_v; /* of the weights */
+    lns_segment *segments;   /* [segment_count] shared by all columns, where the sizes differ */
+    int64_t segment_count;
+} VNAME(pairing);
+
+/* Work for a panel of neighbouring tiles. Tile t of u stands in slot t + 1 until its gradient overwrites slot t. */
+typedef struct VNAME(w2_work) {
+    key *u, *v;
+    real *z; /* in source order; only where a map is given */
+    VNAME(order) order_u, order_v;
+    lns_segment *own; /* of one column */
+} VNAME(w2_work);
+
+static inline VNAME(w2_work) VNAME(w2_work_at)(char *memory, const lns_w2_job *job, int weighted, int gradient)
 {
-    const int64_t n = job->u.n, m = job->v.n, d = job->u.d, lanes = d - column < LANES ? d - column : LANES;
-    const int weighted = job->u.mass != NULL || job->v.mass != NULL;
-    const int gradient = job->grad_u != NULL || job->grad_weight != NULL || job->grad_bias != NULL;
-    double value[LANES] = {0}, grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
-    real weight[LANES] = {0};
+    const int64_t n = job->u.n, m = job->v.n, tiles = lns_w2_panel(job, INT64_MAX);
+    VNAME(w2_work) w;
+    w.u = (key *)(void *)memory;
+    memory += (tiles + 1) * lns_tile_bytes(n);
+    w.v = (key *)(void *)memory;
+    memory += tiles * lns_tile_bytes(m);
+    w.z = (real *)(void *)memory;
+    memory += job->weight != NULL ? tiles * lns_tile_bytes(n) : 0;
+    w.order_u = VNAME(order_at)(&memory, n, weighted ? LNS_ROWS : gradient ? LNS_RANKS : LNS_NO_RANKS);
+    w.order_v = VNAME(order_at)(&memory, m, weighted ? LNS_ROWS : LNS_NO_RANKS);
+    w.own = (lns_segment *)(void *)memory;
+    return w;
+}
 
-    real *u = (real *)(void *)work; /* keys until they are sorted */
-    work += lns_tile_bytes(n);
-    real *z = (real *)(void *)work; /* source order; only where a map is given */
-    work += job->weight != NULL ? lns_tile_bytes(n) : 0;
-    real *v = (real *)(void *)work;
-    work += lns_tile_bytes(m);
-    real *g = (real *)(void *)work;
-    work += lns_tile_bytes(n);
-    key *keys_u = (key *)(void *)u, *keys_v = (key *)(void *)v;
-    const VNAME(order) order_u = VNAME(order_at)(&work, n, weighted ? LNS_ROWS : gradient ? LNS_RANKS : LNS_NO_RANKS);
-    const VNAME(order) order_v = VNAME(order_at)(&work, m, weighted ? LNS_ROWS : LNS_NO_RANKS);
-    lns_segment *own = (lns_segment *)(void *)work;
+/* Keys of weight * z + bias. */
+static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_t lanes, const real *z, key *u,
+                                   real *weight)
+{
+    real bias[LANES] = {0};
+    memset(weight, 0, LNS_TILE_ROW);
+    memcpy(weight, (const real *)job->weight + column, (size_t)lanes * sizeof(real));
+    memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        const VNAME(reals) w = VNAME(reals_load)(weight + p), b = VNAME(reals_load)(bias + p);
+        for (int64_t i = 0; i < job->u.n; i++) {
+            const VNAME(reals) mapped = w * VNAME(reals_load)(z + i * LANES + p) + b;
+            VNAME(vec_store)(u + i * LANES + p, VNAME(vec_flip)((VNAME(vec))mapped));
+        }
+    }
+}
 
+/* Tile t of a panel; returns whether everything was finite. */
+static int VNAME(w2_tile)(const lns_w2_job *job, const VNAME(pairing) * pairing, int64_t column, int v_sorted,
+                          int64_t t, const VNAME(w2_work) * work)
+{
+    const int64_t n = job->u.n, m = job->v.n, lanes = job->u.d - column < LANES ? job->u.d - column : LANES;
+    const int64_t size = lns_tile_bytes(n) / (int64_t)sizeof(key);
+    const int gradient = lns_w2_gradient(job), weighted = pairing->weighted;
+    double value[LANES] = {0};
+    real weight[LANES];
+    int tied, finite = 1;
+
+    key *u = work->u + (t + 1) * size, *v = work->v + t * lns_tile_bytes(m) / (int64_t)sizeof(key);
+    const real *z = work->z + t * size, *reals_u = (const real *)(void *)u, *reals_v = (const real *)(void *)v;
+    real *g = gradient ? (real *)(void *)(work->u + t * size) : NULL;
     if (job->weight != NULL) {
-        real bias[LANES] = {0};
-        memcpy(weight, (const real *)job->weight + column, (size_t)lanes * sizeof(real));
-        memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
-        VNAME(load_tile)(&job->u, column, z);
-        for (int p = 0; p < LANES; p += VEC_LANES) {
-            const VNAME(reals) w = VNAME(reals_load)(weight + p), b = VNAME(reals_load)(bias + p);
-            for (int64_t i = 0; i < n; i++) {
-                const VNAME(reals) mapped = w * VNAME(reals_load)(z + i * LANES + p) + b;
-                VNAME(vec_store)(keys_u + i * LANES + p, VNAME(vec_flip)((VNAME(vec))mapped));
-            }
-        }
-    } else {
-        VNAME(load_keys)(&job->u, column, keys_u);
+        VNAME(map_tile)(job, column, lanes, z, u, weight);
     }
-    if (v_sorted) {
-        VNAME(load_tile)(&job->v, column, v);
-    } else {
-        VNAME(load_keys)(&job->v, column, keys_v);
-    }
-    if (job->grad_u != NULL) {
-        VNAME(prefetch_out)(job->grad_u, n, d, column);
-    }
-    VNAME(prefetch_tile)(&job->u, column + LANES);
-    VNAME(prefetch_tile)(&job->v, column + LANES);
-
     if (weighted || gradient) {
-        VNAME(rank_tile)(keys_u, n, &order_u);
+        VNAME(rank_tile)(u, n, &work->order_u);
     } else {
-        VNAME(sort_tile)(keys_u, n);
+        VNAME(sort_tile)(u, n);
     }
-    VNAME(flip_tile)(u, n);
-    if (weighted) { /* also a sorted target: the weights need its ranks */
-        if (v_sorted) {
-            VNAME(flip_tile)(v, m);
-        }
-        VNAME(rank_tile)(keys_v, m, &order_v);
+    if (weighted) {
+        VNAME(rank_tile)(v, m, &work->order_v);
     } else if (!v_sorted) {
-        VNAME(sort_tile)(keys_v, m);
-    }
-    if (weighted || !v_sorted) {
-        VNAME(flip_tile)(v, m);
+        VNAME(sort_tile)(v, m);
     }
     /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
-    if (!VNAME(sorted_finite)(u, n) || !(v_sorted ? VNAME(rows_finite)(v, 0, m) : VNAME(sorted_finite)(v, m))) {
+    if (!VNAME(sorted_finite)(u, n)) {
         return 0;
     }
-
-    if (weighted) {
-        for (int64_t l = 0; l < lanes; l++) {
-            const int64_t count = lns_weighted_segments(n, VNAME(column_mass)(job->u.mass, n, l, &order_u), total_u, m,
-                                                        VNAME(column_mass)(job->v.mass, m, l, &order_v), total_v, own);
-            VNAME(w2_column)(u + l, v + l, own, count, gradient ? g + l : NULL, value + l);
+    if (weighted || !v_sorted) {
+        if (!VNAME(sorted_finite)(v, m)) {
+            return 0;
         }
-    } else if (n == m) {
-        VNAME(w2_equal)(u, v, n, gradient ? g : NULL, value);
+        VNAME(flip_tile)(v, m);
+    }
+
+    if (!weighted && n == m) {
+        tied = VNAME(w2_equal)(u, reals_v, n, g, value);
+        if (tied) {
+            VNAME(flip_tile)(u, n);
+        }
     } else {
-        VNAME(w2_segments)(u, v, shared, shared_count, gradient ? g : NULL, value);
+        VNAME(flip_tile)(u, n);
+        for (int64_t l = 0; weighted && l < lanes; l++) {
+            const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
+            const double *mass_v = VNAME(column_mass)(job->v.mass, m, l, &work->order_v);
+            const int64_t count =
+                lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
+            VNAME(w2_column)(reals_u + l, reals_v + l, work->own, count, gradient ? g + l : NULL, value + l);
+        }
+        if (!weighted) {
+            VNAME(w2_segments)(reals_u, reals_v, pairing->segments, pairing->segment_count, g, value);
+        }
+        tied = gradient && VNAME(any_ties)(reals_u, n);
+    }
+    for (int l = 0; l < LANES; l++) {
+        finite &= isfinite(value[l]) != 0;
+    }
+    if (!finite && v_sorted && !VNAME(rows_finite)(reals_v, 0, m)) { /* its ends told nothing; it can also overflow */
+        return 0;
     }
     VNAME(store_row)(value, lanes, job->value, column);
-    if (!gradient) {
-        return 1;
-    }
-
-    if (VNAME(any_ties)(u, n)) {
-        for (int64_t l = 0; l < lanes; l++) {
-            VNAME(share_ties)(u + l, g + l, n, VNAME(column_mass)(job->u.mass, n, l, &order_u));
+    if (gradient && tied && n <= LNS_RUN && !weighted) {
+        VNAME(share_ties_of_run)(reals_u, g, n);
+    } else if (gradient && tied) {
+        for (int64_t l = 0; l < LANES; l++) {
+            const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
+            VNAME(share_ties)(reals_u + l, g + l, n, mass_u);
         }
     }
-    VNAME(unrank_tile)(g, n, &order_u);
-    if (job->weight != NULL) {
+    if (gradient) {
+        VNAME(unrank_tile)(g, n, &work->order_u);
+    }
+    if (gradient && job->weight != NULL) {
+        double grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
         VNAME(w2_through_map)(g, z, weight, n, grad_weight, grad_bias);
         VNAME(store_row)(grad_weight, lanes, job->grad_weight, column);
         VNAME(store_row)(grad_bias, lanes, job->grad_bias, column);
-    }
-    if (job->grad_u != NULL) {
-        VNAME(store_tile)(g, n, d, column, job->grad_u);
     }
     return 1;
 }
@@ -249,26 +311,41 @@ static int VNAME(w2_tile)(const lns_w2_job *job, int64_t column, int v_sorted, c
 static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     w2_context *c = context;
-    char *work = (char *)c->work + thread * c->work_each;
-    lns_segment *segments = (lns_segment *)(void *)work;
-    int64_t k = 0, first = 0, prepared = -1, count = 0;
-    double total_u = 0, total_v = 0;
-    for (int64_t unit = begin; unit < end; unit++) {
+    char *memory = (char *)c->work + thread * c->work_each;
+    int64_t k = 0, first = 0, prepared = -1;
+    VNAME(pairing) pairing = {.segments = (lns_segment *)(void *)memory};
+    VNAME(w2_work) work = {0};
+    for (int64_t unit = begin, count; unit < end; unit += count) {
         while (lns_is_past(&c->jobs[k].u, unit, &first)) {
             k++;
         }
         const lns_w2_job *job = &c->jobs[k];
+        const int64_t column = (unit - first) * LANES, left = lns_tiles(job->u.d, job->u.dtype) - (unit - first);
         if (prepared != k) {
             prepared = k;
-            count = 0;
-            if (job->u.mass != NULL || job->v.mass != NULL) {
-                total_u = lns_total_mass(&job->u);
-                total_v = lns_total_mass(&job->v);
-            } else if (job->u.n != job->v.n) {
-                count = lns_segments(job->u.n, job->v.n, segments);
-            }
+            pairing.weighted = job->u.mass != NULL || job->v.mass != NULL;
+            pairing.total_u = lns_total_mass(&job->u);
+            pairing.total_v = lns_total_mass(&job->v);
+            pairing.segment_count =
+                pairing.weighted || job->u.n == job->v.n ? 0 : lns_segments(job->u.n, job->v.n, pairing.segments);
+            work = VNAME(w2_work_at)(memory + c->segments_each, job, pairing.weighted, lns_w2_gradient(job));
         }
-        c->bad[thread] |= !VNAME(w2_tile)(job, (unit - first) * LANES, c->v_sorted, segments, count, total_u, total_v,
-                                          work + c->segments_each);
+        count = lns_w2_panel(job, left < end - unit ? left : end - unit);
+        if (job->weight != NULL) {
+            VNAME(load_tiles)(&job->u, column, count, (key *)(void *)work.z, 0);
+        } else {
+            VNAME(load_tiles)(&job->u, column, count, work.u + lns_tile_bytes(job->u.n) / (int64_t)sizeof(key), 1);
+        }
+        if (c->v_sorted && !pairing.weighted) { /* with weights, the ranks of the target are wanted all the same */
+            VNAME(load_tiles)(&job->v, column, count, work.v, 0);
+        } else {
+            VNAME(load_tiles)(&job->v, column, count, work.v, 1);
+        }
+        for (int64_t t = 0; t < count; t++) {
+            c->bad[thread] |= !VNAME(w2_tile)(job, &pairing, column + t * LANES, c->v_sorted, t, &work);
+        }
+        if (job->grad_u != NULL) {
+            VNAME(store_tiles)(work.u, job->u.n, job->u.d, column, count, job->grad_u, 0);
+        }
     }
 }
