@@ -170,7 +170,7 @@ asan-python: .venv-asan/stamp
 	touch $@
 
 # The wheel comes from the source archive, and its tests run in an environment that has nothing but it and what it asks
-# for. With the date of the last commit in them, a second build of the same commit gives the same bytes.
+# for. With the date of the last commit in it, a second build of the same commit gives the same wheel, byte for byte.
 wheel: .venv-wheel/stamp
 	rm -rf build/wheel dist
 	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" && \

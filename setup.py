@@ -51,6 +51,8 @@ for folder in (np.get_include(), openblas.get_include_dir()):
 link_args = []
 if debug:
     compile_args += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
+else:
+    compile_args += ["-g0"]  # Python's own flags often say -g: 17 MB, and paths of the machine that built it
 if sanitize:
     compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     link_args += ["-fsanitize=address,undefined"]
