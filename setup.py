@@ -36,6 +36,11 @@ class BuildExt(build_ext):
         home.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, home)
 
+    def build_extensions(self):
+        # Some Pythons hand on the run path that they were linked with, which would be searched before ours.
+        self.compiler.linker_so = [word for word in self.compiler.linker_so if not word.startswith("-Wl,-rpath")]
+        super().build_extensions()
+
     def get_outputs(self):
         return [*super().get_outputs(), str(self._openblas()[1])]
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+EXTENSION = r"lineas/_core\.[\w.-]*\.so"
 
 
 def tracked(*patterns: str) -> set[str]:
@@ -31,12 +32,16 @@ def check(name: str, found: set[str], expected: set[str], extra: str) -> None:
 def check_wheel(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
+        extensions = [archive.read(name) for name in names if re.fullmatch(EXTENSION, name)]
         tags = re.findall(r"^Tag: .*-(\w+)$", archive.read(wheel_file(names)).decode(), re.MULTILINE)
     if not tags or any(tag.startswith("linux_") for tag in tags):
         raise SystemExit(f"{path.name}: tagged {tags}, which no package index takes")
     info = wheel_file(names).removesuffix("WHEEL")
     must = {f"{info}{name}" for name in ("METADATA", "RECORD", "licenses/LICENSE", "licenses/LICENSES/OpenBLAS.txt")}
-    libraries = r"lineas/_core\.[\w.-]*\.so", r"lineas/_libs/libscipy_openblas\.\w+"
+    run_paths = [re.findall(rb"[^\0]*\$ORIGIN[^\0]*", extension) for extension in extensions]
+    if run_paths != [[b"$ORIGIN/_libs"]]:
+        raise SystemExit(f"{path.name}: run paths of extensions are {run_paths}")
+    libraries = EXTENSION, r"lineas/_libs/libscipy_openblas\.\w+"
     for library in libraries:
         if not any(re.fullmatch(library, name) for name in names):
             raise SystemExit(f"{path.name}: no {library}")
