@@ -148,7 +148,7 @@ def prox_sparse_group(x: ArrayLike, *, tau: float, l1: float, group: float) -> N
     --------
     >>> import numpy as np, lineas
     >>> lineas.prox_sparse_group(np.array([3.0, -0.5]), tau=1.0, l1=1.0, group=0.0)
-    array([ 2., -0.])
+    array([2., 0.])
     """
     array = as_vector(x, "x", "entry")
     settings = (as_not_negative(tau, "tau"), as_not_negative(l1, "l1"), as_not_negative(group, "group"))

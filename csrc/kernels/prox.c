@@ -9,23 +9,19 @@ typedef struct step_context {
     double *per_module;
 } step_context;
 
-#define sqrt_f32_portable sqrtf
-#define sqrt_f64_portable sqrt
-
 #define LNS_BODY "kernels/prox_body.h"
-#define LNS_ONE_VARIANT
 #include "kernels/variants.h"
 
-static void (*const PROX[2])(const void *, int64_t, double, double, double, void *) = LNS_TABLE(prox);
-static const lns_loop_body STEP[2] = LNS_TABLE(step_units);
-static int64_t (*const FIND[2])(const lns_step_problem *, lns_place *) = LNS_TABLE(find_bad_gradient);
+static void (*const PROX[LNS_CPU_COUNT][2])(const void *, int64_t, double, double, double, void *) = LNS_TABLE(prox);
+static const lns_loop_body STEP[LNS_CPU_COUNT][2] = LNS_TABLE(step_units);
+static int64_t (*const FIND[LNS_CPU_COUNT][2])(const lns_step_problem *, lns_place *) = LNS_TABLE(find_bad_gradient);
 
 lns_status lns_prox(const void *x, lns_dtype dtype, int64_t d, double tau, double l1, double group, void *out)
 {
     if (d < 1 || (dtype != LNS_F32 && dtype != LNS_F64)) {
         return LNS_BAD_SIZE;
     }
-    PROX[lns_is_double(dtype)](x, d, tau, l1, group, out);
+    PROX[lns_cpu()][lns_is_double(dtype)](x, d, tau, l1, group, out);
     return LNS_OK;
 }
 
@@ -42,13 +38,13 @@ lns_status lns_step(const lns_step_problem *problem, int threads, double *per_mo
             return LNS_BAD_SIZE;
         }
     }
-    if (FIND[is_double](problem, &found) >= 0) {
+    if (FIND[lns_cpu()][is_double](problem, &found) >= 0) {
         if (place != NULL) {
             *place = found;
         }
         return LNS_NOT_FINITE;
     }
     threads = lns_thread_count(problem->modules, problem->offsets[problem->modules] * 2, threads);
-    lns_parallel_for(problem->modules, threads, STEP[is_double], &c);
+    lns_parallel_for(problem->modules, threads, STEP[lns_cpu()][is_double], &c);
     return LNS_OK;
 }

@@ -4,27 +4,70 @@ typedef struct VNAME(group_sums) {
     double l1, squares;
 } VNAME(group_sums);
 
-/* y = sign(y) max(|y| - threshold, 0) in place; sums of |y| and y^2 afterwards, in eight interleaved parts. */
-static VNAME(group_sums) VNAME(soft_threshold)(real *restrict y, int64_t d, real threshold)
+/* What happens to a parameter p before the group shrinks: p - rate * gradient - centre, moved towards 0 by threshold.
+ */
+typedef struct VNAME(way) {
+    real rate, centre, threshold;
+} VNAME(way);
+
+/* A vector register of reals, anywhere in memory. */
+typedef real VNAME(reals) __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+typedef key VNAME(keys) __attribute__((vector_size(VEC_BYTES)));
+
+/* Adds |y| and y^2 of y[begin, end) to the sums, in double. */
+static void VNAME(add_exactly)(const real *y, int64_t begin, int64_t end, VNAME(group_sums) * sums)
 {
-    double l1[8] = {0}, squares[8] = {0};
+    for (int64_t j = begin; j < end; j++) {
+        sums->l1 += fabs((double)y[j]);
+        sums->squares += (double)y[j] * (double)y[j];
+    }
+}
+
+/* Sums of |y| and y^2: in the working type over LNS_STRIP numbers, apart for each place in a block of LANES, and in
+ * double over the strips. The order is the same on every machine. */
+static VNAME(group_sums) VNAME(add_up)(const real *y, int64_t d)
+{
+    enum { WIDTH = VEC_BYTES / (int)sizeof(real), VECTORS = LANES / WIDTH };
+    const VNAME(keys) magnitude = (VNAME(keys)){0} + (key)(((ukey)1 << (KEY_BITS - 1)) - 1);
+    double total_l1[LANES] = {0}, total_squares[LANES] = {0};
     VNAME(group_sums) sums = {0, 0};
-    for (int64_t begin = 0; begin < d; begin += 8) {
-        const int64_t count = d - begin < 8 ? d - begin : 8;
-        for (int64_t l = 0; l < count; l++) {
-            const real x = y[begin + l];
-            const real magnitude = (x < 0 ? -x : x) - threshold;
-            const real shrunk = magnitude > 0 ? magnitude : 0;
-            y[begin + l] = x < 0 ? -shrunk : shrunk;
-            l1[l] += (double)shrunk;
-            squares[l] += (double)shrunk * (double)shrunk;
+    int64_t j = 0;
+    while (d - j >= LANES) {
+        VNAME(reals) l1[VECTORS] = {{0}}, squares[VECTORS] = {{0}};
+        const int64_t end = d - j < LNS_STRIP ? d - (d - j) % LANES : j + LNS_STRIP;
+        for (; j < end; j += LANES) {
+            for (int k = 0; k < VECTORS; k++) {
+                const VNAME(reals) x = *(const VNAME(reals) *)(y + j + k * WIDTH);
+                l1[k] += (VNAME(reals))((VNAME(keys))x & magnitude);
+                squares[k] += x * x;
+            }
+        }
+        for (int l = 0; l < LANES; l++) {
+            total_l1[l] += (double)l1[l / WIDTH][l % WIDTH];
+            total_squares[l] += (double)squares[l / WIDTH][l % WIDTH];
         }
     }
-    for (int l = 0; l < 8; l++) {
-        sums.l1 += l1[l];
-        sums.squares += squares[l];
+    for (int l = 0; l < LANES; l++) {
+        sums.l1 += total_l1[l];
+        sums.squares += total_squares[l];
+    }
+    VNAME(add_exactly)(y, j, d, &sums);
+    if (sums.l1 != 0 && !(sums.squares > 0x1p-90 && sums.squares < INFINITY)) { /* squares left the range of a float */
+        sums = (VNAME(group_sums)){0, 0};
+        VNAME(add_exactly)(y, 0, d, &sums);
     }
     return sums;
+}
+
+/* Goes that way with the parameters y [d], in place; grad may be NULL: rate is then not used. */
+static inline __attribute__((always_inline)) void VNAME(soft_threshold)(real *restrict y, const real *restrict grad,
+                                                                        int64_t d, VNAME(way) way)
+{
+    for (int64_t j = 0; j < d; j++) {
+        const real moved = (grad != NULL ? y[j] - way.rate * grad[j] : y[j]) - way.centre;
+        const real above = moved > -way.threshold ? moved : -way.threshold;
+        y[j] = moved - (above < way.threshold ? above : way.threshold);
+    }
 }
 
 /* Factor that the group penalty leaves of a group with these sums. */
@@ -42,24 +85,19 @@ static void VNAME(prox)(const void *x, int64_t d, double tau, double l1, double 
 {
     real *y = out;
     memmove(y, x, (size_t)d * sizeof(real));
-    const VNAME(group_sums) sums = VNAME(soft_threshold)(y, d, (real)(tau * l1));
+    const VNAME(way) way = {0, 0, (real)(tau * l1)};
+    VNAME(soft_threshold)(y, NULL, d, way);
+    const VNAME(group_sums) sums = VNAME(add_up)(y, d);
     const double factor = VNAME(shrinkage)(sums, d, tau * group);
     for (int64_t j = 0; j < d; j++) {
         y[j] = factor > 0 ? y[j] * (real)factor : 0;
     }
 }
 
-/* p -= step, by plain SGD or by Adam with its moments m and v. */
-static void VNAME(descend)(real *restrict p, const real *restrict grad, int64_t d, double lr, const lns_adam *adam,
-                           real *restrict m, real *restrict v)
+/* p -= the step of Adam, with its moments m and v. */
+static void VNAME(adam)(real *restrict p, const real *restrict grad, int64_t d, double lr, const lns_adam *adam,
+                        real *restrict m, real *restrict v)
 {
-    if (adam == NULL) {
-        const real rate = (real)lr;
-        for (int64_t j = 0; j < d; j++) {
-            p[j] -= rate * grad[j];
-        }
-        return;
-    }
     const real beta1 = (real)adam->beta1, rest1 = (real)(1 - adam->beta1);
     const real beta2 = (real)adam->beta2, rest2 = (real)(1 - adam->beta2), eps = (real)adam->eps;
     const real rate = (real)(lr / (1 - pow(adam->beta1, (double)adam->step)));
@@ -67,33 +105,51 @@ static void VNAME(descend)(real *restrict p, const real *restrict grad, int64_t 
     for (int64_t j = 0; j < d; j++) {
         m[j] = beta1 * m[j] + rest1 * grad[j];
         v[j] = beta2 * v[j] + rest2 * (grad[j] * grad[j]);
-        p[j] -= rate * (m[j] / (VNAME(sqrt)(v[j]) / root + eps));
+        p[j] -= rate * (m[j] / ((real)sqrt((double)v[j]) / root + eps));
     }
+}
+
+/* One group p [d] from its gradient to the distance from `centre` that the soft threshold leaves; m, v: Adam's. */
+static VNAME(group_sums) VNAME(descend)(const lns_step_problem *s, int64_t begin, int64_t d, int bias)
+{
+    real *p = (real *)(bias ? s->bias : s->weight) + begin;
+    const real *grad = (const real *)(bias ? s->grad_bias : s->grad_weight) + begin;
+    const VNAME(way) way = {(real)s->lr, bias ? 0 : 1, (real)(s->lr * (bias ? s->l1_bias : s->l1))};
+    if (s->adam == NULL) {
+        VNAME(soft_threshold)(p, grad, d, way);
+        return VNAME(add_up)(p, d);
+    }
+    VNAME(adam)(p, grad, d, s->lr, s->adam, (real *)(bias ? s->adam->m_bias : s->adam->m_weight) + begin,
+                (real *)(bias ? s->adam->v_bias : s->adam->v_weight) + begin);
+    VNAME(soft_threshold)(p, NULL, d, way);
+    return VNAME(add_up)(p, d);
+}
+
+/* w = 1 + shrink_w * w, b = shrink_b * b on at most LNS_STRIP elements; returns how many are not the identity. */
+static int64_t VNAME(settle)(real *restrict w, real *restrict b, int64_t count, real shrink_w, real shrink_b)
+{
+    key support = 0;
+    for (int64_t j = 0; j < count; j++) {
+        const real weight = 1 + shrink_w * w[j], bias = shrink_b * b[j] + 0; /* + 0 turns -0 into 0 */
+        w[j] = weight;
+        b[j] = bias;
+        support += (weight != 1) | (bias != 0);
+    }
+    return support;
 }
 
 /* One module: both parameters, from gradient to prox. Writes its penalty and support. */
 static void VNAME(step_module)(const lns_step_problem *s, int64_t k, double *result)
 {
     const int64_t begin = s->offsets[k], d = s->offsets[k + 1] - begin;
-    const lns_adam *a = s->adam;
-    real *w = (real *)s->weight + begin, *b = (real *)s->bias + begin;
-    VNAME(descend)(w, (const real *)s->grad_weight + begin, d, s->lr, a, a ? (real *)a->m_weight + begin : NULL,
-                   a ? (real *)a->v_weight + begin : NULL);
-    VNAME(descend)(b, (const real *)s->grad_bias + begin, d, s->lr, a, a ? (real *)a->m_bias + begin : NULL,
-                   a ? (real *)a->v_bias + begin : NULL);
-    for (int64_t j = 0; j < d; j++) {
-        w[j] -= 1;
-    }
-    const VNAME(group_sums) sums_w = VNAME(soft_threshold)(w, d, (real)(s->lr * s->l1));
-    const VNAME(group_sums) sums_b = VNAME(soft_threshold)(b, d, (real)(s->lr * s->l1_bias));
+    const VNAME(group_sums) sums_w = VNAME(descend)(s, begin, d, 0), sums_b = VNAME(descend)(s, begin, d, 1);
     const double factor_w = VNAME(shrinkage)(sums_w, d, s->lr * s->group);
     const double factor_b = VNAME(shrinkage)(sums_b, d, s->lr * s->group_bias);
-    const real shrink_w = (real)factor_w, shrink_b = (real)factor_b;
+    real *w = (real *)s->weight + begin, *b = (real *)s->bias + begin;
     int64_t support = 0;
-    for (int64_t j = 0; j < d; j++) {
-        w[j] = 1 + shrink_w * w[j];
-        b[j] = shrink_b * b[j] + 0; /* + 0 turns -0 into 0 */
-        support += w[j] != 1 || b[j] != 0;
+    for (int64_t j = 0; j < d; j += LNS_STRIP) {
+        const int64_t count = d - j < LNS_STRIP ? d - j : LNS_STRIP;
+        support += VNAME(settle)(w + j, b + j, count, (real)factor_w, (real)factor_b);
     }
     result[0] = factor_w * (s->l1 * sums_w.l1 + s->group * sqrt((double)d * sums_w.squares)) +
                 factor_b * (s->l1_bias * sums_b.l1 + s->group_bias * sqrt((double)d * sums_b.squares));
@@ -109,19 +165,30 @@ static void VNAME(step_units)(void *context, int64_t begin, int64_t end, int thr
     }
 }
 
+/* Whether one of the numbers is a NaN or an infinity: an exponent of all ones. */
+static int VNAME(any_bad)(const real *x, int64_t count)
+{
+    const real infinity = (real)INFINITY;
+    key exponent, bad = 0;
+    memcpy(&exponent, &infinity, sizeof exponent);
+    for (int64_t j = 0; j < count; j++) {
+        key bits;
+        memcpy(&bits, &x[j], sizeof bits);
+        bad |= (bits & exponent) == exponent;
+    }
+    return bad != 0;
+}
+
 /* First module whose gradient is not finite, or -1. */
 static int64_t VNAME(find_bad_gradient)(const lns_step_problem *s, lns_place *place)
 {
     for (int64_t k = 0; k < s->modules; k++) {
+        const int64_t begin = s->offsets[k], d = s->offsets[k + 1] - begin;
         for (int argument = 0; argument < 2; argument++) {
-            const real *grad = argument == 0 ? s->grad_weight : s->grad_bias;
-            real zero = 0;
-            for (int64_t j = s->offsets[k]; j < s->offsets[k + 1]; j++) {
-                zero += grad[j] * 0;
-            }
-            for (int64_t j = s->offsets[k]; zero != 0 && j < s->offsets[k + 1]; j++) {
+            const real *grad = (const real *)(argument == 0 ? s->grad_weight : s->grad_bias) + begin;
+            for (int64_t j = 0; VNAME(any_bad)(grad, d) && j < d; j++) {
                 if (!isfinite(grad[j])) {
-                    *place = (lns_place){k, argument, 0, j - s->offsets[k], (double)grad[j]};
+                    *place = (lns_place){k, argument, 0, j, (double)grad[j]};
                     return k;
                 }
             }
