@@ -1,4 +1,5 @@
 /* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step. */
+#include "kernels/simd_body.h"
 
 typedef struct VNAME(group_sums) {
     double l1, squares;
@@ -9,10 +10,6 @@ typedef struct VNAME(group_sums) {
 typedef struct VNAME(way) {
     real rate, centre, threshold;
 } VNAME(way);
-
-/* A vector register of reals, anywhere in memory. */
-typedef real VNAME(reals) __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
-typedef key VNAME(keys) __attribute__((vector_size(VEC_BYTES)));
 
 /* Adds |y| and y^2 of y[begin, end) to the sums, in double. */
 static void VNAME(add_exactly)(const real *y, int64_t begin, int64_t end, VNAME(group_sums) * sums)
@@ -27,8 +24,8 @@ static void VNAME(add_exactly)(const real *y, int64_t begin, int64_t end, VNAME(
  * double over the strips. The order is the same on every machine. */
 static VNAME(group_sums) VNAME(add_up)(const real *y, int64_t d)
 {
-    enum { WIDTH = VEC_BYTES / (int)sizeof(real), VECTORS = LANES / WIDTH };
-    const VNAME(keys) magnitude = (VNAME(keys)){0} + (key)(((ukey)1 << (KEY_BITS - 1)) - 1);
+    enum { VECTORS = LANES * sizeof(real) / VEC_BYTES };
+    const key magnitude = (key)((ukey)-1 >> 1);
     double total_l1[LANES] = {0}, total_squares[LANES] = {0};
     VNAME(group_sums) sums = {0, 0};
     int64_t j = 0;
@@ -37,14 +34,14 @@ static VNAME(group_sums) VNAME(add_up)(const real *y, int64_t d)
         const int64_t end = d - j < LNS_STRIP ? d - (d - j) % LANES : j + LNS_STRIP;
         for (; j < end; j += LANES) {
             for (int k = 0; k < VECTORS; k++) {
-                const VNAME(reals) x = *(const VNAME(reals) *)(y + j + k * WIDTH);
-                l1[k] += (VNAME(reals))((VNAME(keys))x & magnitude);
+                const VNAME(reals) x = VNAME(reals_load)(y + j + k * VEC_LANES);
+                l1[k] += (VNAME(reals))((VNAME(vec))x & magnitude);
                 squares[k] += x * x;
             }
         }
         for (int l = 0; l < LANES; l++) {
-            total_l1[l] += (double)l1[l / WIDTH][l % WIDTH];
-            total_squares[l] += (double)squares[l / WIDTH][l % WIDTH];
+            total_l1[l] += (double)l1[l / VEC_LANES][l % VEC_LANES];
+            total_squares[l] += (double)squares[l / VEC_LANES][l % VEC_LANES];
         }
     }
     for (int l = 0; l < LANES; l++) {
