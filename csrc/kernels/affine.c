@@ -19,14 +19,13 @@ typedef struct affine_context {
 } affine_context;
 
 #define LNS_BODY "kernels/affine_body.h"
-#define LNS_ONE_VARIANT
 #include "kernels/variants.h"
 
-static void (*const PREPARE[2])(const affine_context *) = LNS_TABLE(prepare);
-static const lns_loop_body APPLY[2] = LNS_TABLE(affine_units);
-static const lns_loop_body GRAD_Z[2] = LNS_TABLE(grad_z_units);
-static const lns_loop_body SUM[2] = LNS_TABLE(sum_units);
-static void (*const FINISH[2])(const affine_context *, int64_t, void *, void *) = LNS_TABLE(finish);
+static void (*const PREPARE[LNS_CPU_COUNT][2])(const affine_context *) = LNS_TABLE(prepare);
+static const lns_loop_body APPLY[LNS_CPU_COUNT][2] = LNS_TABLE(affine_units);
+static const lns_loop_body GRAD_Z[LNS_CPU_COUNT][2] = LNS_TABLE(grad_z_units);
+static const lns_loop_body SUM[LNS_CPU_COUNT][2] = LNS_TABLE(sum_units);
+static void (*const FINISH[LNS_CPU_COUNT][2])(const affine_context *, int64_t, void *, void *) = LNS_TABLE(finish);
 
 /* Chunks of rows are fixed by the sizes alone, so that sums do not depend on the number of threads. */
 static int64_t chunk_rows(int64_t outer)
@@ -67,8 +66,8 @@ lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, 
         return LNS_BAD_SIZE;
     }
     const int64_t units = inner == 1 ? outer : outer * d;
-    PREPARE[is_double](&c);
-    lns_parallel_for(units, lns_thread_count(units, outer * d * inner / 4, threads), APPLY[is_double], &c);
+    PREPARE[lns_cpu()][is_double](&c);
+    lns_parallel_for(units, lns_thread_count(units, outer * d * inner / 4, threads), APPLY[lns_cpu()][is_double], &c);
     return LNS_OK;
 }
 
@@ -95,10 +94,10 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
     c.chunk_rows = chunk_rows(outer);
     const int64_t chunks = (outer + c.chunk_rows - 1) / c.chunk_rows;
     if (grad_z != NULL) {
-        PREPARE[is_double](&c);
-        lns_parallel_for(units, lns_thread_count(units, cost, threads), GRAD_Z[is_double], &c);
+        PREPARE[lns_cpu()][is_double](&c);
+        lns_parallel_for(units, lns_thread_count(units, cost, threads), GRAD_Z[lns_cpu()][is_double], &c);
     }
-    lns_parallel_for(chunks, lns_thread_count(chunks, cost, threads), SUM[is_double], &c);
-    FINISH[is_double](&c, chunks, grad_weight, grad_bias);
+    lns_parallel_for(chunks, lns_thread_count(chunks, cost, threads), SUM[lns_cpu()][is_double], &c);
+    FINISH[lns_cpu()][is_double](&c, chunks, grad_weight, grad_bias);
     return LNS_OK;
 }

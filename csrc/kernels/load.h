@@ -18,6 +18,9 @@
 /* Columns that a streaming loop handles at once: the accumulators of a strip stay in the first-level cache. */
 #define LNS_STRIP 512
 
+/* Rows that a streaming loop handles at once: so many fewer times it touches its accumulators. */
+#define LNS_ROW_BLOCK 8
+
 static inline int lns_is_double(lns_dtype dtype)
 {
     return dtype == LNS_F64;
@@ -87,26 +90,19 @@ static inline uint16_t lns_f32_to_bf16(float value)
     return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
-/* binary32 to binary16, to nearest with ties to even. */
+/* binary32 to binary16, to nearest with ties to even; without branches, as above. */
 static inline uint16_t lns_f32_to_f16(float value)
 {
-    uint32_t bits;
+    int32_t bits, subnormal;
     memcpy(&bits, &value, sizeof bits);
-    const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) {
-        return (uint16_t)(sign | 0x7e00u);
-    }
-    if (magnitude >= 0x477ff000u) { /* 65520 and above round to infinity */
-        return (uint16_t)(sign | 0x7c00u);
-    }
-    if (magnitude < 0x38800000u) { /* below 2^-14: adding 0.5 lines the mantissa up with binary16's subnormals */
-        const float shifted = lns_from_bits(magnitude) + 0.5f;
-        uint32_t subnormal;
-        memcpy(&subnormal, &shifted, sizeof subnormal);
-        return (uint16_t)(sign | (subnormal - 0x3f000000u));
-    }
-    return (uint16_t)(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
+    const int32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const float shifted = lns_from_bits((uint32_t)magnitude) + 0.5f; /* lines up with binary16's subnormals */
+    memcpy(&subnormal, &shifted, sizeof subnormal);
+    int32_t half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    half = magnitude < 0x38800000 ? subnormal - 0x3f000000 : half; /* below 2^-14 */
+    half = magnitude >= 0x477ff000 ? 0x7c00 : half;                /* 65520 and above round to infinity */
+    half = magnitude > 0x7f800000 ? 0x7e00 : half;
+    return (uint16_t)(sign | half);
 }
 
 /* `count` elements from `index` on, as float. dtype is not LNS_F64. */

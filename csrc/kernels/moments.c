@@ -10,16 +10,16 @@
 
 typedef struct moments_context {
     const lns_sample *sample;
-    int64_t chunk_rows;
-    double *states; /* [chunks, 4, d]: mean, m2, low, high */
+    int64_t chunk_rows, chunk_bytes;
+    void *work; /* a chunk's groups of columns behind another's */
     int bad[LNS_MAX_THREADS];
 } moments_context;
 
 #define LNS_BODY "kernels/moments_body.h"
-#define LNS_ONE_VARIANT
 #include "kernels/variants.h"
 
-static const lns_loop_body MOMENTS[2] = LNS_TABLE(moments_units);
+static const lns_loop_body MOMENTS[LNS_CPU_COUNT][2] = LNS_TABLE(moments_units);
+static void (*const MERGE[LNS_CPU_COUNT][2])(const moments_context *, int64_t, lns_moments *) = LNS_TABLE(merge_chunks);
 
 /* Chunks of rows are fixed by n alone, so that the result does not depend on the number of threads. */
 static int64_t chunk_rows(int64_t n)
@@ -28,18 +28,18 @@ static int64_t chunk_rows(int64_t n)
     return rows < LEAST_ROWS ? LEAST_ROWS : rows;
 }
 
-int64_t lns_moments_worksize(int64_t n, int64_t d)
+/* A cache line of each of five numbers for eight columns is the most that a group of either type takes. */
+static int64_t chunk_bytes(int64_t d)
 {
-    if (n < 1 || d < 1) {
-        return -1;
-    }
-    const int64_t chunks = (n + chunk_rows(n) - 1) / chunk_rows(n);
-    return lns_mul(lns_mul(chunks + 1, 4 * (int64_t)sizeof(double)), d);
+    return lns_mul((d + 15) / 16, 2 * 5 * LNS_ALIGN);
 }
 
-static lns_moments state_at(double *memory, int64_t count, int64_t d)
+int64_t lns_moments_worksize(int64_t n, int64_t d)
 {
-    return (lns_moments){count, memory, memory + d, memory + 2 * d, memory + 3 * d};
+    if (n < 1 || d < 1 || d > INT64_MAX - 15) {
+        return -1;
+    }
+    return lns_mul((n + chunk_rows(n) - 1) / chunk_rows(n), chunk_bytes(d));
 }
 
 lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d)
@@ -64,16 +64,17 @@ lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64
 
 lns_status lns_moments_update(const lns_sample *sample, int threads, void *work, lns_moments *state, lns_place *place)
 {
-    const int64_t d = sample->d;
+    const int is_double = lns_is_double(sample->dtype);
     lns_place found = {0};
-    moments_context c = {.sample = sample, .states = work};
+    moments_context c = {.sample = sample, .work = work};
     if (!lns_sample_ok(sample) || state->count < 0 || state->count > INT64_MAX - sample->n) {
         return LNS_BAD_SIZE;
     }
     c.chunk_rows = chunk_rows(sample->n);
+    c.chunk_bytes = chunk_bytes(sample->d);
     const int64_t chunks = (sample->n + c.chunk_rows - 1) / c.chunk_rows;
-    threads = lns_thread_count(chunks, sample->n * d / 3, threads);
-    lns_parallel_for(chunks, threads, MOMENTS[lns_is_double(sample->dtype)], &c);
+    threads = lns_thread_count(chunks, sample->n * sample->d / 8, threads);
+    lns_parallel_for(chunks, threads, MOMENTS[lns_cpu()][is_double], &c);
     for (int t = 0; t < threads; t++) {
         /* A sum can also overflow without a bad value; then the infinity in the result is the truth. */
         if (c.bad[t] && lns_find_not_finite(sample, &found)) {
@@ -83,23 +84,7 @@ lns_status lns_moments_update(const lns_sample *sample, int threads, void *work,
             return LNS_NOT_FINITE;
         }
     }
-    lns_moments sum = state_at(c.states + chunks * 4 * d, state->count, d);
-    const size_t bytes = (size_t)d * sizeof(double);
-    memcpy(sum.mean, state->mean, bytes);
-    memcpy(sum.m2, state->m2, bytes);
-    memcpy(sum.low, state->low, bytes);
-    memcpy(sum.high, state->high, bytes);
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const int64_t first = chunk * c.chunk_rows;
-        const int64_t rows = sample->n - first < c.chunk_rows ? sample->n - first : c.chunk_rows;
-        const lns_moments part = state_at(c.states + chunk * 4 * d, rows, d);
-        lns_moments_merge(&sum, &part, d);
-    }
-    memcpy(state->mean, sum.mean, bytes);
-    memcpy(state->m2, sum.m2, bytes);
-    memcpy(state->low, sum.low, bytes);
-    memcpy(state->high, sum.high, bytes);
-    state->count = sum.count;
+    MERGE[lns_cpu()][is_double](&c, chunks, state);
     return LNS_OK;
 }
 

@@ -1,11 +1,92 @@
 /* Template body: count, mean, squared deviations and range of a chunk of rows. */
 #include "kernels/strip_body.h"
 
-/* Sums are taken around the chunk's first row, in double: a large mean costs no digits. */
-static void VNAME(moments_strip)(const moments_context *c, int64_t begin, int64_t end, int64_t at, int64_t count,
-                                 double *state, int *bad)
+/* LANES columns of a chunk: first the sums as they grow, then what they come to. All of a group lies together, since
+ * arrays of their own, a power of two apart, would push each other out of the first-level cache. */
+typedef union VNAME(group) {
+    struct {
+        real shift[LANES], low[LANES], high[LANES];
+        double sum[LANES], squares[LANES]; /* of x - shift */
+    } running;
+    struct {
+        double mean[LANES], m2[LANES], low[LANES], high[LANES];
+    } result;
+} VNAME(group);
+
+/* Adds `count` <= LNS_ROW_BLOCK rows to the first lanes of a group; the elements of its first column lie at at[r]. Sums
+ * of the rows are in the working type, sums of those in double. */
+static inline __attribute__((always_inline)) void VNAME(add_rows)(const void *x, lns_dtype dtype, const int64_t *at,
+                                                                  int64_t count, int64_t lanes, VNAME(group) * group)
 {
-    const lns_sample *s = c->sample;
+    real sums[LANES] = {0}, squares[LANES] = {0};
+    if (count == LNS_ROW_BLOCK && lanes == LANES) {
+        for (int k = 0; k < LANES; k += VEC_LANES) {
+            const VNAME(reals) shift = VNAME(reals_load)(group->running.shift + k);
+            VNAME(reals) low = VNAME(reals_load)(group->running.low + k);
+            VNAME(reals) high = VNAME(reals_load)(group->running.high + k), sum = {0}, square = {0};
+            for (int r = 0; r < LNS_ROW_BLOCK; r++) {
+                const VNAME(reals) v = VNAME(reals_at)(x, dtype, at[r] + k), shifted = v - shift;
+                low = VNAME(reals_min)(v, low);
+                high = VNAME(reals_max)(v, high);
+                sum += shifted;
+                square += shifted * shifted;
+            }
+            VNAME(reals_store)(group->running.low + k, low);
+            VNAME(reals_store)(group->running.high + k, high);
+            VNAME(reals_store)(sums + k, sum);
+            VNAME(reals_store)(squares + k, square);
+        }
+    } else {
+        for (int64_t l = 0; l < lanes; l++) {
+            for (int64_t r = 0; r < count; r++) {
+                const real v = (real)lns_value(x, dtype, at[r] + l), shifted = v - group->running.shift[l];
+                group->running.low[l] = v < group->running.low[l] ? v : group->running.low[l];
+                group->running.high[l] = v > group->running.high[l] ? v : group->running.high[l];
+                sums[l] += shifted;
+                squares[l] += shifted * shifted;
+            }
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        group->running.sum[l] += (double)sums[l];
+        group->running.squares[l] += (double)squares[l];
+    }
+}
+
+/* Adds the rows [begin, end) of the sample to the groups of all columns. */
+static inline __attribute__((always_inline)) void VNAME(add_range_as)(const lns_sample *s, lns_dtype dtype,
+                                                                      int64_t begin, int64_t end, VNAME(group) * groups)
+{
+    for (int64_t i = begin; i < end; i += LNS_ROW_BLOCK) {
+        const int64_t count = end - i < LNS_ROW_BLOCK ? end - i : LNS_ROW_BLOCK;
+        int64_t at[LNS_ROW_BLOCK];
+        for (int64_t r = 0; r < LNS_ROW_BLOCK; r++) {
+            at[r] = (i + r) * s->d;
+        }
+        for (int64_t j = 0; j < s->d; j += LANES) {
+            VNAME(add_rows)(s->data, dtype, at, count, s->d - j < LANES ? s->d - j : LANES, &groups[j / LANES]);
+            for (int r = 0; r < LNS_ROW_BLOCK; r++) {
+                at[r] += LANES;
+            }
+        }
+    }
+}
+
+static void VNAME(add_range)(const lns_sample *s, int64_t begin, int64_t end, VNAME(group) * groups)
+{
+    if (s->dtype == LNS_BF16) {
+        VNAME(add_range_as)(s, LNS_BF16, begin, end, groups);
+    } else if (s->dtype == LNS_F16) {
+        VNAME(add_range_as)(s, LNS_F16, begin, end, groups);
+    } else {
+        VNAME(add_range_as)(s, REAL_IS_DOUBLE ? LNS_F64 : LNS_F32, begin, end, groups);
+    }
+}
+
+/* Statistics of up to LNS_STRIP columns from `at` on, from sums in double around the first row. */
+static void VNAME(moments_exactly)(const lns_sample *s, int64_t begin, int64_t end, int64_t at, int64_t count,
+                                   VNAME(group) * groups)
+{
     real buffer[LNS_STRIP], low[LNS_STRIP], high[LNS_STRIP], first[LNS_STRIP];
     double sum[LNS_STRIP] = {0}, squares[LNS_STRIP] = {0};
     const double rows = (double)(end - begin);
@@ -24,12 +105,57 @@ static void VNAME(moments_strip)(const moments_context *c, int64_t begin, int64_
         }
     }
     for (int64_t l = 0; l < count; l++) {
+        VNAME(group) *group = groups + (at + l) / LANES;
         const double m2 = squares[l] - sum[l] * sum[l] / rows;
-        *bad |= !isfinite(sum[l]);
-        state[at + l] = (double)first[l] + sum[l] / rows;
-        state[s->d + at + l] = m2 > 0 ? m2 : 0;
-        state[2 * s->d + at + l] = (double)low[l];
-        state[3 * s->d + at + l] = (double)high[l];
+        group->result.mean[l % LANES] = (double)first[l] + sum[l] / rows;
+        group->result.m2[l % LANES] = m2 > 0 || m2 != m2 ? m2 : 0;
+        group->result.low[l % LANES] = (double)low[l];
+        group->result.high[l % LANES] = (double)high[l];
+    }
+}
+
+/* The same from the sums of a group; 0 where squares have left the range of the working type. */
+static int VNAME(conclude)(VNAME(group) * group, int64_t lanes, double rows)
+{
+    const VNAME(group) sums = *group;
+    for (int64_t l = 0; l < lanes; l++) {
+        const double mean = sums.running.sum[l] / rows, m2 = sums.running.squares[l] - sums.running.sum[l] * mean;
+        if (!(m2 > 0x1p-90 && m2 < INFINITY) && !(sums.running.low[l] == sums.running.high[l])) {
+            return 0;
+        }
+        group->result.mean[l] = (double)sums.running.shift[l] + mean;
+        group->result.m2[l] = m2 > 0 ? m2 : 0;
+        group->result.low[l] = (double)sums.running.low[l];
+        group->result.high[l] = (double)sums.running.high[l];
+    }
+    return 1;
+}
+
+/* A chunk of many rows: sums around the mean of its first rows, so that a large mean costs no digits. */
+static void VNAME(moments_chunk)(const lns_sample *s, int64_t begin, int64_t end, VNAME(group) * groups)
+{
+    const int64_t count = (s->d + LANES - 1) / LANES;
+    for (int64_t g = 0; g < count; g++) {
+        for (int l = 0; l < LANES; l++) {
+            groups[g].running.shift[l] = 0;
+            groups[g].running.low[l] = (real)INFINITY;
+            groups[g].running.high[l] = (real)-INFINITY;
+            groups[g].running.sum[l] = groups[g].running.squares[l] = 0;
+        }
+    }
+    VNAME(add_range)(s, begin, begin + LNS_FOLD, groups);
+    for (int64_t g = 0; g < count; g++) {
+        for (int l = 0; l < LANES; l++) {
+            groups[g].running.shift[l] = (real)(groups[g].running.sum[l] / LNS_FOLD);
+            groups[g].running.sum[l] = groups[g].running.squares[l] = 0;
+        }
+    }
+    VNAME(add_range)(s, begin, end, groups);
+    for (int64_t g = 0; g < count; g++) {
+        const int64_t at = g * LANES, lanes = s->d - at < LANES ? s->d - at : LANES;
+        if (!VNAME(conclude)(&groups[g], lanes, (double)(end - begin))) {
+            VNAME(moments_exactly)(s, begin, end, at, lanes, groups);
+        }
     }
 }
 
@@ -40,9 +166,36 @@ static void VNAME(moments_units)(void *context, int64_t begin, int64_t end, int 
     for (int64_t chunk = begin; chunk < end; chunk++) {
         const int64_t first = chunk * c->chunk_rows;
         const int64_t last = first + c->chunk_rows < s->n ? first + c->chunk_rows : s->n;
-        for (int64_t at = 0; at < s->d; at += LNS_STRIP) {
-            const int64_t count = s->d - at < LNS_STRIP ? s->d - at : LNS_STRIP;
-            VNAME(moments_strip)(c, first, last, at, count, c->states + chunk * 4 * s->d, &c->bad[thread]);
+        VNAME(group) *groups = (VNAME(group) *)(void *)((char *)c->work + chunk * c->chunk_bytes);
+        if (last - first >= LEAST_ROWS) {
+            VNAME(moments_chunk)(s, first, last, groups);
+        } else {
+            for (int64_t at = 0; at < s->d; at += LNS_STRIP) {
+                const int64_t count = s->d - at < LNS_STRIP ? s->d - at : LNS_STRIP;
+                VNAME(moments_exactly)(s, first, last, at, count, groups);
+            }
+        }
+        for (int64_t j = 0; j < s->d; j++) {
+            c->bad[thread] |= !isfinite(groups[j / LANES].result.mean[j % LANES]);
         }
     }
+}
+
+/* Merges the chunks into the state, in their order. */
+static void VNAME(merge_chunks)(const moments_context *c, int64_t chunks, lns_moments *state)
+{
+    const lns_sample *s = c->sample;
+    for (int64_t at = 0; at < s->d; at += LANES) {
+        lns_moments sum = {state->count, state->mean + at, state->m2 + at, state->low + at, state->high + at};
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t first = chunk * c->chunk_rows;
+            const int64_t rows = s->n - first < c->chunk_rows ? s->n - first : c->chunk_rows;
+            VNAME(group) *groups = (VNAME(group) *)(void *)((char *)c->work + chunk * c->chunk_bytes);
+            VNAME(group) *group = groups + at / LANES;
+            const lns_moments part = {rows, group->result.mean, group->result.m2, group->result.low,
+                                      group->result.high};
+            lns_moments_merge(&sum, &part, s->d - at < LANES ? s->d - at : LANES);
+        }
+    }
+    state->count += s->n;
 }

@@ -4,6 +4,9 @@
 #include "core/threads.h"
 #include "kernels/load.h"
 
+/* Columns of a sequence that are pooled at once: long pieces of a row, since rows are far apart. */
+#define POOL_STRIP 2048
+
 typedef struct pool_context {
     const void *x;
     lns_dtype dtype;
@@ -34,11 +37,10 @@ static int64_t kept_before(const pool_context *c, int64_t row)
 }
 
 #define LNS_BODY "kernels/pool_body.h"
-#define LNS_ONE_VARIANT
 #include "kernels/variants.h"
 
-static const lns_loop_body POOL[2] = LNS_TABLE(pool_units);
-static const lns_loop_body UNPOOL[2] = LNS_TABLE(unpool_units);
+static const lns_loop_body POOL[LNS_CPU_COUNT][2] = LNS_TABLE(pool_units);
+static const lns_loop_body UNPOOL[LNS_CPU_COUNT][2] = LNS_TABLE(unpool_units);
 
 static lns_status check(const pool_context *c, lns_place *place)
 {
@@ -65,8 +67,9 @@ lns_status lns_pool(const void *x, lns_dtype dtype, int64_t batch, int64_t token
     if (status != LNS_OK) {
         return status;
     }
-    const int64_t units = batch * ((d + LNS_STRIP - 1) / LNS_STRIP);
-    lns_parallel_for(units, lns_thread_count(units, batch * tokens * d / 8, threads), POOL[lns_is_double(dtype)], &c);
+    const int64_t units = batch * ((d + POOL_STRIP - 1) / POOL_STRIP);
+    lns_parallel_for(units, lns_thread_count(units, batch * tokens * d / 8, threads),
+                     POOL[lns_cpu()][lns_is_double(dtype)], &c);
     return LNS_OK;
 }
 
@@ -87,6 +90,7 @@ lns_status lns_pool_backward(const void *grad_out, lns_dtype dtype, int64_t batc
         }
         c.index = (int32_t *)(uintptr_t)index; /* read only in this direction */
     }
-    lns_parallel_for(batch, lns_thread_count(batch, batch * tokens * d / 4, threads), UNPOOL[lns_is_double(dtype)], &c);
+    lns_parallel_for(batch, lns_thread_count(batch, batch * tokens * d / 4, threads),
+                     UNPOOL[lns_cpu()][lns_is_double(dtype)], &c);
     return LNS_OK;
 }

@@ -6,57 +6,109 @@ static inline int VNAME(kept)(const pool_context *c, int64_t row, int64_t token)
     return c->mask == NULL || c->mask[row * c->tokens + token] != 0;
 }
 
+/* Adds the `width` <= LNS_STRIP columns from at[r] on of `count` <= LNS_ROW_BLOCK rows to the totals: their sum in the
+ * working type, in double. */
+static inline __attribute__((always_inline)) void VNAME(add_rows)(const void *x, lns_dtype dtype, const int64_t *at,
+                                                                  int64_t count, int64_t width, double *restrict total)
+{
+    real sums[LNS_STRIP];
+    int64_t l = 0;
+    for (; count == LNS_ROW_BLOCK && l + VEC_LANES <= width; l += VEC_LANES) {
+        VNAME(reals) sum = {0};
+        for (int r = 0; r < LNS_ROW_BLOCK; r++) {
+            sum += VNAME(reals_at)(x, dtype, at[r] + l);
+        }
+        VNAME(reals_store)(sums + l, sum);
+    }
+    for (; l + VEC_LANES <= width; l += VEC_LANES) {
+        VNAME(reals) sum = {0};
+        for (int64_t r = 0; r < count; r++) {
+            sum += VNAME(reals_at)(x, dtype, at[r] + l);
+        }
+        VNAME(reals_store)(sums + l, sum);
+    }
+    for (; l < width; l++) {
+        sums[l] = 0;
+        for (int64_t r = 0; r < count; r++) {
+            sums[l] += (real)lns_value(x, dtype, at[r] + l);
+        }
+    }
+    for (l = 0; l < width; l++) {
+        total[l] += (double)sums[l];
+    }
+}
+
 static void VNAME(pool_mean)(const pool_context *c, int64_t row, int64_t at, int64_t count)
 {
-    real buffer[LNS_STRIP], part[LNS_STRIP] = {0}, *out = (real *)c->out + row * c->d + at;
-    double total[LNS_STRIP] = {0};
-    int64_t kept = 0;
-    for (int64_t t = 0; t < c->tokens; t++) {
-        if (!VNAME(kept)(c, row, t)) {
-            continue;
+    real *out = (real *)c->out + row * c->d + at;
+    double total[POOL_STRIP] = {0};
+    int64_t kept = 0, t = 0;
+    while (t < c->tokens) {
+        int64_t rows[LNS_ROW_BLOCK], some = 0;
+        for (; t < c->tokens && some < LNS_ROW_BLOCK; t++) {
+            if (VNAME(kept)(c, row, t)) {
+                rows[some++] = (row * c->tokens + t) * c->d + at;
+            }
         }
-        const real *x = VNAME(strip)(c->x, c->dtype, (row * c->tokens + t) * c->d + at, count, buffer);
-        for (int64_t l = 0; l < count; l++) {
-            part[l] += x[l];
-        }
-        if (++kept % LNS_FOLD == 0) {
-            for (int64_t l = 0; l < count; l++) {
-                total[l] += (double)part[l];
-                part[l] = 0;
+        kept += some;
+        for (int64_t from = 0; from < count; from += LNS_STRIP) {
+            const int64_t width = count - from < LNS_STRIP ? count - from : LNS_STRIP;
+            if (c->dtype == LNS_BF16) {
+                VNAME(add_rows)(c->x, LNS_BF16, rows, some, width, total + from);
+            } else if (c->dtype == LNS_F16) {
+                VNAME(add_rows)(c->x, LNS_F16, rows, some, width, total + from);
+            } else {
+                VNAME(add_rows)(c->x, REAL_IS_DOUBLE ? LNS_F64 : LNS_F32, rows, some, width, total + from);
+            }
+            for (int64_t r = 0; r < some; r++) {
+                rows[r] += width;
             }
         }
     }
     for (int64_t l = 0; l < count; l++) {
-        out[l] = (real)((total[l] + (double)part[l]) / (double)kept);
+        out[l] = (real)(total[l] / (double)kept);
     }
 }
 
 /* Smallest or largest value and its first token; a NaN wins and stays. */
+static inline __attribute__((always_inline)) void VNAME(challenge)(const real *restrict x, int64_t count, int32_t token,
+                                                                   int smallest, real *restrict best,
+                                                                   int32_t *restrict index)
+{
+    for (int64_t l = 0; l < count; l++) {
+        const int wins = (smallest ? !(x[l] >= best[l]) : !(x[l] <= best[l])) & (best[l] == best[l]);
+        best[l] = wins ? x[l] : best[l];
+        index[l] = wins ? token : index[l];
+    }
+}
+
 static void VNAME(pool_extreme)(const pool_context *c, int64_t row, int64_t at, int64_t count)
 {
-    real buffer[LNS_STRIP], *out = (real *)c->out + row * c->d + at;
+    real buffer[POOL_STRIP], *out = (real *)c->out + row * c->d + at;
     int32_t *index = c->index + row * c->d + at;
-    const int smallest = c->mode == LNS_POOL_MIN;
     int first = 1;
     for (int64_t t = 0; t < c->tokens; t++) {
         if (!VNAME(kept)(c, row, t)) {
             continue;
         }
         const real *x = VNAME(strip)(c->x, c->dtype, (row * c->tokens + t) * c->d + at, count, buffer);
-        for (int64_t l = 0; l < count; l++) {
-            const int better = smallest ? !(x[l] >= out[l]) : !(x[l] <= out[l]);
-            if (first || (better && out[l] == out[l])) {
-                out[l] = x[l];
+        if (first) {
+            memcpy(out, x, (size_t)count * sizeof(real));
+            for (int64_t l = 0; l < count; l++) {
                 index[l] = (int32_t)t;
             }
+            first = 0;
+        } else if (c->mode == LNS_POOL_MIN) {
+            VNAME(challenge)(x, count, (int32_t)t, 1, out, index);
+        } else {
+            VNAME(challenge)(x, count, (int32_t)t, 0, out, index);
         }
-        first = 0;
     }
 }
 
 static void VNAME(pool_last)(const pool_context *c, int64_t row, int64_t at, int64_t count)
 {
-    real buffer[LNS_STRIP];
+    real buffer[POOL_STRIP];
     int64_t t = c->tokens - 1;
     while (!VNAME(kept)(c, row, t)) {
         t--;
@@ -67,7 +119,7 @@ static void VNAME(pool_last)(const pool_context *c, int64_t row, int64_t at, int
 
 static void VNAME(pool_all)(const pool_context *c, int64_t row, int64_t at, int64_t count)
 {
-    real buffer[LNS_STRIP];
+    real buffer[POOL_STRIP];
     int64_t to = kept_before(c, row);
     for (int64_t t = 0; t < c->tokens; t++) {
         if (VNAME(kept)(c, row, t)) {
@@ -82,9 +134,9 @@ static void VNAME(pool_units)(void *context, int64_t begin, int64_t end, int thr
     const pool_context *c = context;
     (void)thread;
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t strips = (c->d + LNS_STRIP - 1) / LNS_STRIP;
-        const int64_t row = unit / strips, at = unit % strips * LNS_STRIP;
-        const int64_t count = c->d - at < LNS_STRIP ? c->d - at : LNS_STRIP;
+        const int64_t strips = (c->d + POOL_STRIP - 1) / POOL_STRIP;
+        const int64_t row = unit / strips, at = unit % strips * POOL_STRIP;
+        const int64_t count = c->d - at < POOL_STRIP ? c->d - at : POOL_STRIP;
         switch (c->mode) {
         case LNS_POOL_MEAN:
             VNAME(pool_mean)(c, row, at, count);
