@@ -162,8 +162,9 @@ typedef struct lns_moments {
 int64_t lns_moments_worksize(int64_t n, int64_t d);
 
 /* Merges the rows of the sample into the state (updated only on LNS_OK). Where 256 rows or more come at once, narrow
- * types are summed in float around the mean of their first rows: the variance is then exact to 1e-7 of itself and the
- * mean to 1e-7 standard deviations. Fewer rows, float64, and squares that leave the range of a float: in double. */
+ * types are summed in float around the mean of their first rows: the variance is then exact to 1e-7 of itself (3e-7
+ * where single values make it up) and the mean to 1e-7 standard deviations. Fewer rows, float64, squares that leave the
+ * range of a float, and columns whose mean wanders off: in double. */
 lns_status lns_moments_update(const lns_sample *sample, int threads, void *work, lns_moments *state, lns_place *place);
 
 /* Merges `other` (not modified) into the state (Chan, Golub and LeVeque 1979). */

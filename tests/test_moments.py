@@ -72,7 +72,14 @@ def test_the_error_of_the_variance(rng, n, mean):
 @pytest.mark.parametrize("row", [0, 3, 40, 299])
 def test_an_outlier_costs_no_digits(rng, row):
     x = rng.normal(size=(300, 20)).astype(np.float32)
-    x[row] = 3e4
+    x[row] = 3e4  # the whole variance: the rounding of a single square shows
+    np.testing.assert_allclose(lineas.moments(x).variance(), x.var(0, dtype=np.float64, ddof=1), rtol=3e-7)
+
+
+@pytest.mark.parametrize("first", [32, 250])
+def test_a_mean_that_moves_costs_no_digits(rng, first):
+    x = rng.normal(size=(4000, 20)).astype(np.float32)
+    x[first:] += 1e4
     np.testing.assert_allclose(lineas.moments(x).variance(), x.var(0, dtype=np.float64, ddof=1), rtol=1e-7)
 
 

@@ -114,13 +114,15 @@ static void VNAME(moments_exactly)(const lns_sample *s, int64_t begin, int64_t e
     }
 }
 
-/* The same from the sums of a group; 0 where squares have left the range of the working type. */
+/* The same from the sums of a group; 0 where these cannot tell: squares have left the range of the working type, or
+ * the mean lies so far from the shift that they cancel. */
 static int VNAME(conclude)(VNAME(group) * group, int64_t lanes, double rows)
 {
     const VNAME(group) sums = *group;
     for (int64_t l = 0; l < lanes; l++) {
-        const double mean = sums.running.sum[l] / rows, m2 = sums.running.squares[l] - sums.running.sum[l] * mean;
-        if (!(m2 > 0x1p-90 && m2 < INFINITY) && !(sums.running.low[l] == sums.running.high[l])) {
+        const double mean = sums.running.sum[l] / rows, squares = sums.running.squares[l];
+        const double m2 = squares - sums.running.sum[l] * mean;
+        if (!(m2 > 0x1p-90 && m2 < INFINITY && m2 > squares / 4) && !(sums.running.low[l] == sums.running.high[l])) {
             return 0;
         }
         group->result.mean[l] = (double)sums.running.shift[l] + mean;
