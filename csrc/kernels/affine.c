@@ -45,7 +45,7 @@ int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner)
         return -1;
     }
     const int64_t chunks = (outer + chunk_rows(outer) - 1) / chunk_rows(outer);
-    return lns_pad(lns_mul(d, 16)) + lns_mul(d, 16 * chunks);
+    return lns_mul(lns_mul(d, 16), chunks + 1) < 0 ? -1 : lns_pad(16 * d) + 16 * d * chunks;
 }
 
 lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, int64_t inner, const void *weight,

@@ -36,7 +36,7 @@ static int64_t chunk_bytes(int64_t d)
 
 int64_t lns_moments_worksize(int64_t n, int64_t d)
 {
-    if (n < 1 || d < 1 || d > INT64_MAX - 15) {
+    if (n < 1 || d < 1 || lns_mul(n, d) < 0) {
         return -1;
     }
     return lns_mul((n + chunk_rows(n) - 1) / chunk_rows(n), chunk_bytes(d));

@@ -157,7 +157,8 @@ static inline int64_t lns_sort_cost(int64_t n, int64_t d)
     while ((INT64_C(1) << bits) < n && bits < 30) {
         bits++;
     }
-    return (int64_t)(0.03 * (double)n * (double)d * bits * (bits + 1));
+    const double cost = 0.03 * (double)n * (double)d * bits * (bits + 1);
+    return cost < 1e15 ? (int64_t)cost : INT64_C(1000000000000000); /* sums of it do not overflow either */
 }
 
 #endif

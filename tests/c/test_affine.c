@@ -76,4 +76,5 @@ void test_affine(void)
     half_precision();
     CHECK(lns_affine_worksize(1, 0, 1) == -1);
     CHECK(lns_affine_worksize(INT64_MAX, 2, 2) == -1);
+    CHECK(lns_affine_worksize(1, INT64_C(1) << 59, 1) == -1);
 }

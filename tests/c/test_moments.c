@@ -65,4 +65,5 @@ void test_moments(void)
     release(&whole);
     release(&parts);
     release(&rest);
+    CHECK(lns_moments_worksize(INT64_MAX, 2) == -1);
 }
