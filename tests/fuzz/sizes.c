@@ -1,0 +1,56 @@
+/* Fuzzing with sizes that no memory holds: work sizes must not overflow, and what cannot be must be refused before any
+ * array is touched. */
+#include "fuzz.h"
+
+/* Whether [n, d] is a matrix whose elements, 8 bytes each, 62 bits can count. */
+static int addressable(int64_t n, int64_t d)
+{
+    return n >= 1 && d >= 1 && n <= (INT64_C(1) << 62) / 8 / d;
+}
+
+static lns_sample nowhere(int64_t n, int64_t d)
+{
+    return (lns_sample){NULL, (lns_dtype)(byte() % 4), n, d, NULL};
+}
+
+void fuzz_sizes(void)
+{
+    const int64_t n = any_size(), m = any_size(), d = any_size();
+    const int threads = 1 + (int)byte();
+    const lns_sample s = nowhere(n, d), t = nowhere(m, d);
+    const lns_w2_job w2 = {.u = s, .v = t};
+    const lns_fit_job fit = {.source = s, .target = t};
+    const int s_bad = !addressable(n, d), t_bad = !addressable(m, d);
+
+    REQUIRE(lns_sort_worksize(&s, 1, threads) >= -1);
+    REQUIRE(!s_bad ||
+            (lns_sort_worksize(&s, 1, threads) == -1 && lns_sort(&s, 1, 1, NULL, NULL, NULL) == LNS_BAD_SIZE));
+    REQUIRE(lns_wasserstein_worksize(&w2, 1, threads) >= -1);
+    REQUIRE(!(s_bad || t_bad) || (lns_wasserstein_worksize(&w2, 1, threads) == -1 &&
+                                  lns_wasserstein(&w2, 1, 0, 1, NULL, NULL) == LNS_BAD_SIZE));
+    REQUIRE(lns_fit_worksize(&fit, 1, threads) >= -1);
+    REQUIRE(!(s_bad || t_bad || n < 2 || m < 2) ||
+            (lns_fit_worksize(&fit, 1, threads) == -1 && lns_fit(&fit, 1, LNS_MEAN, 1, NULL, NULL) == LNS_BAD_SIZE));
+    REQUIRE(lns_covariance_worksize(n, d) >= -1);
+    REQUIRE(!s_bad || (lns_covariance(&s, NULL, NULL, NULL, NULL) == LNS_BAD_SIZE));
+    REQUIRE(lns_bures_map_worksize(d) >= -1);
+    REQUIRE(lns_bures_map_worksize(d) >= 0 || lns_bures_map(NULL, NULL, d, 0, NULL, NULL) == LNS_BAD_SIZE);
+
+    REQUIRE(lns_affine_worksize(n, d, m) >= -1);
+    if (n < 0 || d < 1 || m < 0) {
+        REQUIRE(lns_affine_worksize(n, d, m) == -1);
+        REQUIRE(lns_affine(NULL, LNS_F32, n, d, m, NULL, NULL, 1, 1, NULL, NULL) == LNS_BAD_SIZE);
+        REQUIRE(lns_affine_backward(NULL, LNS_F32, n, d, m, NULL, 1, NULL, 1, NULL, NULL, NULL, NULL) == LNS_BAD_SIZE);
+        REQUIRE(lns_pool(NULL, LNS_F32, n, m, d, NULL, LNS_POOL_MEAN, 1, NULL, NULL, NULL) == LNS_BAD_SIZE);
+        REQUIRE(lns_pool_backward(NULL, LNS_F64, n, m, d, NULL, LNS_POOL_MEAN, NULL, 1, NULL, NULL) == LNS_BAD_SIZE);
+    }
+    lns_moments state = {0};
+    REQUIRE(lns_moments_worksize(n, d) >= -1);
+    REQUIRE(!s_bad || lns_moments_update(&s, 1, NULL, &state, NULL) == LNS_BAD_SIZE);
+    REQUIRE(d >= 1 || lns_moments_merge(&state, &state, d) == LNS_BAD_SIZE);
+    REQUIRE(d >= 1 || lns_prox(NULL, LNS_F32, d, 1, 1, 1, NULL) == LNS_BAD_SIZE);
+
+    REQUIRE(lns_status_text((lns_status)(int)n)[0] != '\0');
+    REQUIRE(lns_cpu_init("a processor that nobody has made") == -1);
+    REQUIRE(lns_cpu_init(byte() % 2 ? NULL : "") == 0 && lns_cpu_name()[0] != '\0');
+}
