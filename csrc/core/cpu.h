@@ -6,7 +6,8 @@ typedef enum lns_cpu_variant { LNS_CPU_PORTABLE, LNS_CPU_AVX2, LNS_CPU_AVX512, L
 
 lns_cpu_variant lns_cpu(void);
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+/* LNS_PORTABLE leaves the other variants out. */
+#if !defined(LNS_PORTABLE) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define LNS_HAVE_X86 1
 #else
 #define LNS_HAVE_X86 0
