@@ -5,6 +5,7 @@ torch is never imported here: a tensor can only exist once somebody else has imp
 
 import math
 import numbers
+import operator
 import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -40,16 +41,47 @@ def working_dtype(x: NDArray) -> np.dtype:
     return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
 
 
-def _from_tensor(x: Any, name: str) -> NDArray:
+def check_dense(x: "torch.Tensor", name: str) -> None:
+    """TypeError for tensors without a shape or without a number for each entry: sparse, nested, quantised, lazy."""
     torch = sys.modules["torch"]
-    if x.layout is not torch.strided or x.is_quantized:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}, dtype {x.dtype}")
-    x = x.detach().cpu()
+    if torch.nn.parameter.is_lazy(x):
+        raise TypeError(f"{name} must be a dense tensor, got an uninitialized parameter")
+    if x.layout is not torch.strided or x.is_quantized or x.is_nested:
+        kind = "nested " if x.is_nested else ""
+        raise TypeError(f"{name} must be a dense tensor, got {kind}layout {x.layout}, dtype {x.dtype}")
+
+
+def result_dtype(x: Any, array: NDArray) -> np.dtype:
+    """The dtype of a result for `x`, of which `as_engine` made `array`: that of `x`, in native byte order."""
+    # bfloat16 travels through the engine as bits.
+    return np.asarray(x).dtype.newbyteorder("=") if array.dtype == np.uint16 else array.dtype
+
+
+def _from_tensor(x: Any, name: str) -> NDArray:
+    """The numbers of a dense tensor; bfloat16 as its bits."""
+    torch = sys.modules["torch"]
+    if x.device.type == "meta":
+        raise TypeError(f"{name} must be a tensor with data, got one on device meta")
+    x = x.detach().cpu().resolve_conj().resolve_neg()
     if x.dtype == torch.bfloat16:
-        return x.contiguous().view(torch.uint16).numpy()
-    if x.dtype not in (torch.float16, torch.float32, torch.float64):
-        raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {x.dtype}")
-    return x.numpy()
+        x = x.contiguous().view(torch.uint16)
+    try:
+        return x.numpy()
+    except (TypeError, RuntimeError) as error:  # fake and masked tensors, those that torch.func traces, odd dtypes
+        raise TypeError(
+            f"{name} must be a tensor that NumPy can read, got {type(x).__name__} of dtype {x.dtype}: {error}"
+        ) from error
+
+
+def _from_object(x: Any, name: str) -> NDArray:
+    """What NumPy makes of `x`; its mask, if it has one, is not silently dropped."""
+    if isinstance(x, np.ma.MaskedArray) or (isinstance(x, list | tuple) and any(map(np.ma.isMaskedArray, x))):
+        raise TypeError(f"{name} must be a plain array, got a masked array: fill or drop its masked entries first")
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be array_like, got {type(x).__name__}: {error}") from error
 
 
 def as_engine(x: Any, name: str) -> NDArray:
@@ -72,7 +104,10 @@ def as_engine(x: Any, name: str) -> NDArray:
     ------
     TypeError
         For any other dtype (integers and booleans included: what they would mean as activations is not ours to
-        guess), for masked arrays (their mask would be lost) and for sparse or quantised tensors.
+        guess), for masked arrays (their mask would be lost), for tensors that are not dense or have no data, and for
+        what NumPy makes no array of.
+    ValueError
+        For lists of rows that differ in length.
     """
     if (
         type(x) is np.ndarray
@@ -83,11 +118,15 @@ def as_engine(x: Any, name: str) -> NDArray:
     ):
         return x  # the usual case, without the microseconds of the general one
     if is_tensor(x):
+        check_dense(x, name)
+        torch = sys.modules["torch"]
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {x.dtype}")
         return np.require(_from_tensor(x, name), requirements=["C", "A"])
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a plain array, got a masked array: fill or drop its masked entries first")
-    array = np.asarray(x)
+    array = _from_object(x, name)
     if is_bfloat16(array.dtype):
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         return np.require(array, requirements=["C", "A"]).view(np.uint16)
     # isnative: the engine reads machine order only; kind and size leave out longdouble and complex.
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
@@ -159,19 +198,19 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     Raises
     ------
     TypeError
-        If `x` does not hold real numbers.
+        If `x` does not hold real numbers, is a masked array, or a tensor that is not dense.
     ValueError
         If its shape is not [rows], a weight is negative or not finite, or all are zero.
     """
     if is_tensor(x):
-        x = x.detach().cpu()
-        x = (x.double() if x.is_floating_point() else x).numpy()
-    array = np.asarray(x)
+        check_dense(x, name)
+        x = _from_tensor(x.double() if x.is_floating_point() else x, name)
+    array = _from_object(x, name)
     if array.dtype.kind not in "biuf" and not is_bfloat16(array.dtype):
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
     if array.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), one weight a row, got shape {array.shape}")
-    mass = np.ascontiguousarray(array, dtype=np.float64)
+    mass = np.require(array, dtype=np.float64, requirements=["C", "A"])
     bad = np.flatnonzero(~(np.isfinite(mass) & (mass >= 0)))
     if bad.size:
         raise ValueError(f"{name} must be finite and not negative, got {mass[bad[0]]} at row {bad[0]}")
@@ -180,12 +219,24 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     return mass
 
 
+def as_int(value: Any, name: str) -> int:
+    """`value` as an int; TypeError if it is no integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
 def _as_finite(value: Any, name: str) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {float(value)}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float64
+        number = math.inf if operator.gt(value, 0) else -math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def as_strength(strength: Any) -> float:

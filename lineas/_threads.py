@@ -1,7 +1,8 @@
 """The number of threads the engine may use: one setting a process, read by every call."""
 
-import operator
 import os
+
+from ._arrays import as_int
 
 _threads: int | None = None
 
@@ -61,10 +62,7 @@ def set_num_threads(n: int) -> None:
         If `n` is smaller than 1.
     """
     global _threads
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise TypeError(f"n must be an int, got {type(n).__name__}") from None
+    count = as_int(n, "n")
     if count < 1:
         raise ValueError(f"n must be at least 1, got {count}")
     _threads = count

@@ -14,7 +14,9 @@ from ._arrays import (
     as_not_negative,
     as_sample,
     as_strength,
+    check_dense,
     is_tensor,
+    result_dtype,
     same_working_type,
     widen,
     working_dtype,
@@ -241,21 +243,25 @@ class GaussianMap:
         """
         s = as_strength(strength)
         matrix, bias = (1 - s) * np.eye(self.bias.size) + s * self.matrix, s * self.bias
-        shape = tuple(z.shape) if is_tensor(z) else np.shape(z)
-        if not shape or shape[-1] != self.bias.size:
-            raise ValueError(f"z must have {self.bias.size} channels on the last axis, got shape {shape}")
         if is_tensor(z):
             import torch
 
             from .models.autograd import working_dtype as torch_working_dtype
 
+            check_dense(z, "z")
+            self._check_width(tuple(z.shape))
             dtype = torch_working_dtype(z.dtype)
             slopes, shifts = (torch.from_numpy(x).to(z.device, dtype) for x in (matrix, bias))
             return (z.to(dtype) @ slopes.mT + shifts).to(z.dtype)
         array = as_engine(z, "z")
+        self._check_width(array.shape)
         work = widen(array)
         out = work @ matrix.T.astype(work.dtype) + bias.astype(work.dtype)
-        return out.astype(z.dtype if array.dtype == np.uint16 else array.dtype, copy=False)
+        return out.astype(result_dtype(z, array), copy=False)
+
+    def _check_width(self, shape: tuple[int, ...]) -> None:
+        if not shape or shape[-1] != self.bias.size:
+            raise ValueError(f"z must have {self.bias.size} channels on the last axis, got shape {shape}")
 
     def inverse(self) -> "GaussianMap":
         """Return the map that undoes this one at strength 1.

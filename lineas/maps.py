@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import as_engine, as_strength, as_vector, is_tensor, working_dtype
+from ._arrays import as_engine, as_int, as_strength, as_vector, check_dense, is_tensor, result_dtype, working_dtype
 from ._threads import get_num_threads
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def _blocks(shape: tuple[int, ...], axis: int, width: int) -> tuple[int, int, int]:
     """`shape` as [outer, d, inner] with the channels of `axis` in the middle."""
+    axis = as_int(axis, "axis")
     if not -len(shape) <= axis < len(shape) or shape[axis] != width:
         raise ValueError(f"z must have {width} channels on axis {axis}, got shape {shape}")
     axis %= len(shape)
@@ -149,12 +150,13 @@ class AffineMap:
         Raises
         ------
         TypeError
-            If the dtype of `z` is another one, or `strength` is not a real number.
+            If the dtype of `z` is another one, `strength` is not a real number, or `axis` is not an integer.
         ValueError
             If `axis` of `z` does not have d channels, or `strength` is not finite.
         """
         strength = as_strength(strength)
         if is_tensor(z):
+            check_dense(z, "z")
             import torch
 
             from .models.autograd import affine
@@ -167,9 +169,7 @@ class AffineMap:
         work = working_dtype(array)
         weight, bias = self.weight.astype(work, copy=False), self.bias.astype(work, copy=False)
         out = _core.affine_apply(array.reshape(blocks), weight, bias, strength, get_num_threads())
-        out = out.reshape(array.shape)
-        # bfloat16 travels through the engine as bits.
-        return out.view(z.dtype) if array.dtype == np.uint16 else out
+        return out.reshape(array.shape).view(result_dtype(z, array))
 
     def with_strength(self, strength: float) -> "AffineMap":
         """Return the map that at strength 1 does what this one does at `strength`."""

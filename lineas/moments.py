@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._arrays import as_sample, is_tensor
+from ._arrays import as_int, as_sample, check_dense, is_tensor
 from ._threads import get_num_threads
 
 # Elements read at once from one big array: 16 MiB of float32, far more than a call costs, far less than a memory.
@@ -174,7 +174,7 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     Raises
     ------
     TypeError
-        If `data` is neither an array nor an iterable, or a dtype is another one.
+        If `data` is neither an array nor an iterable, a dtype is another one, or `chunk_rows` is not an integer.
     ValueError
         If a batch is not [n, d] with n >= 1 and one d throughout, a value is not finite (batch or chunk, row and
         column are named), or there is no batch.
@@ -185,9 +185,11 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     >>> lineas.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).variance()
     array([2., 0.])
     """
-    if chunk_rows is not None and chunk_rows < 1:
+    if chunk_rows is not None and (chunk_rows := as_int(chunk_rows, "chunk_rows")) < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     out = Moments()
+    if is_tensor(data):
+        check_dense(data, "data")
     if isinstance(data, np.ndarray) or is_tensor(data):
         if data.ndim != 2 or len(data) == 0:
             as_sample(data, "data")  # for its error message

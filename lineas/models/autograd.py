@@ -47,7 +47,7 @@ def on_engine(tensor: Tensor) -> bool:
 
 def _array(tensor: Tensor) -> NDArray:
     """View the memory of a CPU tensor as the C-contiguous array the engine wants (bfloat16 as its uint16 bits)."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().contiguous().resolve_neg()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
