@@ -2,6 +2,8 @@
 #define LNS_IMPORTS_NUMPY
 #include "python/functions.h"
 
+#include <pthread.h>
+
 #include "core/blas.h"
 
 static PyObject *py_cpu(PyObject *module, PyObject *unused)
@@ -39,10 +41,26 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* Chooses the variant of the kernels, once a process: on a second import other threads may be using the engine, so it
+ * stays as it is. Returns 0 where LINEAS_CPU, handed in, names no variant that runs here. */
+static int prepare_engine(const char *forced)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* two modules can be executed at once without a GIL */
+    static int ready = 0;
+    pthread_mutex_lock(&lock);
+    if (!ready && lns_cpu_init(forced) == 0) {
+        /* Two BLAS pools in one process spin against each other; the engine splits its work itself. */
+        LNS_OPENBLAS(set_num_threads)(1);
+        ready = 1;
+    }
+    const int done = ready;
+    pthread_mutex_unlock(&lock);
+    return done;
+}
+
 static int execute(PyObject *module)
 {
     (void)module;
-    static int ready = 0;
     const char *forced = getenv("LINEAS_CPU");
     if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
         PyErr_SetString(PyExc_ImportError, "lineas cannot be imported in a sub-interpreter");
@@ -51,17 +69,12 @@ static int execute(PyObject *module)
     if (PyArray_ImportNumPyAPI() < 0) {
         return -1;
     }
-    if (ready) { /* imported anew: other threads may be using the engine, so it stays as it is */
-        return 0;
-    }
-    if (lns_cpu_init(forced) != 0) {
+    if (!prepare_engine(forced)) {
         PyErr_Format(PyExc_ImportError,
-                     "LINEAS_CPU must name a variant that this processor runs (portable or avx2), got %s", forced);
+                     "LINEAS_CPU must name a variant that this processor runs (portable, avx2 or avx512), got %s",
+                     forced);
         return -1;
     }
-    /* Two BLAS pools in one process spin against each other; the engine splits its work itself. */
-    LNS_OPENBLAS(set_num_threads)(1);
-    ready = 1;
     return 0;
 }
 
