@@ -88,10 +88,38 @@ def all_kernels(threads, seed=0, scale=1):
     return out
 
 
-def digest(threads, seed=0, scale=1):
-    """One fingerprint of `all_kernels`: equal exactly if every result has the same bits."""
+def special_values(threads):
+    """Results of the streaming kernels on NaN, infinities, negative zeros and denormals, in every lane."""
+    out = []
+    for dtype in DTYPES:
+        x = sample(np.random.default_rng(1), 12 * 37, 1, dtype).reshape(1, 12, 37)
+        numbers = encode(np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45, -1e-40, 6e-8]), dtype)
+        for j in range(37):
+            x[0, j % 11, j] = numbers[j % 7]
+        w = np.linspace(-1, 1, 37).astype(widen(x).dtype)
+        out.append(_core.affine_apply(x[0][..., None], w, -w, 1.0, threads))
+        for mode in ("mean", "min", "max"):
+            out += _core.pool(x, None, mode, threads)[: 1 if mode == "mean" else 2]
+        state = [np.zeros(37), np.zeros(37), np.full(37, np.inf), np.full(37, -np.inf)]
+        _core.moments_update(np.tile(numbers[3:], (260, 10))[:, :37].copy(), 0, *state, "x", threads)
+        out += state
+    for dtype in (np.float32, np.float64):
+        b = np.resize(np.array([-0.0, 0.0, 1e-45, -1e-40, 1e-310], dtype), 37)
+        w, zero = 1 + b, np.zeros(37, dtype)
+        out.append(np.array(_core.step(w, b, zero, zero.copy(), np.array([0, 1, 37]), 0.1, 0, 0, 0, 0, None, threads)))
+        out += [w, b]
+    return out
+
+
+def fingerprint(arrays):
+    """Equal exactly if every array has the same type, shape and bits."""
     sha = hashlib.sha256()
-    for array in all_kernels(threads, seed, scale):
+    for array in arrays:
         sha.update(f"{array.dtype}{array.shape}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
+
+
+def digest(threads, seed=0, scale=1):
+    """One fingerprint of `all_kernels`."""
+    return fingerprint(all_kernels(threads, seed, scale))

@@ -316,6 +316,31 @@ def test_the_extreme_of_a_token_that_is_nan(rng, mode):
     assert np.isinf(out[0, 0]) and index[0, 0] == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_mean_takes_what_is_not_finite_from_every_lane(rng, dtype, value):
+    for j in range(37):
+        x = sample(rng, 11, 37, dtype).reshape(1, 11, 37)
+        x[0, j % 11, j] = encode(np.array([value]), dtype)[0]
+        (out,) = _core.pool(x, None, "mean", 1)[0]
+        assert out[j] == value or (np.isnan(out[j]) and np.isnan(value))
+        assert np.count_nonzero(~np.isfinite(out)) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_moments_find_what_is_not_finite_in_every_lane(rng, dtype, value):
+    x = sample(rng, 300, 37, dtype)
+    for j in range(37):
+        bad = x.copy()
+        bad[7 * j, j] = encode(np.array([value]), dtype)[0]
+        state = fresh(37)
+        with pytest.raises(ValueError, match=f"x: {value} at row {7 * j}, column {j}"):
+            _core.moments_update(bad, 0, *state, "x", 1)
+        for after, before in zip(state, fresh(37), strict=True):
+            assert_same_bits(after, before)
+
+
 def test_pool_of_nan_is_nan(rng):
     x = rng.normal(size=(1, 3, 2))
     x[0, 1, 0] = np.nan
@@ -420,6 +445,16 @@ def test_a_step_along_a_bad_gradient_changes_nothing(rng, bad, dtype):
             _core.step(w, b, gw, gb, np.array([0, 1000, 3000]), 0.1, 0.1, 0.1, 0.1, 0.1, None, 1)
         assert_same_bits(w, before[0])
         assert_same_bits(b, before[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_step_without_penalty_keeps_denormals_and_settles_zeros(dtype):
+    tiny = np.finfo(dtype).smallest_subnormal
+    w, b, zero = np.ones(37, dtype), np.resize(np.array([-0.0, tiny, -3 * tiny], dtype), 37), np.zeros(37, dtype)
+    expected = b + dtype(0)
+    _, support = _core.step(w, b, zero, zero.copy(), np.array([0, 1, 37]), 0.1, 0, 0, 0, 0, None, 1)
+    assert_same_bits(b, expected)
+    assert np.all(w == 1) and support == np.count_nonzero(expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from calls import SAME_PATH
-from samples import all_kernels, assert_same_bits, digest
+from samples import all_kernels, assert_same_bits, digest, fingerprint, special_values
 
 import lineas
 from lineas import _core, _threads
@@ -47,7 +47,10 @@ def test_large_batches_change_no_bit(rng, threads):
 @pytest.mark.parametrize("variant", ["portable", ""])
 def test_every_kernel_variant_gives_the_same_bits(variant):
     """Empty means the best one for this processor; `portable` is what every other must agree with."""
-    code = "from samples import digest; from lineas import _core; print(_core.cpu(), digest(1), digest(1, 7, 3))"
+    code = (
+        "from samples import digest, fingerprint, special_values; from lineas import _core;"
+        "print(_core.cpu(), digest(1), digest(1, 7, 3), fingerprint(special_values(1)))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | SAME_PATH | {"LINEAS_CPU": variant},
@@ -57,7 +60,7 @@ def test_every_kernel_variant_gives_the_same_bits(variant):
     )
     name, *digests = run.stdout.split()
     assert name == "portable" if variant else name in ("portable", "avx2", "avx512")
-    assert digests == [digest(1), digest(1, 7, 3)]
+    assert digests == [digest(1), digest(1, 7, 3), fingerprint(special_values(1))]
 
 
 def test_an_unknown_kernel_variant_is_an_error():

@@ -53,17 +53,22 @@ static inline __attribute__((always_inline)) void VNAME(add_rows)(const void *x,
     }
 }
 
-/* Adds the rows [begin, end) of the sample to the groups of all columns. */
+/* Adds the rows [begin, end) of the sample to the groups of all columns. Asks for the block of rows after the one that
+ * it reads: rows are so long that the processor sees many short streams, and by itself is late for each. */
 static inline __attribute__((always_inline)) void VNAME(add_range_as)(const lns_sample *s, lns_dtype dtype,
                                                                       int64_t begin, int64_t end, VNAME(group) * groups)
 {
     for (int64_t i = begin; i < end; i += LNS_ROW_BLOCK) {
         const int64_t count = end - i < LNS_ROW_BLOCK ? end - i : LNS_ROW_BLOCK;
+        const int64_t ahead = end - i < 2 * LNS_ROW_BLOCK ? 0 : LNS_ROW_BLOCK * s->d;
         int64_t at[LNS_ROW_BLOCK];
         for (int64_t r = 0; r < LNS_ROW_BLOCK; r++) {
             at[r] = (i + r) * s->d;
         }
         for (int64_t j = 0; j < s->d; j += LANES) {
+            for (int r = 0; ahead > 0 && r < LNS_ROW_BLOCK; r++) {
+                __builtin_prefetch(lns_element(s->data, dtype, at[r] + ahead));
+            }
             VNAME(add_rows)(s->data, dtype, at, count, s->d - j < LANES ? s->d - j : LANES, &groups[j / LANES]);
             for (int r = 0; r < LNS_ROW_BLOCK; r++) {
                 at[r] += LANES;

@@ -1,70 +1,91 @@
 /* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step. */
-#include "kernels/simd_body.h"
+#include "kernels/strip_body.h"
+
+#define VECTORS (LANES * (int)sizeof(real) / VEC_BYTES)
+
+/* Of |p| and p^2, in each lane of a block of LANES parameters, and of the whole group. */
+typedef struct VNAME(lane_sums) {
+    VNAME(reals) l1[VECTORS], squares[VECTORS];
+} VNAME(lane_sums);
 
 typedef struct VNAME(group_sums) {
     double l1, squares;
 } VNAME(group_sums);
 
-/* What happens to a parameter p before the group shrinks: p - rate * gradient - centre, moved towards 0 by threshold.
- */
+/* What happens to a parameter p before the group shrinks: p - rate * gradient - centre, towards 0 by threshold. */
 typedef struct VNAME(way) {
     real rate, centre, threshold;
 } VNAME(way);
 
-/* Adds |y| and y^2 of y[begin, end) to the sums, in double. */
-static void VNAME(add_exactly)(const real *y, int64_t begin, int64_t end, VNAME(group_sums) * sums)
+/* The sums of p [d] in double. */
+static VNAME(group_sums) VNAME(add_exactly)(const real *p, int64_t d)
 {
-    for (int64_t j = begin; j < end; j++) {
-        sums->l1 += fabs((double)y[j]);
-        sums->squares += (double)y[j] * (double)y[j];
+    VNAME(group_sums) sums = {0, 0};
+    for (int64_t j = 0; j < d; j++) {
+        sums.l1 += fabs((double)p[j]);
+        sums.squares += (double)p[j] * (double)p[j];
+    }
+    return sums;
+}
+
+/* Goes that way with the LANES parameters p, in place, and adds |p| and p^2 of what comes out to the sums of the lanes;
+ * grad may be NULL: rate is then not used. */
+static inline __attribute__((always_inline)) void VNAME(go)(real *p, const real *grad, VNAME(way) way,
+                                                            VNAME(lane_sums) * sums)
+{
+    const VNAME(reals) high = (VNAME(reals)){0} + way.threshold, low = -high;
+    for (int k = 0; k < VECTORS; k++) {
+        VNAME(reals) x = VNAME(reals_load)(p + k * VEC_LANES);
+        if (grad != NULL) {
+            x -= way.rate * VNAME(reals_load)(grad + k * VEC_LANES);
+        }
+        x -= way.centre;
+        x -= VNAME(reals_min)(VNAME(reals_max)(x, low), high);
+        VNAME(reals_store)(p + k * VEC_LANES, x);
+        sums->l1[k] += (VNAME(reals))((VNAME(vec))x & (key)((ukey)-1 >> 1));
+        sums->squares[k] += x * x;
     }
 }
 
-/* Sums of |y| and y^2: in the working type over LNS_STRIP numbers, apart for each place in a block of LANES, and in
- * double over the strips. The order is the same on every machine. */
-static VNAME(group_sums) VNAME(add_up)(const real *y, int64_t d)
+/* The same with the parameters p [d] of a group. Returns their sums: in the working type over LNS_STRIP numbers, apart
+ * for each place in a block of LANES, and in double over the strips. The order is the same on every machine. */
+static inline __attribute__((always_inline)) VNAME(group_sums)
+    VNAME(soft_threshold)(real *p, const real *grad, int64_t d, VNAME(way) way)
 {
-    enum { VECTORS = LANES * sizeof(real) / VEC_BYTES };
-    const key magnitude = (key)((ukey)-1 >> 1);
     double total_l1[LANES] = {0}, total_squares[LANES] = {0};
     VNAME(group_sums) sums = {0, 0};
-    int64_t j = 0;
-    while (d - j >= LANES) {
-        VNAME(reals) l1[VECTORS] = {{0}}, squares[VECTORS] = {{0}};
-        const int64_t end = d - j < LNS_STRIP ? d - (d - j) % LANES : j + LNS_STRIP;
-        for (; j < end; j += LANES) {
-            for (int k = 0; k < VECTORS; k++) {
-                const VNAME(reals) x = VNAME(reals_load)(y + j + k * VEC_LANES);
-                l1[k] += (VNAME(reals))((VNAME(vec))x & magnitude);
-                squares[k] += x * x;
+    for (int64_t at = 0; at < d; at += LNS_STRIP) {
+        const int64_t count = d - at < LNS_STRIP ? d - at : LNS_STRIP, whole = count - count % LANES;
+        VNAME(lane_sums) lanes = {0};
+        for (int64_t j = at; j < at + whole; j += LANES) {
+            VNAME(go)(p + j, grad != NULL ? grad + j : NULL, way, &lanes);
+        }
+        if (whole < count) { /* the rest among parameters that stay at 0 */
+            const size_t size = (size_t)(count - whole) * sizeof(real);
+            real rest[LANES], rest_grad[LANES] = {0};
+            for (int l = 0; l < LANES; l++) {
+                rest[l] = way.centre;
             }
+            memcpy(rest, p + at + whole, size);
+            if (grad != NULL) {
+                memcpy(rest_grad, grad + at + whole, size);
+            }
+            VNAME(go)(rest, grad != NULL ? rest_grad : NULL, way, &lanes);
+            memcpy(p + at + whole, rest, size);
         }
         for (int l = 0; l < LANES; l++) {
-            total_l1[l] += (double)l1[l / VEC_LANES][l % VEC_LANES];
-            total_squares[l] += (double)squares[l / VEC_LANES][l % VEC_LANES];
+            total_l1[l] += (double)lanes.l1[l / VEC_LANES][l % VEC_LANES];
+            total_squares[l] += (double)lanes.squares[l / VEC_LANES][l % VEC_LANES];
         }
     }
     for (int l = 0; l < LANES; l++) {
         sums.l1 += total_l1[l];
         sums.squares += total_squares[l];
     }
-    VNAME(add_exactly)(y, j, d, &sums);
     if (sums.l1 != 0 && !(sums.squares > 0x1p-90 && sums.squares < INFINITY)) { /* squares left the range of a float */
-        sums = (VNAME(group_sums)){0, 0};
-        VNAME(add_exactly)(y, 0, d, &sums);
+        sums = VNAME(add_exactly)(p, d);
     }
     return sums;
-}
-
-/* Goes that way with the parameters y [d], in place; grad may be NULL: rate is then not used. */
-static inline __attribute__((always_inline)) void VNAME(soft_threshold)(real *restrict y, const real *restrict grad,
-                                                                        int64_t d, VNAME(way) way)
-{
-    for (int64_t j = 0; j < d; j++) {
-        const real moved = (grad != NULL ? y[j] - way.rate * grad[j] : y[j]) - way.centre;
-        const real above = moved > -way.threshold ? moved : -way.threshold;
-        y[j] = moved - (above < way.threshold ? above : way.threshold);
-    }
 }
 
 /* Factor that the group penalty leaves of a group with these sums. */
@@ -83,8 +104,7 @@ static void VNAME(prox)(const void *x, int64_t d, double tau, double l1, double 
     real *y = out;
     memmove(y, x, (size_t)d * sizeof(real));
     const VNAME(way) way = {0, 0, (real)(tau * l1)};
-    VNAME(soft_threshold)(y, NULL, d, way);
-    const VNAME(group_sums) sums = VNAME(add_up)(y, d);
+    const VNAME(group_sums) sums = VNAME(soft_threshold)(y, NULL, d, way);
     const double factor = VNAME(shrinkage)(sums, d, tau * group);
     for (int64_t j = 0; j < d; j++) {
         y[j] = factor > 0 ? y[j] * (real)factor : 0;
@@ -113,13 +133,11 @@ static VNAME(group_sums) VNAME(descend)(const lns_step_problem *s, int64_t begin
     const real *grad = (const real *)(bias ? s->grad_bias : s->grad_weight) + begin;
     const VNAME(way) way = {(real)s->lr, bias ? 0 : 1, (real)(s->lr * (bias ? s->l1_bias : s->l1))};
     if (s->adam == NULL) {
-        VNAME(soft_threshold)(p, grad, d, way);
-        return VNAME(add_up)(p, d);
+        return VNAME(soft_threshold)(p, grad, d, way);
     }
     VNAME(adam)(p, grad, d, s->lr, s->adam, (real *)(bias ? s->adam->m_bias : s->adam->m_weight) + begin,
                 (real *)(bias ? s->adam->v_bias : s->adam->v_weight) + begin);
-    VNAME(soft_threshold)(p, NULL, d, way);
-    return VNAME(add_up)(p, d);
+    return VNAME(soft_threshold)(p, NULL, d, way);
 }
 
 /* w = 1 + shrink_w * w, b = shrink_b * b on at most LNS_STRIP elements; returns how many are not the identity. */
@@ -162,28 +180,38 @@ static void VNAME(step_units)(void *context, int64_t begin, int64_t end, int thr
     }
 }
 
-/* Whether one of the numbers is a NaN or an infinity: an exponent of all ones. */
+/* Whether one of the numbers is a NaN or an infinity: what they leave minus themselves is a NaN, all others leave 0. */
 static int VNAME(any_bad)(const real *x, int64_t count)
 {
-    const real infinity = (real)INFINITY;
-    key exponent, bad = 0;
-    memcpy(&exponent, &infinity, sizeof exponent);
-    for (int64_t j = 0; j < count; j++) {
-        key bits;
-        memcpy(&bits, &x[j], sizeof bits);
-        bad |= (bits & exponent) == exponent;
+    VNAME(vec) bad[VECTORS] = {{0}};
+    int64_t j = 0;
+    for (; count - j >= LANES; j += LANES) {
+        for (int k = 0; k < VECTORS; k++) {
+            const VNAME(reals) v = VNAME(reals_load)(x + j + k * VEC_LANES);
+            bad[k] |= (VNAME(vec))(v - v);
+        }
     }
-    return bad != 0;
+    for (int k = 1; k < VECTORS; k++) {
+        bad[0] |= bad[k];
+    }
+    int any = VNAME(vec_any)(bad[0]);
+    for (; j < count; j++) {
+        any |= !isfinite(x[j]);
+    }
+    return any;
 }
 
-/* First module whose gradient is not finite, or -1. */
+/* First module whose gradient is not finite, or -1. Looks at the weights' gradients last, since the step begins with
+ * them. */
 static int64_t VNAME(find_bad_gradient)(const lns_step_problem *s, lns_place *place)
 {
-    for (int64_t k = 0; k < s->modules; k++) {
+    const int64_t count = s->offsets[s->modules];
+    const int any_bias = VNAME(any_bad)(s->grad_bias, count), any_weight = VNAME(any_bad)(s->grad_weight, count);
+    for (int64_t k = 0; (any_bias || any_weight) && k < s->modules; k++) {
         const int64_t begin = s->offsets[k], d = s->offsets[k + 1] - begin;
         for (int argument = 0; argument < 2; argument++) {
             const real *grad = (const real *)(argument == 0 ? s->grad_weight : s->grad_bias) + begin;
-            for (int64_t j = 0; VNAME(any_bad)(grad, d) && j < d; j++) {
+            for (int64_t j = 0; j < d; j++) {
                 if (!isfinite(grad[j])) {
                     *place = (lns_place){k, argument, 0, j, (double)grad[j]};
                     return k;
@@ -193,3 +221,5 @@ static int64_t VNAME(find_bad_gradient)(const lns_step_problem *s, lns_place *pl
     }
     return -1;
 }
+
+#undef VECTORS

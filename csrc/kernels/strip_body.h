@@ -12,6 +12,10 @@ static inline VNAME(reals) VNAME(reals_min)(VNAME(reals) a, VNAME(reals) b)
     return _mm256_min_pd(a, b);
 #elif VEC_BYTES == 32
     return _mm256_min_ps(a, b);
+#elif LNS_HAVE_X86 && REAL_IS_DOUBLE
+    return _mm_min_pd(a, b);
+#elif LNS_HAVE_X86
+    return _mm_min_ps(a, b);
 #else
     const VNAME(vec) less = a < b;
     return (VNAME(reals))(((VNAME(vec))a & less) | ((VNAME(vec))b & ~less));
@@ -29,6 +33,10 @@ static inline VNAME(reals) VNAME(reals_max)(VNAME(reals) a, VNAME(reals) b)
     return _mm256_max_pd(a, b);
 #elif VEC_BYTES == 32
     return _mm256_max_ps(a, b);
+#elif LNS_HAVE_X86 && REAL_IS_DOUBLE
+    return _mm_max_pd(a, b);
+#elif LNS_HAVE_X86
+    return _mm_max_ps(a, b);
 #else
     const VNAME(vec) more = a > b;
     return (VNAME(reals))(((VNAME(vec))a & more) | ((VNAME(vec))b & ~more));
