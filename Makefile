@@ -217,8 +217,8 @@ fuzz-merge: need-clang build/fuzz/fuzz
 # overruns inside its pools; leaks are looked for in the C tests, since CPython keeps memory until it exits. A request for
 # too much memory is to fail, which makes a MemoryError. The safe path keeps the checkout's own lineas, also in child
 # processes, from shadowing the sanitized one.
-ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONMALLOC=malloc \
-	PYTHONSAFEPATH=1 .venv-asan/bin/python
+ASAN_PYTHON = env LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONSAFEPATH=1 .venv-asan/bin/python
 # The tests that need neither torch nor the demo's packages.
 ARRAY_TESTS := @tests/arrays.txt
 
@@ -241,12 +241,13 @@ asan-python: .venv-asan/stamp
 
 # ---- without a GIL --------------------------------------------------------------------------------------------------
 
-# Without safetensors, which not every such Python has wheels of: what reads and writes files stays out.
-.venv-freethreaded/stamp: $(PACKAGE)
+# Only from wheels, which the newest packages do not have for every such Python, and without safetensors, which has none
+# yet: what reads and writes files stays out.
+.venv-freethreaded/stamp: $(PACKAGE) .venv-build/stamp
 	test -x .venv-freethreaded/bin/python || $(PYTHON_FT) -m venv .venv-freethreaded
-	.venv-freethreaded/bin/$(PIP) install --quiet 'numpy>=2.1,<3' 'scipy>=1.15,<2' 'ml_dtypes>=0.5,<1' 'tqdm>=4.64,<5' \
-		'pytest>=8.2,<10' 'hypothesis>=6.136,<7' 'pytest-run-parallel>=0.6,<1'
-	.venv-freethreaded/bin/$(PIP) install --quiet --no-deps .
+	.venv-freethreaded/bin/$(PIP) install --quiet --only-binary=:all: --requirement .venv-build/requirements.txt \
+		scipy ml_dtypes tqdm 'pytest>=8.2,<10' 'hypothesis>=6.136,<7' 'pytest-run-parallel>=0.6,<1'
+	.venv-freethreaded/bin/$(PIP) install --quiet --no-deps --no-build-isolation .
 	touch $@
 
 # Importing lineas must not bring the GIL back. hypothesis stays in one thread: it sets the recursion limit, for which
