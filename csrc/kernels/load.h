@@ -21,6 +21,9 @@
 /* Rows that a streaming loop handles at once: so many fewer times it touches its accumulators. */
 #define LNS_ROW_BLOCK 8
 
+/* For functions whose constant arguments choose the code. */
+#define LNS_INLINE inline __attribute__((always_inline))
+
 static inline int lns_is_double(lns_dtype dtype)
 {
     return dtype == LNS_F64;

@@ -128,3 +128,40 @@ static inline void VNAME(vec_exchange_masked)(VNAME(vec) * a, VNAME(vec) * b, co
     memcpy(&swapped, mask, sizeof swapped);
     VNAME(vec_swap)(a, b, swapped);
 }
+
+#if !REAL_IS_DOUBLE
+/* VEC_LANES numbers of 16 bits as keys; the intrinsics are one instruction where gcc 12 makes five of a conversion. */
+static inline VNAME(vec) VNAME(vec_widen)(const uint16_t *from)
+{
+    typedef uint16_t halves __attribute__((vector_size(VEC_BYTES / 2)));
+    halves h;
+    memcpy(&h, from, sizeof h);
+#if VEC_BYTES == 64
+    return (VNAME(vec))_mm512_cvtepu16_epi32((__m256i)h);
+#elif VEC_BYTES == 32
+    return (VNAME(vec))_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, VNAME(vec));
+#endif
+}
+#endif
+
+/* VEC_LANES elements from `index` on in the working type. dtype should be a constant. */
+static LNS_INLINE VNAME(reals) VNAME(reals_at)(const void *data, lns_dtype dtype, int64_t index)
+{
+#if !REAL_IS_DOUBLE
+    if (dtype != LNS_F32) {
+        const VNAME(vec) bits = VNAME(vec_widen)((const uint16_t *)data + index);
+        if (dtype == LNS_BF16) {
+            return (VNAME(reals))(bits << 16);
+        }
+        /* As lns_f16_to_f32. */
+        const VNAME(reals) scaled = (VNAME(reals))((bits & 0x7fff) << 13) * 0x1p112f;
+        const VNAME(vec) special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+        return (VNAME(reals))((VNAME(vec))scaled | special | (bits & 0x8000) << 16);
+    }
+#else
+    (void)dtype;
+#endif
+    return VNAME(reals_load)((const real *)data + index);
+}

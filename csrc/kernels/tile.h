@@ -17,9 +17,6 @@
 /* Bytes of the tiles that are loaded together. */
 #define LNS_PANEL_BYTES 8192
 
-/* For functions whose constant arguments choose the code. */
-#define LNS_INLINE inline __attribute__((always_inline))
-
 /* What a sorted tile tells of its order: nothing; enough to undo it; the source row of every sorted row. */
 typedef enum lns_ranks { LNS_NO_RANKS, LNS_RANKS, LNS_ROWS } lns_ranks;
 

@@ -3,27 +3,27 @@
  * and whatever is not finite shows in the first or last row. */
 #include "kernels/merge_body.h"
 
-/* `count` neighbouring whole tiles in the working type, row by row over all of them: a row's cache lines follow each
- * other, the rows lie d apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in
- * narrower pieces, for which the loads that follow would have to wait. */
-static LNS_INLINE void VNAME(load_whole)(const lns_sample *s, int64_t column, int64_t count, key *tiles,
-                                         const int as_keys)
+/* `count` neighbouring whole tiles, row by row over all of them: a row's cache lines follow each other, the rows lie d
+ * apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in narrower pieces, for which
+ * the loads that follow would have to wait. dtype should be a constant. */
+static LNS_INLINE void VNAME(load_whole)(const lns_sample *s, lns_dtype dtype, int64_t column, int64_t count,
+                                         key *tiles, const int as_keys)
 {
     const int64_t size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
     for (int64_t i = 0; i < s->n; i++) {
-        const real *from = (const real *)s->data + i * s->d + column;
+        int64_t from = i * s->d + column;
         key *to = tiles + i * LANES;
         for (int64_t t = 0; t < count; t++, from += LANES, to += size) {
             for (int p = 0; p < LANES; p += VEC_LANES) {
-                const VNAME(vec) v = VNAME(vec_load)(from + p);
+                const VNAME(vec) v = (VNAME(vec))VNAME(reals_at)(s->data, dtype, from + p);
                 VNAME(vec_store)(to + p, as_keys ? VNAME(vec_flip)(v) : v);
             }
         }
     }
 }
 
-/* One tile of any dtype; lanes beyond d are zero. */
-static LNS_INLINE void VNAME(load_any)(const lns_sample *s, int64_t column, key *tile, const int as_keys)
+/* The last tile, of fewer columns: lanes beyond d are zero. */
+static LNS_INLINE void VNAME(load_last)(const lns_sample *s, int64_t column, key *tile, const int as_keys)
 {
     const int64_t lanes = s->d - column < LANES ? s->d - column : LANES;
     real values[LANES] = {0};
@@ -45,13 +45,16 @@ static LNS_INLINE void VNAME(load_tiles)(const lns_sample *s, int64_t column, in
                                          const int as_keys)
 {
     const int64_t size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
-    int64_t whole = (s->d - column) / LANES < count ? (s->d - column) / LANES : count;
-    if (s->dtype != LNS_F32 && s->dtype != LNS_F64) {
-        whole = 0;
+    const int64_t whole = (s->d - column) / LANES < count ? (s->d - column) / LANES : count;
+    if (s->dtype == LNS_BF16) {
+        VNAME(load_whole)(s, LNS_BF16, column, whole, tiles, as_keys);
+    } else if (s->dtype == LNS_F16) {
+        VNAME(load_whole)(s, LNS_F16, column, whole, tiles, as_keys);
+    } else {
+        VNAME(load_whole)(s, LNS_F32, column, whole, tiles, as_keys); /* or float64: the working type */
     }
-    VNAME(load_whole)(s, column, whole, tiles, as_keys);
-    for (int64_t t = whole; t < count; t++) {
-        VNAME(load_any)(s, column + t * LANES, tiles + t * size, as_keys);
+    if (whole < count) {
+        VNAME(load_last)(s, column + whole * LANES, tiles + whole * size, as_keys);
     }
 }
 

@@ -11,12 +11,14 @@ static inline void VNAME(fold)(VNAME(reals) * part, double *restrict total)
 }
 
 /* Equal sizes and weights: row i of the sorted tiles meets row i alone. u holds keys, g may be NULL. Returns whether u
- * has ties. */
-static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, real *g, double *restrict value)
+ * has ties. With `so_far`, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
+static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, real *g, double *restrict value,
+                                      const int so_far)
 {
     const real twice = (real)(2.0 / (double)n);
-    VNAME(vec) tied = {0};
-    VNAME(reals) before[VEC_PARTS];
+    VNAME(vec) ties = {0};
+    VNAME(reals) before[VEC_PARTS], sum[VEC_PARTS] = {0}, count[VEC_PARTS] = {0};
+    double total[LANES] = {0};
     for (int p = 0; p < VEC_PARTS; p++) {
         before[p] = (VNAME(reals))((VNAME(vec)){0} - 1); /* NaN: equal to nothing */
     }
@@ -28,22 +30,48 @@ static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, re
                 const int64_t at = i * LANES + p * VEC_LANES;
                 const VNAME(reals) here = (VNAME(reals))VNAME(vec_flip)(VNAME(vec_load)(u + at));
                 const VNAME(reals) difference = here - VNAME(reals_load)(v + at);
+                const VNAME(vec) tied = here == before[p];
+                VNAME(reals) slope = twice * difference;
                 part[p] += difference * difference;
-                tied |= (VNAME(vec))(here == before[p]);
+                ties |= tied;
                 before[p] = here;
+                if (so_far) {
+                    sum[p] = slope + (VNAME(reals))((VNAME(vec))sum[p] & tied);
+                    count[p] = (real)1 + (VNAME(reals))((VNAME(vec))count[p] & tied);
+                    slope = sum[p] / count[p];
+                }
                 if (g != NULL) {
-                    VNAME(reals_store)(g + at, twice * difference);
+                    VNAME(reals_store)(g + at, slope);
                 }
             }
         }
-        for (int l = 0; l < LANES; l++) {
-            value[l] += (double)part[l / VEC_LANES][l % VEC_LANES];
+        for (int p = 0; p < VEC_PARTS; p++) {
+            VNAME(fold)(&part[p], total + p * VEC_LANES);
         }
     }
     for (int l = 0; l < LANES; l++) {
-        value[l] /= (double)n;
+        value[l] = total[l] / (double)n;
     }
-    return VNAME(vec_any)(tied);
+    return VNAME(vec_any)(ties);
+}
+
+/* Gives all ties the mean that the last of them has. */
+static inline void VNAME(spread_means)(const key *u, real *g, int64_t n)
+{
+    VNAME(vec) after[VEC_PARTS], mean[VEC_PARTS] = {0};
+    for (int p = 0; p < VEC_PARTS; p++) {
+        after[p] = (VNAME(vec)){0} - 1; /* NaN: equal to nothing */
+    }
+    for (int64_t i = n - 1; i >= 0; i--) {
+        for (int p = 0; p < VEC_PARTS; p++) {
+            const int64_t at = i * LANES + p * VEC_LANES;
+            const VNAME(vec) here = VNAME(vec_flip)(VNAME(vec_load)(u + at)), own = VNAME(vec_load)(g + at);
+            const VNAME(vec) tied = (VNAME(reals))here == (VNAME(reals))after[p];
+            mean[p] = own ^ ((own ^ mean[p]) & tied);
+            after[p] = here;
+            VNAME(vec_store)(g + at, mean[p]);
+        }
+    }
 }
 
 /* The same along segments that all columns share. */
@@ -106,30 +134,6 @@ static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const do
         for (int64_t i = begin; end - begin > 1 && i < end; i++) {
             const double own = mass != NULL ? mass[i] : 1;
             g[i * LANES] = weight > 0 ? (real)(sum * (own / weight)) : 0;
-        }
-    }
-}
-
-/* The same for at most LNS_RUN rows of equal weight, all lanes in step. */
-static inline void VNAME(share_ties_of_run)(const real *u, real *g, int64_t n)
-{
-    for (int p = 0; p < LANES; p += VEC_LANES) {
-        VNAME(reals) mean[LNS_RUN], sum = {0}, count = {0};
-        VNAME(vec) tied[LNS_RUN + 1] = {0};
-        for (int64_t i = 0; i < n; i++) {
-            if (i > 0) {
-                tied[i] =
-                    (VNAME(vec))(VNAME(reals_load)(u + i * LANES + p) == VNAME(reals_load)(u + (i - 1) * LANES + p));
-            }
-            sum = VNAME(reals_load)(g + i * LANES + p) + (VNAME(reals))((VNAME(vec))sum & tied[i]);
-            count = (real)1 + (VNAME(reals))((VNAME(vec))count & tied[i]);
-            mean[i] = sum / count; /* of the ties so far: the last of them has it all */
-        }
-        for (int64_t i = n - 1; i >= 0; i--) {
-            const VNAME(vec) own = (VNAME(vec))mean[i], last = (VNAME(vec))mean[i + 1 < n ? i + 1 : i];
-            const VNAME(vec) shared = own ^ ((own ^ last) & tied[i + 1]);
-            mean[i] = (VNAME(reals))shared;
-            VNAME(vec_store)(g + i * LANES + p, shared);
         }
     }
 }
@@ -262,10 +266,21 @@ static int VNAME(w2_tile)(const lns_w2_job *job, const VNAME(pairing) * pairing,
         VNAME(flip_tile)(v, m);
     }
 
-    if (!weighted && n == m) {
-        tied = VNAME(w2_equal)(u, reals_v, n, g, value);
+    if (!weighted && n == m && n > LNS_RUN) {
+        tied = VNAME(w2_equal)(u, reals_v, n, g, value, 0);
         if (tied) {
             VNAME(flip_tile)(u, n);
+        }
+    } else if (!weighted && n == m) {
+        /* Values of 16 bits are often equal, others seldom. */
+        const int likely = gradient && lns_element_size(job->u.dtype) == 2;
+        tied = likely ? VNAME(w2_equal)(u, reals_v, n, g, value, 1) : VNAME(w2_equal)(u, reals_v, n, g, value, 0);
+        if (gradient && tied) {
+            if (!likely) {
+                VNAME(w2_equal)(u, reals_v, n, g, value, 1);
+            }
+            VNAME(spread_means)(u, g, n);
+            tied = 0;
         }
     } else {
         VNAME(flip_tile)(u, n);
@@ -288,9 +303,7 @@ static int VNAME(w2_tile)(const lns_w2_job *job, const VNAME(pairing) * pairing,
         return 0;
     }
     VNAME(store_row)(value, lanes, job->value, column);
-    if (gradient && tied && n <= LNS_RUN && !weighted) {
-        VNAME(share_ties_of_run)(reals_u, g, n);
-    } else if (gradient && tied) {
+    if (gradient && tied) {
         for (int64_t l = 0; l < LANES; l++) {
             const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
             VNAME(share_ties)(reals_u + l, g + l, n, mass_u);
