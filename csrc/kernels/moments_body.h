@@ -15,8 +15,8 @@ typedef union VNAME(group) {
 
 /* Adds `count` <= LNS_ROW_BLOCK rows to the first lanes of a group; the elements of its first column lie at at[r]. Sums
  * of the rows are in the working type, sums of those in double. */
-static inline __attribute__((always_inline)) void VNAME(add_rows)(const void *x, lns_dtype dtype, const int64_t *at,
-                                                                  int64_t count, int64_t lanes, VNAME(group) * group)
+static LNS_INLINE void VNAME(add_rows)(const void *x, lns_dtype dtype, const int64_t *at, int64_t count, int64_t lanes,
+                                       VNAME(group) * group)
 {
     real sums[LANES] = {0}, squares[LANES] = {0};
     if (count == LNS_ROW_BLOCK && lanes == LANES) {
@@ -55,8 +55,8 @@ static inline __attribute__((always_inline)) void VNAME(add_rows)(const void *x,
 
 /* Adds the rows [begin, end) of the sample to the groups of all columns. Asks for the block of rows after the one that
  * it reads: rows are so long that the processor sees many short streams, and by itself is late for each. */
-static inline __attribute__((always_inline)) void VNAME(add_range_as)(const lns_sample *s, lns_dtype dtype,
-                                                                      int64_t begin, int64_t end, VNAME(group) * groups)
+static LNS_INLINE void VNAME(add_range_as)(const lns_sample *s, lns_dtype dtype, int64_t begin, int64_t end,
+                                           VNAME(group) * groups)
 {
     for (int64_t i = begin; i < end; i += LNS_ROW_BLOCK) {
         const int64_t count = end - i < LNS_ROW_BLOCK ? end - i : LNS_ROW_BLOCK;

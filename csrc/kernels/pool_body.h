@@ -8,8 +8,8 @@ static inline int VNAME(kept)(const pool_context *c, int64_t row, int64_t token)
 
 /* Adds the `width` <= LNS_STRIP columns from at[r] on of `count` <= LNS_ROW_BLOCK rows to the totals: their sum in the
  * working type, in double. */
-static inline __attribute__((always_inline)) void VNAME(add_rows)(const void *x, lns_dtype dtype, const int64_t *at,
-                                                                  int64_t count, int64_t width, double *restrict total)
+static LNS_INLINE void VNAME(add_rows)(const void *x, lns_dtype dtype, const int64_t *at, int64_t count, int64_t width,
+                                       double *restrict total)
 {
     real sums[LNS_STRIP];
     int64_t l = 0;
@@ -71,9 +71,8 @@ static void VNAME(pool_mean)(const pool_context *c, int64_t row, int64_t at, int
 }
 
 /* Smallest or largest value and its first token; a NaN wins and stays. */
-static inline __attribute__((always_inline)) void VNAME(challenge)(const real *restrict x, int64_t count, int32_t token,
-                                                                   int smallest, real *restrict best,
-                                                                   int32_t *restrict index)
+static LNS_INLINE void VNAME(challenge)(const real *restrict x, int64_t count, int32_t token, int smallest,
+                                        real *restrict best, int32_t *restrict index)
 {
     for (int64_t l = 0; l < count; l++) {
         const int wins = (smallest ? !(x[l] >= best[l]) : !(x[l] <= best[l])) & (best[l] == best[l]);

@@ -30,8 +30,7 @@ static VNAME(group_sums) VNAME(add_exactly)(const real *p, int64_t d)
 
 /* Goes that way with the LANES parameters p, in place, and adds |p| and p^2 of what comes out to the sums of the lanes;
  * grad may be NULL: rate is then not used. */
-static inline __attribute__((always_inline)) void VNAME(go)(real *p, const real *grad, VNAME(way) way,
-                                                            VNAME(lane_sums) * sums)
+static LNS_INLINE void VNAME(go)(real *p, const real *grad, VNAME(way) way, VNAME(lane_sums) * sums)
 {
     const VNAME(reals) high = (VNAME(reals)){0} + way.threshold, low = -high;
     for (int k = 0; k < VECTORS; k++) {
@@ -49,8 +48,7 @@ static inline __attribute__((always_inline)) void VNAME(go)(real *p, const real 
 
 /* The same with the parameters p [d] of a group. Returns their sums: in the working type over LNS_STRIP numbers, apart
  * for each place in a block of LANES, and in double over the strips. The order is the same on every machine. */
-static inline __attribute__((always_inline)) VNAME(group_sums)
-    VNAME(soft_threshold)(real *p, const real *grad, int64_t d, VNAME(way) way)
+static LNS_INLINE VNAME(group_sums) VNAME(soft_threshold)(real *p, const real *grad, int64_t d, VNAME(way) way)
 {
     double total_l1[LANES] = {0}, total_squares[LANES] = {0};
     VNAME(group_sums) sums = {0, 0};

@@ -38,6 +38,15 @@ static inline void VNAME(reals_store)(real *to, VNAME(reals) v)
     VNAME(vec_store)(to, (VNAME(vec))v);
 }
 
+/* Adds a register's part of a float sum to its double total, and starts the next part. */
+static inline void VNAME(fold)(VNAME(reals) * part, double *restrict total)
+{
+    for (int l = 0; l < VEC_LANES; l++) {
+        total[l] += (double)(*part)[l];
+    }
+    *part = (VNAME(reals)){0};
+}
+
 /* The bits of a real as a key, and back: the magnitude of negative ones is reversed. */
 static inline VNAME(vec) VNAME(vec_flip)(VNAME(vec) k)
 {

@@ -130,6 +130,22 @@ static inline double lns_total_mass(const lns_sample *s)
     return s->mass != NULL ? sum : (double)s->n;
 }
 
+/* How the rows of two samples meet. */
+typedef struct lns_pairing {
+    int weighted;
+    double total_u, total_v; /* of the weights */
+    lns_segment *segments;   /* [segment_count] shared by all columns; none where the rows are weighted */
+    int64_t segment_count;
+} lns_pairing;
+
+/* `segments` has room for u->n + v->n of them. */
+static inline lns_pairing lns_pair(const lns_sample *u, const lns_sample *v, lns_segment *segments)
+{
+    const int weighted = u->mass != NULL || v->mass != NULL;
+    const int64_t count = weighted ? 0 : lns_segments(u->n, v->n, segments);
+    return (lns_pairing){weighted, lns_total_mass(u), lns_total_mass(v), segments, count};
+}
+
 /* Columns are handled in whole tiles: how many a sample of d columns has. */
 static inline int64_t lns_tiles(int64_t d, lns_dtype dtype)
 {

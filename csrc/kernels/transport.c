@@ -13,6 +13,18 @@ typedef struct fit_context {
     int bad[LNS_MAX_THREADS];
 } fit_context;
 
+/* With weights, the ranks of both samples are wanted. */
+static lns_ranks fit_ranks(const lns_fit_job *job)
+{
+    return job->source.mass != NULL || job->target.mass != NULL ? LNS_ROWS : LNS_NO_RANKS;
+}
+
+/* Neighbouring tiles of a job that are loaded together, where `left` are left. */
+static int64_t fit_panel(const lns_fit_job *job, int64_t left)
+{
+    return lns_panel(job->source.n > job->target.n ? job->source.n : job->target.n, left);
+}
+
 #define LNS_BODY "kernels/transport_body.h"
 #include "kernels/variants.h"
 
@@ -28,10 +40,11 @@ static int64_t work_each(const lns_fit_job *jobs, int64_t count, int64_t *segmen
             jobs[k].source.d != jobs[k].target.d || n < 2 || m < 2 || n > UINT32_MAX || m > UINT32_MAX) {
             return -1;
         }
-        const lns_ranks ranks = jobs[k].source.mass != NULL || jobs[k].target.mass != NULL ? LNS_ROWS : LNS_NO_RANKS;
+        const lns_ranks ranks = fit_ranks(&jobs[k]);
+        const int64_t tiles = fit_panel(&jobs[k], INT64_MAX);
         const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
-        const int64_t rest =
-            lns_tile_bytes(n) + lns_tile_bytes(m) + lns_order_bytes(n, ranks) + lns_order_bytes(m, ranks) + segments;
+        const int64_t panels = tiles * (lns_tile_bytes(n) + lns_tile_bytes(m));
+        const int64_t rest = panels + lns_order_bytes(n, ranks) + lns_order_bytes(m, ranks) + segments;
         *segments_each = segments > *segments_each ? segments : *segments_each;
         most = rest > most ? rest : most;
     }

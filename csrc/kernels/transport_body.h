@@ -1,35 +1,72 @@
 /* Template body: closed-form maps of a tile of the source to a tile of the target. */
 #include "kernels/rank_body.h"
 
-/* Means, variance of u and covariance of the paired quantiles of `width` columns (a constant: 1 or 8, so that the sums
- * stay in registers). Sums are taken around the median rows: a large mean costs no digits. */
-static inline __attribute__((always_inline)) void
-VNAME(quantile_sums)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments, int64_t count,
-                     double *restrict mean_u, double *restrict mean_v, double *restrict variance,
-                     double *restrict covariance, const int width)
+/* What the linear map needs to know of the columns of a tile. */
+typedef struct VNAME(fit_sums) {
+    double mean_u[LANES], mean_v[LANES], variance[LANES];
+    double other[LANES]; /* covariance of the paired quantiles or, for the Gaussian map, variance of v */
+} VNAME(fit_sums);
+
+/* Sums around the median rows, to which a large mean costs no digits, become moments. */
+static inline void VNAME(finish_sums)(VNAME(fit_sums) * sums, int64_t l, double middle_u, double middle_v)
 {
-    double middle_u[8], middle_v[8], sum_u[8] = {0}, sum_v[8] = {0}, sum_uu[8] = {0}, sum_uv[8] = {0};
-    for (int l = 0; l < width; l++) {
-        middle_u[l] = (double)u[n / 2 * LANES + l];
-        middle_v[l] = (double)v[m / 2 * LANES + l];
-    }
-    for (int64_t s = 0; s < count; s++) {
-        const real *a = u + segments[s].i * LANES, *b = v + segments[s].k * LANES;
-        const double mass = segments[s].mass;
-        for (int l = 0; l < width; l++) {
-            const double x = (double)a[l] - middle_u[l], y = (double)b[l] - middle_v[l], weighted = mass * x;
-            sum_u[l] += weighted;
-            sum_v[l] += mass * y;
-            sum_uu[l] += weighted * x;
-            sum_uv[l] += weighted * y;
+    sums->variance[l] -= sums->mean_u[l] * sums->mean_u[l];
+    sums->other[l] -= sums->mean_u[l] * sums->mean_v[l];
+    sums->mean_u[l] += middle_u;
+    sums->mean_v[l] += middle_v;
+}
+
+static inline VNAME(reals) VNAME(reals_of_keys)(const key *keys)
+{
+    return (VNAME(reals))VNAME(vec_flip)(VNAME(vec_load)(keys));
+}
+
+/* Pairs the quantiles of sorted tiles of keys along segments that all columns share. */
+static inline void VNAME(pair_tiles)(const key *u, int64_t n, const key *v, int64_t m, const lns_segment *segments,
+                                     int64_t count, VNAME(fit_sums) * sums)
+{
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        const key *const at_u = u + p, *const at_v = v + p;
+        const VNAME(reals) middle_u = VNAME(reals_of_keys)(at_u + n / 2 * LANES);
+        const VNAME(reals) middle_v = VNAME(reals_of_keys)(at_v + m / 2 * LANES);
+        for (int64_t begin = 0, end; begin < count; begin = end) {
+            VNAME(reals) sum_u = {0}, sum_v = {0}, sum_uu = {0}, sum_uv = {0};
+            end = count - begin < LNS_FOLD ? count : begin + LNS_FOLD;
+            for (int64_t s = begin; s < end; s++) {
+                const real mass = (real)segments[s].mass;
+                const VNAME(reals) x = VNAME(reals_of_keys)(at_u + segments[s].i * LANES) - middle_u;
+                const VNAME(reals) y = VNAME(reals_of_keys)(at_v + segments[s].k * LANES) - middle_v;
+                const VNAME(reals) weighted = mass * x;
+                sum_u += weighted;
+                sum_v += mass * y;
+                sum_uu += weighted * x;
+                sum_uv += weighted * y;
+            }
+            VNAME(fold)(&sum_u, sums->mean_u + p);
+            VNAME(fold)(&sum_v, sums->mean_v + p);
+            VNAME(fold)(&sum_uu, sums->variance + p);
+            VNAME(fold)(&sum_uv, sums->other + p);
+        }
+        for (int l = 0; l < VEC_LANES; l++) {
+            VNAME(finish_sums)(sums, p + l, (double)middle_u[l], (double)middle_v[l]);
         }
     }
-    for (int l = 0; l < width; l++) {
-        mean_u[l] = sum_u[l] + middle_u[l];
-        mean_v[l] = sum_v[l] + middle_v[l];
-        variance[l] = sum_uu[l] - sum_u[l] * sum_u[l];
-        covariance[l] = sum_uv[l] - sum_u[l] * sum_v[l];
+}
+
+/* The same for column l of sorted tiles, with segments of its own. */
+static inline void VNAME(pair_column)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
+                                      int64_t count, int64_t l, VNAME(fit_sums) * sums)
+{
+    const double middle_u = (double)u[n / 2 * LANES + l], middle_v = (double)v[m / 2 * LANES + l];
+    for (int64_t s = 0; s < count; s++) {
+        const double mass = segments[s].mass, x = (double)u[segments[s].i * LANES + l] - middle_u;
+        const double y = (double)v[segments[s].k * LANES + l] - middle_v, weighted = mass * x;
+        sums->mean_u[l] += weighted;
+        sums->mean_v[l] += mass * y;
+        sums->variance[l] += weighted * x;
+        sums->other[l] += weighted * y;
     }
+    VNAME(finish_sums)(sums, l, middle_u, middle_v);
 }
 
 /* Mean and variance of the columns of a tile (ddof = 1, or the weighted population's), around its first row. */
@@ -70,68 +107,114 @@ static inline void VNAME(constant_columns)(const real *tile, int64_t n, int *con
     }
 }
 
-static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method method, const lns_segment *shared,
-                           int64_t shared_count, double total_u, double total_v, char *work)
+/* Whether products in float may have left its range, or lost digits at its lower end. */
+static inline int VNAME(is_doubtful)(double sum)
 {
-    const lns_sample *source = &job->source, *target = &job->target;
-    const int64_t n = source->n, m = target->n, lanes = source->d - column < LANES ? source->d - column : LANES;
-    const int weighted = source->mass != NULL || target->mass != NULL;
-    const lns_ranks ranks = weighted ? LNS_ROWS : LNS_NO_RANKS;
-    double mean_u[LANES], mean_v[LANES], variance[LANES], other[LANES];
-    int constant[LANES];
+    return !REAL_IS_DOUBLE && !(sum > 1e-30 && sum < 1e30);
+}
 
-    real *u = (real *)(void *)work;
-    work += lns_tile_bytes(n);
-    real *v = (real *)(void *)work;
-    work += lns_tile_bytes(m);
-    const VNAME(order) order_u = VNAME(order_at)(&work, n, ranks);
-    const VNAME(order) order_v = VNAME(order_at)(&work, m, ranks);
-    lns_segment *own = (lns_segment *)(void *)work;
+/* Work for a panel of neighbouring tiles. */
+typedef struct VNAME(fit_work) {
+    key *u, *v; /* the bits of reals where the method does without sorting */
+    VNAME(order) order_u, order_v;
+    lns_segment *own; /* of one column */
+} VNAME(fit_work);
 
-    if (method != LNS_LINEAR) {
-        VNAME(load_tiles)(source, column, 1, (key *)(void *)u, 0);
-        VNAME(load_tiles)(target, column, 1, (key *)(void *)v, 0);
-        VNAME(constant_columns)(u, n, constant);
-        if (!VNAME(rows_finite)(u, 0, n) || !VNAME(rows_finite)(v, 0, m)) {
-            return 0;
-        }
-        VNAME(tile_moments)(u, source, total_u, mean_u, variance);
-        VNAME(tile_moments)(v, target, total_v, mean_v, other);
+static inline VNAME(fit_work) VNAME(fit_work_at)(char *memory, const lns_fit_job *job)
+{
+    const int64_t n = job->source.n, m = job->target.n, tiles = fit_panel(job, INT64_MAX);
+    const lns_ranks ranks = fit_ranks(job);
+    VNAME(fit_work) w;
+    w.u = (key *)(void *)memory;
+    memory += tiles * lns_tile_bytes(n);
+    w.v = (key *)(void *)memory;
+    memory += tiles * lns_tile_bytes(m);
+    w.order_u = VNAME(order_at)(&memory, n, ranks);
+    w.order_v = VNAME(order_at)(&memory, m, ranks);
+    w.own = (lns_segment *)(void *)memory;
+    return w;
+}
+
+/* Sorts tile t of a panel of keys and pairs it; returns whether everything was finite. */
+static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *pairing, key *u, key *v,
+                                    const VNAME(fit_work) * work, int *constant, VNAME(fit_sums) * sums)
+{
+    const int64_t n = job->source.n, m = job->target.n;
+    real *const reals_u = (real *)(void *)u, *const reals_v = (real *)(void *)v;
+    if (pairing->weighted) {
+        VNAME(rank_tile)(u, n, &work->order_u);
+        VNAME(rank_tile)(v, m, &work->order_v);
     } else {
-        VNAME(load_tiles)(source, column, 1, (key *)(void *)u, 1);
-        VNAME(load_tiles)(target, column, 1, (key *)(void *)v, 1);
-        if (weighted) {
-            VNAME(rank_tile)((key *)(void *)u, n, &order_u);
-            VNAME(rank_tile)((key *)(void *)v, m, &order_v);
-        } else {
-            VNAME(sort_tile)((key *)(void *)u, n);
-            VNAME(sort_tile)((key *)(void *)v, m);
-        }
-        if (!VNAME(sorted_finite)((key *)(void *)u, n) || !VNAME(sorted_finite)((key *)(void *)v, m)) {
-            return 0;
+        VNAME(sort_tile)(u, n);
+        VNAME(sort_tile)(v, m);
+    }
+    if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
+        return 0;
+    }
+    if (!pairing->weighted) {
+        VNAME(pair_tiles)(u, n, v, m, pairing->segments, pairing->segment_count, sums);
+        int again[LANES];
+        for (int l = 0; l < LANES; l++) {
+            const int moves_u = u[l] != u[(n - 1) * LANES + l], moves_v = v[l] != v[(m - 1) * LANES + l];
+            again[l] =
+                moves_u && (VNAME(is_doubtful)(sums->variance[l]) || (moves_v && VNAME(is_doubtful)(sums->other[l])));
         }
         VNAME(flip_tile)(u, n);
         VNAME(flip_tile)(v, m);
         for (int l = 0; l < LANES; l++) {
-            constant[l] = u[l] == u[(n - 1) * LANES + l];
+            if (again[l]) {
+                sums->mean_u[l] = sums->mean_v[l] = sums->variance[l] = sums->other[l] = 0;
+                VNAME(pair_column)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
+            }
         }
-        for (int l = 0; !weighted && l < LANES; l += 8) {
-            VNAME(quantile_sums)(u + l, n, v + l, m, shared, shared_count, mean_u + l, mean_v + l, variance + l,
-                                 other + l, 8);
+    } else {
+        VNAME(flip_tile)(u, n);
+        VNAME(flip_tile)(v, m);
+        for (int64_t l = 0; l < LANES; l++) {
+            const double *mass_u = VNAME(column_mass)(job->source.mass, n, l, &work->order_u);
+            const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
+            const int64_t count =
+                lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
+            VNAME(pair_column)(reals_u, n, reals_v, m, work->own, count, l, sums);
         }
-        for (int64_t l = 0; weighted && l < lanes; l++) {
-            const int64_t count = lns_weighted_segments(n, VNAME(column_mass)(source->mass, n, l, &order_u), total_u, m,
-                                                        VNAME(column_mass)(target->mass, m, l, &order_v), total_v, own);
-            VNAME(quantile_sums)(u + l, n, v + l, m, own, count, mean_u + l, mean_v + l, variance + l, other + l, 1);
+    }
+    for (int l = 0; l < LANES; l++) {
+        constant[l] = reals_u[l] == reals_u[(n - 1) * LANES + l];
+    }
+    return 1;
+}
+
+/* Tile t of a panel; returns whether everything was finite. */
+static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_pairing *pairing, int64_t column,
+                           int64_t t, const VNAME(fit_work) * work)
+{
+    const int64_t n = job->source.n, m = job->target.n;
+    const int64_t lanes = job->source.d - column < LANES ? job->source.d - column : LANES;
+    key *const u = work->u + t * lns_tile_bytes(n) / (int64_t)sizeof(key);
+    key *const v = work->v + t * lns_tile_bytes(m) / (int64_t)sizeof(key);
+    VNAME(fit_sums) sums = {0};
+    int constant[LANES];
+    if (method == LNS_LINEAR) {
+        if (!VNAME(fit_sorted)(job, pairing, u, v, work, constant, &sums)) {
+            return 0;
         }
+    } else {
+        const real *const reals_u = (const real *)(void *)u, *const reals_v = (const real *)(void *)v;
+        VNAME(constant_columns)(reals_u, n, constant);
+        if (!VNAME(rows_finite)(reals_u, 0, n) || !VNAME(rows_finite)(reals_v, 0, m)) {
+            return 0;
+        }
+        VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance);
+        VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.other);
     }
     for (int64_t l = 0; l < lanes; l++) {
         double slope = 1;
-        if (method != LNS_MEAN && !constant[l] && !(variance[l] <= 0)) { /* an overflow shows as NaN */
-            slope = method == LNS_GAUSSIAN ? sqrt(other[l] / variance[l]) : other[l] / variance[l];
+        if (method != LNS_MEAN && !constant[l] && !(sums.variance[l] <= 0)) { /* an overflow shows as NaN */
+            slope = sums.other[l] / sums.variance[l];
+            slope = method == LNS_GAUSSIAN ? sqrt(slope) : slope;
         }
         ((real *)job->weight)[column + l] = (real)slope;
-        ((real *)job->bias)[column + l] = (real)(mean_v[l] - slope * mean_u[l]);
+        ((real *)job->bias)[column + l] = (real)(sums.mean_v[l] - slope * sums.mean_u[l]);
     }
     return 1;
 }
@@ -139,22 +222,27 @@ static int VNAME(fit_tile)(const lns_fit_job *job, int64_t column, lns_method me
 static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     fit_context *c = context;
-    char *work = (char *)c->work + thread * c->work_each;
-    lns_segment *segments = (lns_segment *)(void *)work;
-    int64_t k = 0, first = 0, prepared = -1, count = 0;
-    double total_u = 0, total_v = 0;
-    for (int64_t unit = begin; unit < end; unit++) {
+    char *memory = (char *)c->work + thread * c->work_each;
+    int64_t k = 0, first = 0, prepared = -1;
+    lns_pairing pairing = {0};
+    VNAME(fit_work) work = {0};
+    for (int64_t unit = begin, count; unit < end; unit += count) {
         while (lns_is_past(&c->jobs[k].source, unit, &first)) {
             k++;
         }
         const lns_fit_job *job = &c->jobs[k];
+        const int64_t column = (unit - first) * LANES;
+        const int64_t left = lns_tiles(job->source.d, job->source.dtype) - (unit - first);
         if (prepared != k) {
             prepared = k;
-            total_u = lns_total_mass(&job->source);
-            total_v = lns_total_mass(&job->target);
-            count = lns_segments(job->source.n, job->target.n, segments);
+            pairing = lns_pair(&job->source, &job->target, (lns_segment *)(void *)memory);
+            work = VNAME(fit_work_at)(memory + c->segments_each, job);
         }
-        c->bad[thread] |= !VNAME(fit_tile)(job, (unit - first) * LANES, c->method, segments, count, total_u, total_v,
-                                           work + c->segments_each);
+        count = fit_panel(job, left < end - unit ? left : end - unit);
+        VNAME(load_tiles)(&job->source, column, count, work.u, c->method == LNS_LINEAR);
+        VNAME(load_tiles)(&job->target, column, count, work.v, c->method == LNS_LINEAR);
+        for (int64_t t = 0; t < count; t++) {
+            c->bad[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
+        }
     }
 }

@@ -1,15 +1,6 @@
 /* Template body: squared W2 of a tile against its target, with gradients. */
 #include "kernels/rank_body.h"
 
-/* Adds a register's part of a float sum to its double total, and starts the next part. */
-static inline void VNAME(fold)(VNAME(reals) * part, double *restrict total)
-{
-    for (int l = 0; l < VEC_LANES; l++) {
-        total[l] += (double)(*part)[l];
-    }
-    *part = (VNAME(reals)){0};
-}
-
 /* Equal sizes and weights: row i of the sorted tiles meets row i alone. u holds keys, g may be NULL. Returns whether u
  * has ties. With `so_far`, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
 static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, real *g, double *restrict value,
@@ -179,14 +170,6 @@ static inline void VNAME(store_row)(const double *from, int64_t lanes, void *out
     }
 }
 
-/* How the rows of a job's samples meet. */
-typedef struct VNAME(pairing) {
-    int weighted;
-    double total_u, total_v; /* of the weights */
-    lns_segment *segments;   /* [segment_count] shared by all columns, where the sizes differ */
-    int64_t segment_count;
-} VNAME(pairing);
-
 /* Work for a panel of neighbouring tiles. Tile t of u stands in slot t + 1 until its gradient overwrites slot t. */
 typedef struct VNAME(w2_work) {
     key *u, *v;
@@ -229,8 +212,8 @@ static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_
 }
 
 /* Tile t of a panel; returns whether everything was finite. */
-static int VNAME(w2_tile)(const lns_w2_job *job, const VNAME(pairing) * pairing, int64_t column, int v_sorted,
-                          int64_t t, const VNAME(w2_work) * work)
+static int VNAME(w2_tile)(const lns_w2_job *job, const lns_pairing *pairing, int64_t column, int v_sorted, int64_t t,
+                          const VNAME(w2_work) * work)
 {
     const int64_t n = job->u.n, m = job->v.n, lanes = job->u.d - column < LANES ? job->u.d - column : LANES;
     const int64_t size = lns_tile_bytes(n) / (int64_t)sizeof(key);
@@ -326,7 +309,7 @@ static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int threa
     w2_context *c = context;
     char *memory = (char *)c->work + thread * c->work_each;
     int64_t k = 0, first = 0, prepared = -1;
-    VNAME(pairing) pairing = {.segments = (lns_segment *)(void *)memory};
+    lns_pairing pairing = {0};
     VNAME(w2_work) work = {0};
     for (int64_t unit = begin, count; unit < end; unit += count) {
         while (lns_is_past(&c->jobs[k].u, unit, &first)) {
@@ -336,11 +319,7 @@ static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int threa
         const int64_t column = (unit - first) * LANES, left = lns_tiles(job->u.d, job->u.dtype) - (unit - first);
         if (prepared != k) {
             prepared = k;
-            pairing.weighted = job->u.mass != NULL || job->v.mass != NULL;
-            pairing.total_u = lns_total_mass(&job->u);
-            pairing.total_v = lns_total_mass(&job->v);
-            pairing.segment_count =
-                pairing.weighted || job->u.n == job->v.n ? 0 : lns_segments(job->u.n, job->v.n, pairing.segments);
+            pairing = lns_pair(&job->u, &job->v, (lns_segment *)(void *)memory);
             work = VNAME(w2_work_at)(memory + c->segments_each, job, pairing.weighted, lns_w2_gradient(job));
         }
         count = lns_w2_panel(job, left < end - unit ? left : end - unit);
