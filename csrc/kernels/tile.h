@@ -3,6 +3,7 @@
 #ifndef LNS_TILE_H
 #define LNS_TILE_H
 
+#include <assert.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -42,7 +43,9 @@ static inline int64_t lns_tile_bytes(int64_t n)
  * first-level cache. */
 static inline int64_t lns_panel(int64_t n, int64_t left)
 {
-    const int64_t most = LNS_PANEL_BYTES / lns_tile_bytes(n);
+    const int64_t bytes = lns_tile_bytes(n);
+    assert(bytes > 0); /* such sizes were refused */
+    const int64_t most = LNS_PANEL_BYTES / bytes;
     return most < 1 ? 1 : most < left ? most : left;
 }
 
