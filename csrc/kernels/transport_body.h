@@ -7,66 +7,35 @@ typedef struct VNAME(fit_sums) {
     double other[LANES]; /* covariance of the paired quantiles or, for the Gaussian map, variance of v */
 } VNAME(fit_sums);
 
-/* Sums around the median rows, to which a large mean costs no digits, become moments. */
-static inline void VNAME(finish_sums)(VNAME(fit_sums) * sums, int64_t l, double middle_u, double middle_v)
+/* Pairs the quantiles of `width` columns of sorted tiles from column l on (a constant, for which the sums stay in
+ * registers). Sums are taken around the median rows: a large mean costs no digits. In double: of slopes and shifts that
+ * nearly cancel, every digit counts. */
+static LNS_INLINE void VNAME(pair_columns)(const real *u, int64_t n, const real *v, int64_t m,
+                                           const lns_segment *segments, int64_t count, int64_t l,
+                                           VNAME(fit_sums) * sums, const int width)
 {
-    sums->variance[l] -= sums->mean_u[l] * sums->mean_u[l];
-    sums->other[l] -= sums->mean_u[l] * sums->mean_v[l];
-    sums->mean_u[l] += middle_u;
-    sums->mean_v[l] += middle_v;
-}
-
-static inline VNAME(reals) VNAME(reals_of_keys)(const key *keys)
-{
-    return (VNAME(reals))VNAME(vec_flip)(VNAME(vec_load)(keys));
-}
-
-/* Pairs the quantiles of sorted tiles of keys along segments that all columns share. */
-static inline void VNAME(pair_tiles)(const key *u, int64_t n, const key *v, int64_t m, const lns_segment *segments,
-                                     int64_t count, VNAME(fit_sums) * sums)
-{
-    for (int p = 0; p < LANES; p += VEC_LANES) {
-        const key *const at_u = u + p, *const at_v = v + p;
-        const VNAME(reals) middle_u = VNAME(reals_of_keys)(at_u + n / 2 * LANES);
-        const VNAME(reals) middle_v = VNAME(reals_of_keys)(at_v + m / 2 * LANES);
-        for (int64_t begin = 0, end; begin < count; begin = end) {
-            VNAME(reals) sum_u = {0}, sum_v = {0}, sum_uu = {0}, sum_uv = {0};
-            end = count - begin < LNS_FOLD ? count : begin + LNS_FOLD;
-            for (int64_t s = begin; s < end; s++) {
-                const real mass = (real)segments[s].mass;
-                const VNAME(reals) x = VNAME(reals_of_keys)(at_u + segments[s].i * LANES) - middle_u;
-                const VNAME(reals) y = VNAME(reals_of_keys)(at_v + segments[s].k * LANES) - middle_v;
-                const VNAME(reals) weighted = mass * x;
-                sum_u += weighted;
-                sum_v += mass * y;
-                sum_uu += weighted * x;
-                sum_uv += weighted * y;
-            }
-            VNAME(fold)(&sum_u, sums->mean_u + p);
-            VNAME(fold)(&sum_v, sums->mean_v + p);
-            VNAME(fold)(&sum_uu, sums->variance + p);
-            VNAME(fold)(&sum_uv, sums->other + p);
-        }
-        for (int l = 0; l < VEC_LANES; l++) {
-            VNAME(finish_sums)(sums, p + l, (double)middle_u[l], (double)middle_v[l]);
-        }
+    double middle_u[8], middle_v[8], sum_u[8] = {0}, sum_v[8] = {0}, sum_uu[8] = {0}, sum_uv[8] = {0};
+    for (int j = 0; j < width; j++) {
+        middle_u[j] = (double)u[n / 2 * LANES + l + j];
+        middle_v[j] = (double)v[m / 2 * LANES + l + j];
     }
-}
-
-/* The same for column l of sorted tiles, with segments of its own. */
-static inline void VNAME(pair_column)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
-                                      int64_t count, int64_t l, VNAME(fit_sums) * sums)
-{
-    const double middle_u = (double)u[n / 2 * LANES + l], middle_v = (double)v[m / 2 * LANES + l];
     for (int64_t s = 0; s < count; s++) {
-        const double mass = segments[s].mass, x = (double)u[segments[s].i * LANES + l] - middle_u;
-        const double y = (double)v[segments[s].k * LANES + l] - middle_v, weighted = mass * x;
-        sums->mean_u[l] += weighted;
-        sums->mean_v[l] += mass * y;
-        sums->variance[l] += weighted * x;
-        sums->other[l] += weighted * y;
+        const real *a = u + segments[s].i * LANES + l, *b = v + segments[s].k * LANES + l;
+        const double mass = segments[s].mass;
+        for (int j = 0; j < width; j++) {
+            const double x = (double)a[j] - middle_u[j], y = (double)b[j] - middle_v[j], weighted = mass * x;
+            sum_u[j] += weighted;
+            sum_v[j] += mass * y;
+            sum_uu[j] += weighted * x;
+            sum_uv[j] += weighted * y;
+        }
     }
-    VNAME(finish_sums)(sums, l, middle_u, middle_v);
+    for (int j = 0; j < width; j++) {
+        sums->mean_u[l + j] = sum_u[j] + middle_u[j];
+        sums->mean_v[l + j] = sum_v[j] + middle_v[j];
+        sums->variance[l + j] = sum_uu[j] - sum_u[j] * sum_u[j];
+        sums->other[l + j] = sum_uv[j] - sum_u[j] * sum_v[j];
+    }
 }
 
 /* Mean and variance of the columns of a tile (ddof = 1, or the weighted population's), around its first row. */
@@ -107,12 +76,6 @@ static inline void VNAME(constant_columns)(const real *tile, int64_t n, int *con
     }
 }
 
-/* Whether products in float may have left its range, or lost digits at its lower end. */
-static inline int VNAME(is_doubtful)(double sum)
-{
-    return !REAL_IS_DOUBLE && !(sum > 1e-30 && sum < 1e30);
-}
-
 /* Work for a panel of neighbouring tiles. */
 typedef struct VNAME(fit_work) {
     key *u, *v; /* the bits of reals where the method does without sorting */
@@ -151,32 +114,19 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
     if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
         return 0;
     }
+    VNAME(flip_tile)(u, n);
+    VNAME(flip_tile)(v, m);
     if (!pairing->weighted) {
-        VNAME(pair_tiles)(u, n, v, m, pairing->segments, pairing->segment_count, sums);
-        int again[LANES];
-        for (int l = 0; l < LANES; l++) {
-            const int moves_u = u[l] != u[(n - 1) * LANES + l], moves_v = v[l] != v[(m - 1) * LANES + l];
-            again[l] =
-                moves_u && (VNAME(is_doubtful)(sums->variance[l]) || (moves_v && VNAME(is_doubtful)(sums->other[l])));
+        for (int l = 0; l < LANES; l += 8) {
+            VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums, 8);
         }
-        VNAME(flip_tile)(u, n);
-        VNAME(flip_tile)(v, m);
-        for (int l = 0; l < LANES; l++) {
-            if (again[l]) {
-                sums->mean_u[l] = sums->mean_v[l] = sums->variance[l] = sums->other[l] = 0;
-                VNAME(pair_column)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
-            }
-        }
-    } else {
-        VNAME(flip_tile)(u, n);
-        VNAME(flip_tile)(v, m);
-        for (int64_t l = 0; l < LANES; l++) {
-            const double *mass_u = VNAME(column_mass)(job->source.mass, n, l, &work->order_u);
-            const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
-            const int64_t count =
-                lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-            VNAME(pair_column)(reals_u, n, reals_v, m, work->own, count, l, sums);
-        }
+    }
+    for (int64_t l = 0; pairing->weighted && l < LANES; l++) {
+        const double *mass_u = VNAME(column_mass)(job->source.mass, n, l, &work->order_u);
+        const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
+        const int64_t count =
+            lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
+        VNAME(pair_columns)(reals_u, n, reals_v, m, work->own, count, l, sums, 1);
     }
     for (int l = 0; l < LANES; l++) {
         constant[l] = reals_u[l] == reals_u[(n - 1) * LANES + l];
