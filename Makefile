@@ -89,7 +89,7 @@ ENGINE := $(wildcard csrc/core/*.c csrc/kernels/*.c)
 C_TESTS := $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c))
 FUZZ_C := $(filter-out tests/fuzz/replay.c,$(wildcard tests/fuzz/*.c))
 C_HEADERS := $(filter %.h,$(C_SOURCES)) $(wildcard tests/*/*.h)
-C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror \
+C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror \
 	-DLNS_BLAS_SCIPY=1 -Icsrc
 
 # Where the wheel of OpenBLAS lies, as arguments for the compiler.
