@@ -258,7 +258,7 @@ asan-python: .venv-asan/stamp
 freethreaded: .venv-freethreaded/stamp
 	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -c 'import lineas, sys; sys.exit(sys._is_gil_enabled())'
 	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -m pytest -q -p no:cacheprovider --parallel-threads=4 \
-		--mark-hypothesis-as-unsafe --deselect tests/test_properties.py::test_files_keep_everything \
+		--mark-hypothesis-as-unsafe -o thread_unsafe_functions=doctest.testmod --deselect tests/test_properties.py::test_files_keep_everything \
 		$(filter-out tests/test_storage.py,$(shell cat tests/arrays.txt))
 
 # ---- what a release uploads ------------------------------------------------------------------------------------------

@@ -49,7 +49,16 @@ sanitize = os.environ.get("LINEAS_SANITIZE") == "1"
 debug = sanitize or os.environ.get("LINEAS_DEBUG") == "1"
 
 # No contraction into FMA and never -ffast-math: every build of the kernels gives the same bits.
-compile_args = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic"]
+compile_args = [
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wpedantic",
+]
 # As system headers: NumPy's macros turn object pointers into function pointers, which -Wpedantic would report as ours.
 for folder in (np.get_include(), openblas.get_include_dir()):
     compile_args += ["-isystem", folder]
