@@ -568,3 +568,18 @@ def test_bures_map_of_nothing():
 def test_descriptions():
     assert _core.cpu() in ("portable", "avx2", "avx512")
     assert "OpenBLAS" in _core.blas()
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sixteen_bits_give_what_their_float32_copies_give(rng, n, dtype, weighted):
+    """Ties, which are likely in 16 bits, are looked for earlier there."""
+    u, v = sample(rng, n, 37, dtype), sample(rng, n, 37, dtype)
+    u[:, 3] = u[0, 3]
+    mass = rng.uniform(size=n) if weighted else None
+    for ours, theirs in zip(w2(u, v, u_mass=mass), w2(widen(u), widen(v), u_mass=mass), strict=True):
+        if theirs is not None:
+            assert_same_bits(ours, theirs)
+    for ours, theirs in zip(_core.sort_columns([u], ["u"], 1), _core.sort_columns([widen(u)], ["u"], 1), strict=True):
+        assert_same_bits(widen(ours), theirs)
