@@ -42,8 +42,8 @@ typedef struct lns_place {
 
 /* ---- processor ------------------------------------------------------------------------------------------------- */
 
-/* Chooses the kernel variant: "portable", "avx2" or "avx512"; NULL or "" = the best this CPU runs. Returns 0, or -1 where
- * `forced` is unknown or the CPU cannot run it (the choice then stays as it was). Call it once, before any other
+/* Chooses the kernel variant: "portable", "avx2" or "avx512"; NULL or "" = the best this CPU runs. Returns 0, or -1
+ * where `forced` is unknown or the CPU cannot run it (the choice then stays as it was). Call it once, before any other
  * thread uses the engine. */
 int lns_cpu_init(const char *forced);
 
@@ -173,7 +173,8 @@ lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64
 /* ---- prox.c: sparse-group lasso
  * --------------------------------------------------------------------------------------- */
 
-/* out [d] = prox of tau (l1 ||.||_1 + group sqrt(d) ||.||_2) at x [d], dtype LNS_F32 or LNS_F64. In place allowed. */
+/* out [d] = prox of tau (l1 ||.||_1 + group sqrt(d) ||.||_2) at x [d], dtype LNS_F32 or LNS_F64. In place allowed.
+ * NaN in x shows in out: everywhere where tau * group is not 0. */
 lns_status lns_prox(const void *x, lns_dtype dtype, int64_t d, double tau, double l1, double group, void *out);
 
 typedef struct lns_adam {

@@ -94,7 +94,7 @@ static double VNAME(shrinkage)(VNAME(group_sums) sums, int64_t d, double tau_gro
         return 1;
     }
     const double cut = tau_group * sqrt((double)d);
-    return norm > cut ? 1 - cut / norm : 0;
+    return norm <= cut ? 0 : 1 - cut / norm; /* what is not a number shows */
 }
 
 static void VNAME(prox)(const void *x, int64_t d, double tau, double l1, double group, void *out)
@@ -105,7 +105,7 @@ static void VNAME(prox)(const void *x, int64_t d, double tau, double l1, double 
     const VNAME(group_sums) sums = VNAME(soft_threshold)(y, NULL, d, way);
     const double factor = VNAME(shrinkage)(sums, d, tau * group);
     for (int64_t j = 0; j < d; j++) {
-        y[j] = factor > 0 ? y[j] * (real)factor : 0;
+        y[j] = factor == 0 ? 0 : y[j] * (real)factor;
     }
 }
 

@@ -12,6 +12,12 @@ static void known_prox(void)
     CHECK(lns_prox(x, LNS_F64, 4, 1, 0, 10, out) == LNS_OK);
     CHECK(out[0] == 0 && out[2] == 0);
     CHECK(lns_prox(x, LNS_F16, 4, 1, 1, 0, out) == LNS_BAD_SIZE);
+    /* NaN is neither lost nor taken for a group that is switched off */
+    const double bad[4] = {3, NAN, -4, 0};
+    CHECK(lns_prox(bad, LNS_F64, 4, 1, 1, 0, out) == LNS_OK);
+    CHECK(out[0] == 2 && isnan(out[1]) && out[2] == -3);
+    CHECK(lns_prox(bad, LNS_F64, 4, 1, 1, 0.5, out) == LNS_OK);
+    CHECK(isnan(out[0]) && isnan(out[1]) && isnan(out[2]));
 }
 
 static void steps(void)

@@ -453,11 +453,14 @@ void fuzz_prox(void)
     REQUIRE(everywhere(call_prox, &c) == LNS_OK);
     double norm = 0;
     for (int64_t i = 0; i < d; i++) {
-        const double shrunk = fmax(fabs(lns_value(copy, dtype, i)) - c.tau * c.l1, 0);
-        norm += shrunk * shrunk;
+        const double before = lns_value(copy, dtype, i), shrunk = fmax(fabs(before) - c.tau * c.l1, 0);
+        norm += isnan(before) ? before : shrunk * shrunk; /* fmax would lose it */
     }
     norm = sqrt(norm);
     const double cut = c.tau * c.group * sqrt((double)d), factor = cut == 0 ? 1 : norm > cut ? 1 - cut / norm : 0;
+    for (int64_t i = 0; i < d; i++) {
+        REQUIRE(!isnan(norm) || cut == 0 || isnan(lns_value(c.out, dtype, i)));
+    }
     for (int64_t i = 0; isfinite(norm) && norm < most(dtype) && i < d; i++) {
         const double before = lns_value(copy, dtype, i), after = lns_value(c.out, dtype, i);
         const double shrunk = fmax(fabs(before) - c.tau * c.l1, 0) * factor;
