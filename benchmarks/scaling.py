@@ -180,7 +180,7 @@ def plot(path: Path) -> None:
             if column == 0:
                 ax.set_ylabel(f"{kernel}\ntime a value, ns")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.suptitle(f"1 thread, float32; {describe()}", fontsize=8)
+    figure.supxlabel(f"1 thread, float32; {describe()}", fontsize=8)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
