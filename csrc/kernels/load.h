@@ -24,6 +24,18 @@
 /* For functions whose constant arguments choose the code. */
 #define LNS_INLINE inline __attribute__((always_inline))
 
+/* Calls f(data, dtype, ...), of a template body, with each dtype as a constant of its own. */
+#define LNS_CALL_WITH_DTYPE(f, data, dtype, ...)                                                                       \
+    do {                                                                                                               \
+        if ((dtype) == LNS_BF16) {                                                                                     \
+            f(data, LNS_BF16, __VA_ARGS__);                                                                            \
+        } else if ((dtype) == LNS_F16) {                                                                               \
+            f(data, LNS_F16, __VA_ARGS__);                                                                             \
+        } else {                                                                                                       \
+            f(data, REAL_IS_DOUBLE ? LNS_F64 : LNS_F32, __VA_ARGS__);                                                  \
+        }                                                                                                              \
+    } while (0)
+
 static inline int lns_is_double(lns_dtype dtype)
 {
     return dtype == LNS_F64;
@@ -108,8 +120,8 @@ static inline uint16_t lns_f32_to_f16(float value)
     return (uint16_t)(sign | half);
 }
 
-/* `count` elements from `index` on, as float. dtype is not LNS_F64. */
-static inline void lns_load_f32(float *out, const void *data, lns_dtype dtype, int64_t index, int64_t count)
+/* `count` elements from `index` on, as float. dtype is not LNS_F64. Inline, to be compiled for every variant. */
+static LNS_INLINE void lns_load_f32(float *restrict out, const void *data, lns_dtype dtype, int64_t index, int64_t count)
 {
     const void *from = lns_element(data, dtype, index);
     if (dtype == LNS_F32) {

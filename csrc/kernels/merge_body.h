@@ -13,12 +13,11 @@
 #define STAGES2(X, o) X(o, o + 1)
 #define STAGES4(X, o) X(o, o + 2) X(o + 1, o + 3) STAGES2(X, o) STAGES2(X, o + 2)
 #define STAGES8(X, o) X(o, o + 4) X(o + 1, o + 5) X(o + 2, o + 6) X(o + 3, o + 7) STAGES4(X, o) STAGES4(X, o + 4)
+/* clang-format off */
 #define STAGES16(X, o)                                                                                                 \
-    X(o, o + 8)                                                                                                        \
-    X(o + 1, o + 9)                                                                                                    \
-    X(o + 2, o + 10)                                                                                                   \
-    X(o + 3, o + 11) X(o + 4, o + 12) X(o + 5, o + 13) X(o + 6, o + 14) X(o + 7, o + 15) STAGES8(X, o)                 \
-        STAGES8(X, o + 8)
+    X(o, o + 8) X(o + 1, o + 9) X(o + 2, o + 10) X(o + 3, o + 11) X(o + 4, o + 12) X(o + 5, o + 13) X(o + 6, o + 14)   \
+    X(o + 7, o + 15) STAGES8(X, o) STAGES8(X, o + 8)
+/* clang-format on */
 
 /* The mirror stage of 4, 8 rows with all that follows. */
 #define MIRROR4(X, o) X(o, o + 3) X(o + 1, o + 2) STAGES2(X, o) STAGES2(X, o + 2)

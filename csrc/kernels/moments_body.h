@@ -79,13 +79,7 @@ static LNS_INLINE void VNAME(add_range_as)(const lns_sample *s, lns_dtype dtype,
 
 static void VNAME(add_range)(const lns_sample *s, int64_t begin, int64_t end, VNAME(group) * groups)
 {
-    if (s->dtype == LNS_BF16) {
-        VNAME(add_range_as)(s, LNS_BF16, begin, end, groups);
-    } else if (s->dtype == LNS_F16) {
-        VNAME(add_range_as)(s, LNS_F16, begin, end, groups);
-    } else {
-        VNAME(add_range_as)(s, REAL_IS_DOUBLE ? LNS_F64 : LNS_F32, begin, end, groups);
-    }
+    LNS_CALL_WITH_DTYPE(VNAME(add_range_as), s, s->dtype, begin, end, groups);
 }
 
 /* Statistics of up to LNS_STRIP columns from `at` on, from sums in double around the first row. */

@@ -53,13 +53,7 @@ static void VNAME(pool_mean)(const pool_context *c, int64_t row, int64_t at, int
         kept += some;
         for (int64_t from = 0; from < count; from += LNS_STRIP) {
             const int64_t width = count - from < LNS_STRIP ? count - from : LNS_STRIP;
-            if (c->dtype == LNS_BF16) {
-                VNAME(add_rows)(c->x, LNS_BF16, rows, some, width, total + from);
-            } else if (c->dtype == LNS_F16) {
-                VNAME(add_rows)(c->x, LNS_F16, rows, some, width, total + from);
-            } else {
-                VNAME(add_rows)(c->x, REAL_IS_DOUBLE ? LNS_F64 : LNS_F32, rows, some, width, total + from);
-            }
+            LNS_CALL_WITH_DTYPE(VNAME(add_rows), c->x, c->dtype, rows, some, width, total + from);
             for (int64_t r = 0; r < some; r++) {
                 rows[r] += width;
             }

@@ -133,6 +133,12 @@ static inline double lns_total_mass(const lns_sample *s)
     return s->mass != NULL ? sum : (double)s->n;
 }
 
+/* Whether ranks are wanted of both samples: rows that are weighted meet by their weights. */
+static inline int lns_is_weighted(const lns_sample *u, const lns_sample *v)
+{
+    return u->mass != NULL || v->mass != NULL;
+}
+
 /* How the rows of two samples meet. */
 typedef struct lns_pairing {
     int weighted;
@@ -144,7 +150,7 @@ typedef struct lns_pairing {
 /* `segments` has room for u->n + v->n of them. */
 static inline lns_pairing lns_pair(const lns_sample *u, const lns_sample *v, lns_segment *segments)
 {
-    const int weighted = u->mass != NULL || v->mass != NULL;
+    const int weighted = lns_is_weighted(u, v);
     const int64_t count = weighted ? 0 : lns_segments(u->n, v->n, segments);
     return (lns_pairing){weighted, lns_total_mass(u), lns_total_mass(v), segments, count};
 }

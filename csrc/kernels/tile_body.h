@@ -46,13 +46,7 @@ static LNS_INLINE void VNAME(load_tiles)(const lns_sample *s, int64_t column, in
 {
     const int64_t size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
     const int64_t whole = (s->d - column) / LANES < count ? (s->d - column) / LANES : count;
-    if (s->dtype == LNS_BF16) {
-        VNAME(load_whole)(s, LNS_BF16, column, whole, tiles, as_keys);
-    } else if (s->dtype == LNS_F16) {
-        VNAME(load_whole)(s, LNS_F16, column, whole, tiles, as_keys);
-    } else {
-        VNAME(load_whole)(s, LNS_F32, column, whole, tiles, as_keys); /* or float64: the working type */
-    }
+    LNS_CALL_WITH_DTYPE(VNAME(load_whole), s, s->dtype, column, whole, tiles, as_keys);
     if (whole < count) {
         VNAME(load_last)(s, column + whole * LANES, tiles + whole * size, as_keys);
     }

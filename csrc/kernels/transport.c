@@ -13,10 +13,9 @@ typedef struct fit_context {
     int bad[LNS_MAX_THREADS];
 } fit_context;
 
-/* With weights, the ranks of both samples are wanted. */
 static lns_ranks fit_ranks(const lns_fit_job *job)
 {
-    return job->source.mass != NULL || job->target.mass != NULL ? LNS_ROWS : LNS_NO_RANKS;
+    return lns_is_weighted(&job->source, &job->target) ? LNS_ROWS : LNS_NO_RANKS;
 }
 
 /* Neighbouring tiles of a job that are loaded together, where `left` are left. */

@@ -41,7 +41,7 @@ static int64_t work_each(const lns_w2_job *jobs, int64_t count, int64_t *segment
             m > UINT32_MAX) {
             return -1;
         }
-        const int weighted = job->u.mass != NULL || job->v.mass != NULL;
+        const int weighted = lns_is_weighted(&job->u, &job->v);
         const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
         const int64_t panel = lns_w2_panel(job, INT64_MAX);
         const int64_t tiles = (2 * panel + 1) * lns_tile_bytes(n) + panel * lns_tile_bytes(m);
