@@ -149,6 +149,23 @@ static inline void VNAME(repair)(key *keys, int64_t n, const VNAME(order) * o)
     }
 }
 
+/* Ranks values whose bits under the mask are all zero, as those of 16-bit samples are: a packed key holds all of them. */
+static void VNAME(rank_exact)(key *keys, int64_t n, key row_mask, const VNAME(order) * o)
+{
+    for (int64_t i = 0; i < n; i++) {
+        for (int l = 0; l < LANES; l += VEC_LANES) {
+            const VNAME(vec) k = VNAME(vec_load)(o->source + i * LANES + l);
+            VNAME(vec_store)(o->rows + i * LANES + l, (k & ~row_mask) | (key)i);
+        }
+    }
+    VNAME(sort_tile)(o->rows, n);
+    for (int64_t i = 0; i < n * LANES; i += VEC_LANES) {
+        const VNAME(vec) packed = VNAME(vec_load)(o->rows + i), bits = VNAME(vec_flip)(packed & ~row_mask) & ~row_mask;
+        VNAME(vec_store)(o->rows + i, packed & row_mask);
+        VNAME(vec_store)(keys + i, VNAME(vec_flip)(bits));
+    }
+}
+
 /* Sorts every column of a tile of keys and remembers each sorted row's source row. */
 static void VNAME(rank_rows)(key *keys, int64_t n, const VNAME(order) * o)
 {
@@ -166,7 +183,10 @@ static void VNAME(rank_rows)(key *keys, int64_t n, const VNAME(order) * o)
         return;
     }
     const key row_mask = (key)(((ukey)1 << row_bits) - 1);
-    const int exact = (bits & (ukey)row_mask) == 0; /* packed keys hold all of the value, as with 16-bit samples */
+    if ((bits & (ukey)row_mask) == 0) {
+        VNAME(rank_exact)(keys, n, row_mask, o);
+        return;
+    }
     VNAME(flip_tile)(low, 1);
     VNAME(flip_tile)(high, 1);
     memcpy(base, low, sizeof base);
@@ -175,17 +195,9 @@ static void VNAME(rank_rows)(key *keys, int64_t n, const VNAME(order) * o)
         memcpy(&top, &high[l], sizeof top);
         const real range = top - base[l], scaled = (real)(((ukey)1 << (KEY_BITS - row_bits)) - 4) / range;
         scale[l] = range > 0 && isfinite(scaled) ? scaled : 0;
-        by_radix[l] = !exact && !isfinite(range);
+        by_radix[l] = !isfinite(range);
     }
-    if (exact) {
-        for (int64_t i = 0; i < n; i++) {
-            for (int l = 0; l < LANES; l++) {
-                o->rows[i * LANES + l] = (o->source[i * LANES + l] & ~row_mask) | (key)i;
-            }
-        }
-    } else {
-        VNAME(pack)(o->source, n, base, scale, row_bits, o->rows);
-    }
+    VNAME(pack)(o->source, n, base, scale, row_bits, o->rows);
     VNAME(sort_tile)(o->rows, n);
     for (int64_t i = 0; i < n; i++) {
         for (int l = 0; l < LANES; l++) {

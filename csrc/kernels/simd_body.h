@@ -66,11 +66,17 @@ static inline key VNAME(flip)(key k)
 /* Whether any lane of a comparison is set. */
 static inline int VNAME(vec_any)(VNAME(vec) lanes)
 {
+#if VEC_BYTES == 64
+    return _mm512_test_epi64_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif VEC_BYTES == 32
+    return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
     key any = 0;
     for (int l = 0; l < VEC_LANES; l++) {
         any |= lanes[l];
     }
     return any != 0;
+#endif
 }
 
 /* Where a > b. */
@@ -102,17 +108,20 @@ static inline void VNAME(vec_swap)(VNAME(vec) * a, VNAME(vec) * b, VNAME(mask) m
 #endif
 }
 
-/* A comparator: the smaller keys into a, the larger into b. */
+/* A comparator: the smaller keys into a, the larger into b. With AVX-512 the larger is what is left of both when the
+ * smaller is taken out: Intel's CPUs have one port for minima and maxima of 64 bytes, and two for logic. */
 static inline void VNAME(vec_exchange)(VNAME(vec) * a, VNAME(vec) * b)
 {
 #if VEC_BYTES == 64 && REAL_IS_DOUBLE
     const __m512i x = (__m512i)*a, y = (__m512i)*b;
-    *a = (VNAME(vec))_mm512_min_epi64(x, y);
-    *b = (VNAME(vec))_mm512_max_epi64(x, y);
+    const __m512i least = _mm512_min_epi64(x, y);
+    *a = (VNAME(vec))least;
+    *b = (VNAME(vec))_mm512_ternarylogic_epi64(x, y, least, 0x96);
 #elif VEC_BYTES == 64
     const __m512i x = (__m512i)*a, y = (__m512i)*b;
-    *a = (VNAME(vec))_mm512_min_epi32(x, y);
-    *b = (VNAME(vec))_mm512_max_epi32(x, y);
+    const __m512i least = _mm512_min_epi32(x, y);
+    *a = (VNAME(vec))least;
+    *b = (VNAME(vec))_mm512_ternarylogic_epi32(x, y, least, 0x96);
 #elif VEC_BYTES == 32 && !REAL_IS_DOUBLE
     const __m256i x = (__m256i)*a, y = (__m256i)*b;
     *a = (VNAME(vec))_mm256_min_epi32(x, y);

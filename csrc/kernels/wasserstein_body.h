@@ -2,13 +2,14 @@
 #include "kernels/rank_body.h"
 
 /* Equal sizes and weights: row i of the sorted tiles meets row i alone. u holds keys, g may be NULL. Returns whether u
- * has ties. With `so_far`, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
+ * has ties. With `so_far`, an entry of g is the mean over the ties up to it, for VNAME(spread_means); their sum is
+ * compensated where they can be many. */
 static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, real *g, double *restrict value,
                                       const int so_far)
 {
     const real twice = (real)(2.0 / (double)n);
     VNAME(vec) ties = {0};
-    VNAME(reals) before[VEC_PARTS], sum[VEC_PARTS] = {0}, count[VEC_PARTS] = {0};
+    VNAME(reals) before[VEC_PARTS], sum[VEC_PARTS] = {0}, lost[VEC_PARTS] = {0}, count[VEC_PARTS] = {0};
     double total[LANES] = {0};
     for (int p = 0; p < VEC_PARTS; p++) {
         before[p] = (VNAME(reals))((VNAME(vec)){0} - 1); /* NaN: equal to nothing */
@@ -27,9 +28,18 @@ static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, re
                 ties |= tied;
                 before[p] = here;
                 if (so_far) {
-                    sum[p] = slope + (VNAME(reals))((VNAME(vec))sum[p] & tied);
+                    const VNAME(reals) earlier = (VNAME(reals))((VNAME(vec))sum[p] & tied);
+                    const VNAME(reals) term = slope - (VNAME(reals))((VNAME(vec))lost[p] & tied);
+                    sum[p] = earlier + term;
+                    if (n > LNS_RUN) {
+                        lost[p] = (sum[p] - earlier) - term;
+                    }
                     count[p] = (real)1 + (VNAME(reals))((VNAME(vec))count[p] & tied);
-                    slope = sum[p] / count[p];
+                    if (VNAME(vec_any)((VNAME(vec))(count[p] > (real)2))) {
+                        slope = sum[p] / count[p];
+                    } else { /* the same, without waiting for a division */
+                        slope = sum[p] * ((real)1.5 - (real)0.5 * count[p]);
+                    }
                 }
                 if (g != NULL) {
                     VNAME(reals_store)(g + at, slope);
@@ -249,12 +259,7 @@ static int VNAME(w2_tile)(const lns_w2_job *job, const lns_pairing *pairing, int
         VNAME(flip_tile)(v, m);
     }
 
-    if (!weighted && n == m && n > LNS_RUN) {
-        tied = VNAME(w2_equal)(u, reals_v, n, g, value, 0);
-        if (tied) {
-            VNAME(flip_tile)(u, n);
-        }
-    } else if (!weighted && n == m) {
+    if (!weighted && n == m) {
         /* Values of 16 bits are often equal, others seldom. */
         const int likely = gradient && lns_element_size(job->u.dtype) == 2;
         tied = likely ? VNAME(w2_equal)(u, reals_v, n, g, value, 1) : VNAME(w2_equal)(u, reals_v, n, g, value, 0);
