@@ -250,3 +250,11 @@ def as_not_negative(value: Any, name: str) -> float:
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return value
+
+
+def as_positive(value: Any, name: str) -> float:
+    """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite or not above 0."""
+    value = _as_finite(value, name)
+    if value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return value
