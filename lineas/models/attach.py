@@ -32,6 +32,9 @@ class _Hook:
         self.name, self.map, self.strength = name, affine, strength
         self._cached: tuple[Any, Tensor, Tensor] | None = None
 
+    def set_map(self, affine: AffineMap) -> None:
+        self.map, self._cached = affine, None
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.strength.value == 0:
             return None
@@ -83,7 +86,9 @@ class Handle:
     Attributes
     ----------
     maps : Mapping[str, AffineMap]
-        The maps.
+        The maps. Others of the same modules and widths may be set at any time, such as those of another point of a
+        sparse path; like `strength` they hold from the next forward pass on. Anything else is a TypeError or a
+        ValueError that names the module, and the maps stay as they were.
     strength : float
         0 leaves every output as it is, 1 applies the maps. Any finite number may be set at any time; it holds from
         the next forward pass on.
@@ -92,16 +97,41 @@ class Handle:
     """
 
     def __init__(self, maps: Mapping[str, AffineMap], modules: Mapping[str, nn.Module], strength: float) -> None:
-        self.maps = maps
+        self._maps = maps
         self._strength = _Strength(strength)
+        self._hooks = [_Hook(name, maps[name], self._strength) for name in modules]
         self._removable: list[RemovableHandle] = []
         try:
-            for name, module in modules.items():
-                hook = _Hook(name, maps[name], self._strength)
+            for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def maps(self) -> Mapping[str, AffineMap]:
+        return self._maps
+
+    @maps.setter
+    def maps(self, maps: Mapping[str, AffineMap]) -> None:
+        if not isinstance(maps, Mapping):
+            raise TypeError(f"maps must be a mapping from module name to AffineMap, got {type(maps).__name__}")
+        missing = [name for name in self._maps if name not in maps]
+        surplus = [name for name in maps if name not in self._maps]
+        if missing or surplus:
+            raise ValueError(
+                f"maps must be of the modules that are attached: {len(missing)} missing {missing[:3]}, "
+                f"{len(surplus)} not attached {surplus[:3]}"
+            )
+        for hook in self._hooks:
+            new = maps[hook.name]
+            if not isinstance(new, AffineMap):
+                raise TypeError(f"maps[{hook.name!r}] must be an AffineMap, got {type(new).__name__}")
+            if new.d != hook.map.d:
+                raise ValueError(f"{hook.name}: the map must be for {hook.map.d} neurons as before, got {new.d}")
+        for hook in self._hooks:
+            hook.set_map(maps[hook.name])
+        self._maps = maps
 
     @property
     def strength(self) -> float:
