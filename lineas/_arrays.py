@@ -215,7 +215,7 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     if bad.size:
         raise ValueError(f"{name} must be finite and not negative, got {mass[bad[0]]} at row {bad[0]}")
     if not mass.sum() > 0:
-        raise ValueError(f"{name} must have a positive sum, got {mass.sum()}")
+        raise ValueError(f"{name} must have a positive sum, but all weights are zero")
     return mass
 
 

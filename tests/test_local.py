@@ -65,6 +65,16 @@ def test_a_constant_source_neuron_gets_the_shift(rng, method, dtype):
     np.testing.assert_allclose(one.bias[1], np.mean(v[:, 1], dtype=np.float64) - np.float64(u[0, 1]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target_weights", [None, [1, 0, 3, 2]])
+def test_rows_without_weight_do_not_make_a_constant_source_neuron_vary(rng, method, target_weights):
+    u, v = rng.normal(size=(5, 40)), rng.normal(size=(4, 40))
+    u[3] = u[1]  # the only rows that count, below or above the others
+    one = lineas.fit(u, v, method=method, source_weights=[0, 3, 0, 4, 0], target_weights=target_weights)
+    np.testing.assert_array_equal(one.weight, 1)
+    np.testing.assert_allclose(one.bias, np.average(v, axis=0, weights=target_weights) - u[1], atol=1e-14)
+
+
 def test_a_constant_target_neuron_is_erased(rng):
     one = lineas.fit(rng.normal(size=(9, 1)), np.full((9, 1), 3.0))
     assert abs(one.weight[0]) < 1e-15 and abs(one.bias[0] - 3) < 1e-14
@@ -158,7 +168,7 @@ def test_tensors_and_memory_mapped_arrays(rng, tmp_path):
         ({"method": "median"}, ValueError, "method must be one of 'mean', 'gaussian', 'linear', got 'median'"),
         ({"method": None}, ValueError, "method must be one of 'mean', 'gaussian', 'linear', got None"),
         ({"source_weights": [1.0]}, ValueError, r"source_weights must have shape \(2,\)"),
-        ({"target_weights": [0, 0, 0]}, ValueError, "target_weights must have a positive sum, got 0.0"),
+        ({"target_weights": [0, 0, 0]}, ValueError, "target_weights must have .* sum, but all weights are zero"),
         (
             {"source_weights": {"a": [1, 1]}},
             TypeError,

@@ -142,7 +142,7 @@ def test_read_only_and_memory_mapped(rng, tmp_path):
         ({"v_weights": [[1.0, 1.0]]}, ValueError, r"v_weights must have shape \(2,\), .* got shape \(1, 2\)"),
         ({"u_weights": [1.0, -0.5]}, ValueError, "u_weights must be finite and not negative, got -0.5 at row 1"),
         ({"u_weights": [np.nan, 1.0]}, ValueError, "u_weights must be finite and not negative, got nan at row 0"),
-        ({"v_weights": [0.0, 0.0]}, ValueError, "v_weights must have a positive sum, got 0.0"),
+        ({"v_weights": [0.0, 0.0]}, ValueError, "v_weights must have a positive sum, but all weights are zero"),
         ({"v_weights": ["a", "b"]}, TypeError, "v_weights must hold real numbers, got dtype <U1"),
         ({"v_weights": [1, 1], "v_sorted": True}, ValueError, "v_sorted does not go with v_weights"),
     ],

@@ -63,17 +63,37 @@ static inline void VNAME(tile_moments)(const real *tile, const lns_sample *s, do
     }
 }
 
-/* A constant column, told exactly: rounding can leave its variance a little above zero. */
-static inline void VNAME(constant_columns)(const real *tile, int64_t n, int *constant)
+/* A constant column, told exactly: rounding can leave its variance a little above zero. Rows without mass are none. */
+static inline void VNAME(constant_columns)(const real *tile, int64_t n, const double *mass, int *constant)
 {
+    int64_t first = 0;
+    while (mass != NULL && first < n - 1 && mass[first] == 0) {
+        first++;
+    }
     for (int l = 0; l < LANES; l++) {
         constant[l] = 1;
     }
-    for (int64_t i = 1; i < n; i++) {
+    for (int64_t i = first + 1; i < n; i++) {
+        if (mass != NULL && mass[i] == 0) {
+            continue;
+        }
         for (int l = 0; l < LANES; l++) {
-            constant[l] &= tile[i * LANES + l] == tile[l];
+            constant[l] &= tile[i * LANES + l] == tile[first * LANES + l];
         }
     }
+}
+
+/* The same for lane l of a sorted tile with the masses of its rows. */
+static inline int VNAME(is_constant)(const real *sorted, int64_t n, const double *mass, int64_t l)
+{
+    int64_t low = 0, high = n - 1;
+    while (mass != NULL && low < high && mass[low] == 0) {
+        low++;
+    }
+    while (mass != NULL && low < high && mass[high] == 0) {
+        high--;
+    }
+    return sorted[low * LANES + l] == sorted[high * LANES + l];
 }
 
 /* Work for a panel of neighbouring tiles. */
@@ -127,9 +147,10 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
         const int64_t count =
             lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
         VNAME(pair_columns)(reals_u, n, reals_v, m, work->own, count, l, sums, 1);
+        constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
     }
-    for (int l = 0; l < LANES; l++) {
-        constant[l] = reals_u[l] == reals_u[(n - 1) * LANES + l];
+    for (int64_t l = 0; !pairing->weighted && l < LANES; l++) {
+        constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
     }
     return 1;
 }
@@ -150,7 +171,7 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
         }
     } else {
         const real *const reals_u = (const real *)(void *)u, *const reals_v = (const real *)(void *)v;
-        VNAME(constant_columns)(reals_u, n, constant);
+        VNAME(constant_columns)(reals_u, n, job->source.mass, constant);
         if (!VNAME(rows_finite)(reals_u, 0, n) || !VNAME(rows_finite)(reals_v, 0, m)) {
             return 0;
         }

@@ -42,6 +42,18 @@ static void constant_source_gets_the_mean_shift(void)
     }
 }
 
+static void rows_without_mass_do_not_make_a_source_vary(void)
+{
+    const double u[4] = {-5, 0.1, 0.1, 7}, v[2] = {1, 4}, mass[4] = {0, 3, 0.7, 0};
+    const lns_sample source = {u, LNS_F64, 4, 1, mass}, target = {v, LNS_F64, 2, 1, NULL};
+    for (int method = LNS_MEAN; method <= LNS_LINEAR; method++) {
+        double weight = 0, bias = 0;
+        fit(&source, &target, (lns_method)method, &weight, &bias);
+        CHECK(weight == 1);
+        CHECK_NEAR(bias, 2.4, 1e-14);
+    }
+}
+
 static void weighted_means(void)
 {
     const double u[2] = {0, 1}, v[3] = {0, 1, 2}, mass_u[2] = {3, 1}, mass_v[3] = {0, 1, 1};
@@ -89,6 +101,7 @@ void test_transport(void)
     affine_images_are_found(33);
     affine_images_are_found(1100);
     constant_source_gets_the_mean_shift();
+    rows_without_mass_do_not_make_a_source_vary();
     weighted_means();
     gaussians();
 }
