@@ -1,13 +1,14 @@
 """Steering maps for generative models: sparse affine maps of activations, learnt end to end from unpaired prompts.
 
 Arrays need only NumPy; `collect`, `fit_end_to_end`, `fit_incremental` and ``SteeringMaps.attach`` import torch when
-they are called.
+they are called, and `AffineTransport` imports scikit-learn when it is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._threads import get_num_threads, set_num_threads
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .estimator import AffineTransport
     from .models.train import FitResult
 
 try:
@@ -31,6 +33,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "AffineMap",
+    "AffineTransport",
     "GaussianMap",
     "Moments",
     "SteeringMaps",
@@ -48,6 +51,21 @@ __all__ = [
     "wasserstein",
     "wasserstein_grad",
 ]
+if find_spec("sklearn") is None:  # then star imports and help(), which ask for every name, do without it
+    __all__.remove("AffineTransport")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AffineTransport":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .estimator import AffineTransport
+
+    globals()[name] = AffineTransport  # asked for once only
+    return AffineTransport
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def collect(

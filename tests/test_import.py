@@ -9,7 +9,7 @@ import pytest
 
 import lineas
 
-HEAVY = ("torch", "transformers", "matplotlib", "scipy", "tqdm", "pandas")
+HEAVY = ("torch", "transformers", "matplotlib", "scipy", "sklearn", "tqdm", "pandas")
 
 
 def test_importing_and_using_arrays_does_not_import_torch():
