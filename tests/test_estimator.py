@@ -1,6 +1,7 @@
 """lineas.AffineTransport: scikit-learn's own checks, and that it is `lineas.fit` behind them."""
 
 import doctest
+import inspect
 import subprocess
 import sys
 
@@ -137,6 +138,24 @@ def test_a_grid_search_finds_the_settings_of_least_held_out_distance():
     alone = AffineTransport(source="calm").fit(X[train], y[train]).score(X[test], y[test])
     scores = search.cv_results_["split0_test_score"]
     assert scores[search.best_index_] == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.skipif("l1" not in inspect.signature(lineas.fit).parameters, reason="fit knows no penalties yet")
+def test_a_grid_search_over_the_penalty():
+    rng = np.random.default_rng(0)
+    X = np.concatenate([rng.normal(size=(60, 6)), rng.normal([2, 0, 0, 0, 0, 0], 1, (50, 6))])  # one neuron differs
+    y = np.repeat([0, 1], [60, 50])
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    search = GridSearchCV(AffineTransport(), {"l1": [0.0, 0.03, 0.1, 0.3, 1.0, 10.0]}, cv=folds).fit(X, y)
+    assert search.best_params_ == {"l1": 0.3}
+    assert search.best_estimator_.map_ == lineas.fit(X[:60], X[60:], l1=0.3)
+    assert 0 < search.best_estimator_.map_.support < 6
+    grouped = AffineTransport(l1=0.1, group=0.2).fit(X, y)
+    assert grouped.map_ == lineas.fit(X[:60], X[60:], l1=0.1, group=0.2)
+    with pytest.raises(ValueError, match="l1 must not be negative, got -1"):
+        AffineTransport(l1=-1).fit(X, y)
+    with pytest.raises(TypeError, match="group must be a real number, got NoneType"):
+        AffineTransport(group=None).fit(X, y)
 
 
 @pytest.mark.parametrize(
