@@ -20,10 +20,12 @@ from .storage import load
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from .estimator import AffineTransport
+    from .models.path import EndToEndPath
     from .models.train import FitResult
 
 try:
@@ -48,6 +50,7 @@ __all__ = [
     "moments",
     "prox_sparse_group",
     "set_num_threads",
+    "sparse_path_end_to_end",
     "wasserstein",
     "wasserstein_grad",
 ]
@@ -309,5 +312,106 @@ def fit_incremental(
         max_length=max_length,
         forward=forward,
         pooling=pooling,
+        progress=progress,
+    )
+
+
+def sparse_path_end_to_end(
+    model: Any,
+    source: Any,
+    target: Any,
+    *,
+    layers: str | list[str] | re.Pattern[str],
+    loss_layers: str | list[str] | re.Pattern[str] | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    held_out: tuple[Any, Any] | None = None,
+    pooling: str = "mean",
+    penalties: Sequence[float] | NDArray | None = None,
+    n_penalties: int | None = None,
+    min_ratio: float = 1e-3,
+    l1_ratio: float = 1.0,
+    steps: int = 2,
+    refit_steps: int = 0,
+    refit_support: float = 0.5,
+    scaling: str = "layer-mean",
+    lr: float = 0.3,
+    seed: int = 0,
+    progress: bool = True,
+) -> EndToEndPath:
+    """Fit the maps of all modules for falling penalties, from the identity to dense maps, in one walk.
+
+    Every penalty is a fit as by `fit_end_to_end`, of few steps, since it starts where the one before ended. Rates
+    follow the curvature, and a step that makes loss and penalty together larger is taken back (SpaRSA, Wright, Nowak
+    and Figueiredo 2009). With `refit_steps` each point is then fitted without a penalty on the neurons of its support:
+    a penalty that picks few neurons holds them near the identity as well. The next point starts from the penalised
+    maps.
+
+    Parameters
+    ----------
+    model, source, target, layers, loss_layers, tokenizer, max_length, forward, pooling, scaling, seed
+        As in `fit_end_to_end`.
+    held_out : (source, target), optional
+        Two more sets, whose loss is recorded for every point, before and after its refit. ``path.at(best=True)`` goes
+        by it, and a refit that makes it larger is not kept (without them, one that makes the fitted loss larger).
+    penalties : sequence of float, optional
+        Falling and above 0. A penalty p stands for ``l1 = p * l1_ratio`` and ``group = p * (1 - l1_ratio)``, of slopes
+        and shifts alike.
+    n_penalties : int, optional
+        In place of `penalties`: how many, at least 2, in equal ratios from the smallest one that leaves every map the
+        identity, which the gradient there tells, down to ``min_ratio`` times it.
+    min_ratio : float, default 1e-3
+        The last of the chosen penalties divided by the first.
+    l1_ratio : float, default 1.0
+        1 changes single neurons wherever they are, 0 whole modules only.
+    steps : int, default 2
+        Steps at each penalty. A step costs a forward and a backward pass.
+    refit_steps : int, default 0
+        Steps of each refit; 0 for none.
+    refit_support : float, default 0.5
+        Points at which more than this share of the neurons is changed are not refitted: theirs is a small penalty.
+    lr : float, default 0.3
+        The rate of the first step. Later ones stay between a tenth and a hundred times it.
+    progress : bool, default True
+        Show a progress bar.
+
+    Returns
+    -------
+    EndToEndPath
+        A `SparsePath` with ``penalized_loss``, ``penalized_held_out_loss`` (before the refits), ``refitted``,
+        ``history`` (one entry a step), ``passes`` (what it cost) and ``stopped``. Ctrl-C and a value that is not finite
+        end the path early and keep the points found.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong type, or not exactly one of `penalties` and `n_penalties` is given.
+    ValueError
+        As `fit_end_to_end`; and if the penalties are not falling, or a value is not finite before a point is found.
+    """
+    from .models.path import sparse_path_end_to_end
+
+    return sparse_path_end_to_end(
+        model,
+        source,
+        target,
+        layers=layers,
+        loss_layers=loss_layers,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        forward=forward,
+        held_out=held_out,
+        pooling=pooling,
+        penalties=penalties,
+        n_penalties=n_penalties,
+        min_ratio=min_ratio,
+        l1_ratio=l1_ratio,
+        steps=steps,
+        refit_steps=refit_steps,
+        refit_support=refit_support,
+        scaling=scaling,
+        lr=lr,
+        seed=seed,
         progress=progress,
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +16,10 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..maps import SteeringMaps
 from . import calling, sites
-from .autograd import sort_columns
 from .collect import check_pooling
-from .objective import SCALINGS, Leaves, NonFinite, Objective, Sets, check_count
+from .objective import SCALINGS, NonFinite, Objective, Sets
 from .optim import FlatMaps, ProximalOptimizer, cosine_rate
+from .problem import check_choice, check_integer, check_maps, check_real, find, pose, read, trial_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,42 +154,25 @@ def fit_end_to_end(
         model's activations are not finite before any step.
     """
     penalties = {
-        "l1": _check_real("l1", l1, 0.0),
-        "group": _check_real("group", group, 0.0),
-        "l1_bias": _check_real("l1_bias", l1 if l1_bias is None else l1_bias, 0.0),
-        "group_bias": _check_real("group_bias", group if group_bias is None else group_bias, 0.0),
+        "l1": check_real("l1", l1, 0.0),
+        "group": check_real("group", group, 0.0),
+        "l1_bias": check_real("l1_bias", l1 if l1_bias is None else l1_bias, 0.0),
+        "group_bias": check_real("group_bias", group if group_bias is None else group_bias, 0.0),
     }
     check_pooling(pooling)
-    _check_choice("scaling", scaling, SCALINGS)
-    _check_choice("optimizer", optimizer, OPTIMIZERS)
-    lr = _check_real("lr", lr, 0.0, strict=True)
+    check_choice("scaling", scaling, SCALINGS)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
+    lr = check_real("lr", lr, 0.0, strict=True)
     betas = _check_betas(betas)
-    steps, seed = _check_integer("steps", steps, 1), _check_integer("seed", seed, 0)
+    steps, seed = check_integer("steps", steps, 1), check_integer("seed", seed, 0)
     if init is not None and not isinstance(init, Mapping):
         raise TypeError(f"init must be a SteeringMaps, got {type(init).__name__}")
-
-    def batches(data: Any, argument: str) -> list[calling.Batch]:
-        return calling.as_batches(data, tokenizer=tokenizer, max_length=max_length, argument=argument)
-
-    data = {"source": batches(source, "source"), "target": batches(target, "target")}
-    if held_out is not None:
-        if not isinstance(held_out, tuple | list):
-            raise TypeError(f"held_out must be a pair (source, target), got {type(held_out).__name__}")
-        if len(held_out) != 2:
-            raise ValueError(f"held_out must be a pair (source, target), got {len(held_out)} entries")
-        data["held_out source"] = batches(held_out[0], "held_out source")
-        data["held_out target"] = batches(held_out[1], "held_out target")
-    map_names = sites.resolve(model, layers)
-    loss_names = map_names if loss_layers is None else sites.resolve(model, loss_layers, argument="loss_layers")
+    data = read(source, target, held_out, tokenizer, max_length)
+    map_names, loss_names = find(model, layers, loss_layers)
 
     with calling.frozen(model):
         torch.manual_seed(seed)
-        objective = _objective(model, data["source"][0], map_names, loss_names, forward, pooling, scaling)
-        fitted = Sets("source", data["source"], _targets(objective, data["target"], "target"))
-        trial = None
-        if held_out is not None:
-            targets = _targets(objective, data["held_out target"], "held_out target")
-            trial = Sets("held_out source", data["held_out source"], targets)
+        objective, fitted, trial = pose(model, data, map_names, loss_names, forward, pooling, scaling)
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
         if init is not None:
             maps.load(init)
@@ -227,40 +208,6 @@ def fit_end_to_end(
     return FitResult(found, history, course.best_step, course.stopped, course.best_loss)
 
 
-def _objective(
-    model: nn.Module,
-    batch: calling.Batch,
-    map_names: list[str],
-    loss_names: list[str],
-    forward: calling.Forward | None,
-    pooling: str,
-    scaling: str,
-) -> Objective:
-    """The objective with both lists of names in execution order, which a first run finds."""
-    order = calling.execution_order(model, batch, list(dict.fromkeys([*map_names, *loss_names])), forward)
-    last = max(map(order.index, loss_names))
-    late = [name for name in map_names if order.index(name) > last]
-    if late:
-        raise ValueError(
-            f"layers: module {late[0]!r} runs after {order[last]!r}, the last of loss_layers: no gradient reaches it"
-        )
-    return Objective(
-        model,
-        sorted(map_names, key=order.index),
-        sorted(loss_names, key=order.index),
-        forward=forward,
-        pooling=pooling,
-        scaling=scaling,
-    )
-
-
-def _targets(objective: Objective, batches: Sequence[calling.Batch], argument: str) -> list[Tensor]:
-    """Sorted target activations of the loss modules."""
-    samples = objective.survey(batches)
-    check_count(samples, argument)
-    return sort_columns(samples, [f"{argument}: {name}" for name in objective.loss_names])
-
-
 def _run(
     objective: Objective,
     fitted: Sets,
@@ -278,15 +225,15 @@ def _run(
         for step in range(steps):
             leaves = maps.leaves()
             loss, terms, grad_weight, grad_bias = objective.gradient(fitted, leaves)
-            held_out_loss = _held_out_loss(objective, trial, leaves)
+            held_out_loss = trial_loss(objective, trial, leaves)
             course.keep(held_out_loss)
             rate = cosine_rate(lr, step, steps)
             penalty, support = stepper.step(grad_weight, grad_bias, rate)
             course.records.append((loss, terms.numpy(force=True), held_out_loss, rate, penalty, support))
-            _check_maps(maps)
+            check_maps(maps)
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
-        course.keep(_held_out_loss(objective, trial, maps.leaves()))
+        course.keep(trial_loss(objective, trial, maps.leaves()))
     except NonFinite as error:
         if course.best is None:
             raise ValueError(f"the loss is not finite before any step: {error}") from None
@@ -306,49 +253,10 @@ def _run(
     return course
 
 
-def _held_out_loss(objective: Objective, trial: Sets | None, leaves: Leaves) -> float | None:
-    """The loss on held-out sets, None without them."""
-    if trial is None:
-        return None
-    with torch.no_grad():
-        return objective.loss(trial, leaves)[0].item()
-
-
-def _check_maps(maps: FlatMaps) -> None:
-    """Raise NonFinite where a step took a map out of the range of its dtype."""
-    finite = maps.weight.isfinite() & maps.bias.isfinite()
-    if not finite.all():
-        module = np.searchsorted(maps.offsets, int((~finite).nonzero()[0]), side="right") - 1
-        raise NonFinite(f"{maps.names[module]}: the map is not finite")
-
-
-def _check_real(argument: str, value: Any, low: float, *, strict: bool = False) -> float:
-    """A finite real number above ``low``, or not below it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or (strict and value == low):
-        raise ValueError(f"{argument} must be finite and {'>' if strict else '>='} {low:g}, got {value:g}")
-    return value
-
-
-def _check_integer(argument: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{argument} must be an integer, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{argument} must be >= {low}, got {value}")
-    return int(value)
-
-
-def _check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def _check_betas(betas: Any) -> tuple[float, float]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    first, second = (_check_real("betas", beta, 0.0) for beta in betas)
+    first, second = (check_real("betas", beta, 0.0) for beta in betas)
     if max(first, second) >= 1:
         raise ValueError(f"betas must be < 1, got {betas!r}")
     return first, second

@@ -1,0 +1,441 @@
+"""Sparse paths through a model: maps for falling penalties, each fitted from the last, and refits on their supports."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..path import SparsePath
+from . import calling, sites
+from .collect import check_pooling
+from .objective import SCALINGS, NonFinite, Objective, Sets
+from .optim import FlatMaps, ProximalOptimizer
+from .problem import check_choice, check_integer, check_maps, check_real, find, pose, read, trial_loss
+
+# A rate may leave the one that was asked for by so much, down and up.
+LEAST_RATE, MOST_RATE = 0.1, 100.0
+# What a rate is divided by after a step that made things worse.
+RETREAT = 4.0
+# Rounding must not keep a neuron at the penalty that is to leave none.
+ABOVE = 1 + 1e-5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EndToEndPath(SparsePath):
+    """A `SparsePath` through a model: what `lineas.sparse_path_end_to_end` returns.
+
+    Attributes
+    ----------
+    penalized_loss, penalized_held_out_loss : ndarray or None
+        float64 [K], the losses before the refit on the support; ``loss`` and ``held_out_loss`` are those of the maps
+        that were kept.
+    refitted : ndarray
+        bool [K], whether the maps of a point are the refitted ones.
+    history : dict of str to array
+        One entry for each step: "point" and "penalty", the point it belongs to; "refit"; "lr", its rate; "loss", after
+        the step and without penalties; "kept", False where the step made things worse and was taken back.
+    passes : int
+        What the path cost: one for each forward pass of a set of prompts, three for one with its backward pass.
+    stopped : str
+        "finished", "interrupted", or "not finite at penalty p: ..." with the module and the value.
+    """
+
+    penalized_loss: NDArray | None = None
+    penalized_held_out_loss: NDArray | None = None
+    refitted: NDArray = field(default_factory=lambda: np.zeros(0, bool))
+    history: dict[str, NDArray] = field(default_factory=dict)
+    passes: int = 0
+    stopped: str = "finished"
+
+
+def largest_penalty(
+    grad_weight: NDArray, grad_bias: NDArray, widths: Sequence[int] | NDArray, l1_ratio: float
+) -> float:
+    """The smallest penalty at which no map leaves the identity.
+
+    A group x of d slopes - 1 or shifts with gradient h at 0 stays at 0 as long as ``||S(h, p l1_ratio)||_2 <=
+    p (1 - l1_ratio) sqrt(d)``, S being the soft threshold: the optimality condition of the sparse group lasso (Simon,
+    Friedman, Hastie and Tibshirani 2013, section 3).
+    """
+    ends = np.cumsum(widths)[:-1]
+    groups = [*np.split(grad_weight, ends), *np.split(grad_bias, ends)]
+    return max(_group_penalty(np.abs(group).astype(np.float64), l1_ratio) for group in groups)
+
+
+def _group_penalty(size: NDArray, l1_ratio: float) -> float:
+    """The same for one group whose gradient has the absolute values `size` [d]."""
+    bounds = []
+    if l1_ratio > 0:
+        bounds.append(size.max() / l1_ratio)
+    if l1_ratio < 1:
+        bounds.append(np.linalg.norm(size) / ((1 - l1_ratio) * math.sqrt(size.size)))
+    low, high = 0.0, float(min(bounds))
+    while (middle := (low + high) / 2) not in (low, high):  # until the two are neighbours
+        left = np.linalg.norm(np.maximum(size - middle * l1_ratio, 0))
+        if left > middle * (1 - l1_ratio) * math.sqrt(size.size):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+class _Place:
+    """Maps as they stood once, with the loss and the gradients there."""
+
+    def __init__(self, maps: FlatMaps, loss: float, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        self.weight, self.bias = maps.weight.clone(), maps.bias.clone()
+        self.loss, self.grad_weight, self.grad_bias = loss, grad_weight, grad_bias
+
+    def support(self) -> Tensor:
+        """Which neurons are mapped: bool [D]."""
+        return (self.weight != 1) | (self.bias != 0)
+
+    def gradients(self) -> tuple[NDArray, NDArray]:
+        return self.grad_weight.numpy(force=True), self.grad_bias.numpy(force=True)
+
+    def difference(self, other: _Place) -> tuple[Tensor, Tensor]:
+        """Steps and changes of the gradient from `other`: float64 [2 D] each."""
+        steps = torch.cat([self.weight - other.weight, self.bias - other.bias])
+        changes = torch.cat([self.grad_weight - other.grad_weight, self.grad_bias - other.grad_bias])
+        return steps.double(), changes.double()
+
+
+class _Descent:
+    """Proximal gradient steps that go down, at rates that follow the curvature met on the way.
+
+    The rate of a step is <s, y> / <y, y>, with s the last change of the maps and y that of their gradient (Barzilai and
+    Borwein 1988): with few neurons in the support the curvature along s is small and steps can be long. A step after
+    which loss and penalty together are higher than before is taken back, and the next one is shorter. All this, the
+    continuation from penalty to penalty and the debiasing are as in SpaRSA (Wright, Nowak and Figueiredo 2009).
+    """
+
+    def __init__(self, objective: Objective, fitted: Sets, maps: FlatMaps, lr: float) -> None:
+        self.objective, self.fitted, self.maps = objective, fitted, maps
+        self.lr = self.rate = lr
+        self.stepper = ProximalOptimizer(
+            maps, optimizer="sgd", betas=(0.9, 0.999), l1=0.0, group=0.0, l1_bias=0.0, group_bias=0.0
+        )
+        self.passes = 0
+        self.place = self._look()
+
+    def _look(self) -> _Place:
+        loss, _, grad_weight, grad_bias = self.objective.gradient(self.fitted, self.maps.leaves())
+        self.passes += 3
+        return _Place(self.maps, loss, grad_weight, grad_bias)
+
+    def trial_loss(self, trial: Sets | None) -> float | None:
+        """The held-out loss of the maps as they stand; see `problem.trial_loss`."""
+        self.passes += trial is not None
+        return trial_loss(self.objective, trial, self.maps.leaves())
+
+    def go_to(self, place: _Place) -> None:
+        """Put the maps where they were once."""
+        self.maps.weight.copy_(place.weight)
+        self.maps.bias.copy_(place.bias)
+        self.place = place
+
+    def step(self, l1: float, group: float, support: Tensor | None = None) -> tuple[float, float, bool] | None:
+        """Take a step; with `support` [D], 1 or 0, only on its neurons.
+
+        Returns
+        -------
+        (rate, loss, kept) or None
+            The loss after the step, and whether it was kept; None where the maps do not move.
+        """
+        old, rate = self.place, self.rate
+        self.stepper.penalties = (l1, group, l1, group)
+        mask = 1 if support is None else support
+        self.stepper.step(old.grad_weight * mask, old.grad_bias * mask, rate)
+        check_maps(self.maps)
+        if torch.equal(self.maps.weight, old.weight) and torch.equal(self.maps.bias, old.bias):
+            return None
+        new = self._look()
+        steps, changes = new.difference(old)
+        if support is not None:
+            changes *= torch.cat([support, support])
+        along = float(steps @ changes)
+        if along > 0:
+            self.rate = min(max(along / float(changes @ changes), LEAST_RATE * self.lr), MOST_RATE * self.lr)
+        kept = new.loss + self._penalty(new, l1, group) <= old.loss + self._penalty(old, l1, group)
+        if kept:
+            self.place = new
+        else:
+            self.go_to(old)
+            self.rate = min(self.rate, rate / RETREAT)
+        return rate, new.loss, kept
+
+    def _penalty(self, place: _Place, l1: float, group: float) -> float:
+        """The penalty at a place; see `ProximalOptimizer`."""
+        total = 0.0
+        sizes = np.diff(self.maps.offsets).tolist()
+        for x in (place.weight.double() - 1, place.bias.double()):
+            total += l1 * float(x.abs().sum())
+            total += group * sum(math.sqrt(len(part)) * float(part.norm()) for part in x.split(sizes) if group)
+        return total
+
+
+class _Points:
+    """The points found so far, and every step on the way."""
+
+    def __init__(self) -> None:
+        self.places: list[_Place] = []
+        self.held_out: list[float | None] = []
+        self.penalized: list[tuple[float, float | None]] = []
+        self.refitted: list[bool] = []
+        self.records: list[tuple[int, float, bool, float, float, bool]] = []
+        self.stopped = "finished"
+
+    def add(self, place: _Place, held_out: float | None) -> None:
+        """Add a point as its penalty leaves it."""
+        self.places.append(place)
+        self.held_out.append(held_out)
+        self.penalized.append((place.loss, held_out))
+        self.refitted.append(False)
+
+    def replace(self, place: _Place, held_out: float | None) -> None:
+        """Take the refitted maps of the last point where they are better, by held-out loss if there is one."""
+        before = self.held_out[-1]
+        if place.loss < self.places[-1].loss if held_out is None or before is None else held_out < before:
+            self.places[-1], self.held_out[-1], self.refitted[-1] = place, held_out, True
+
+    def history(self) -> dict[str, NDArray]:
+        """The arrays of `EndToEndPath.history`."""
+        types = {
+            "point": np.int64,
+            "penalty": np.float64,
+            "refit": np.bool_,
+            "lr": np.float64,
+            "loss": np.float64,
+            "kept": np.bool_,
+        }
+        columns = zip(*self.records, strict=True) if self.records else [()] * len(types)
+        return {name: np.array(column, kind) for (name, kind), column in zip(types.items(), columns, strict=True)}
+
+
+def sparse_path_end_to_end(
+    model: nn.Module,
+    source: Any,
+    target: Any,
+    *,
+    layers: sites.Layers,
+    loss_layers: sites.Layers | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: calling.Forward | None = None,
+    held_out: tuple[Any, Any] | None = None,
+    pooling: str = "mean",
+    penalties: Sequence[float] | NDArray | None = None,
+    n_penalties: int | None = None,
+    min_ratio: float = 1e-3,
+    l1_ratio: float = 1.0,
+    steps: int = 2,
+    refit_steps: int = 0,
+    refit_support: float = 0.5,
+    scaling: str = "layer-mean",
+    lr: float = 0.3,
+    seed: int = 0,
+    progress: bool = True,
+) -> EndToEndPath:
+    """Fit the maps of all modules for falling penalties; `lineas.sparse_path_end_to_end` describes the arguments.
+
+    The path starts at the identity and goes from sparse to dense, every penalty from where the last one ended. The
+    gradient at the end of a point is that at the start of the next, of its refit, and tells its loss, so a path of K
+    points costs ``3 (1 + K steps)`` passes, and K with held-out data; a refit ``3 refit_steps`` more, and 1.
+    """
+    check_pooling(pooling)
+    check_choice("scaling", scaling, SCALINGS)
+    chosen = _check_penalties(penalties, n_penalties)
+    l1_ratio, min_ratio = _check_share("l1_ratio", l1_ratio), _check_share("min_ratio", min_ratio, above=True)
+    steps = check_integer("steps", steps, 1)
+    refit_steps, refit_support = (
+        check_integer("refit_steps", refit_steps, 0),
+        _check_share("refit_support", refit_support),
+    )
+    lr, seed = check_real("lr", lr, 0.0, strict=True), check_integer("seed", seed, 0)
+    data = read(source, target, held_out, tokenizer, max_length)
+    map_names, loss_names = find(model, layers, loss_layers)
+
+    with calling.frozen(model):
+        torch.manual_seed(seed)
+        objective, fitted, trial = pose(model, data, map_names, loss_names, forward, pooling, scaling)
+        maps = FlatMaps(objective.widths, objective.dtype, objective.device)
+        descent = _start(objective, fitted, maps, lr)
+        descent.passes += 2 if trial is None else 3  # the run that finds the order, and those that took the targets
+        if isinstance(chosen, int):
+            most = ABOVE * largest_penalty(*descent.place.gradients(), np.diff(maps.offsets), l1_ratio)
+            if most == 0:
+                raise ValueError(
+                    "penalties: the gradient at the identity is zero, so no penalty is the smallest that leaves every "
+                    "map there: source and target give the same activations"
+                )
+            chosen = np.geomspace(most, most * min_ratio, chosen).tolist()
+        points = _walk(descent, trial, chosen, l1_ratio, steps, (refit_steps, refit_support), progress)
+
+    settings = {
+        "scaling": scaling,
+        "l1_ratio": l1_ratio,
+        "steps": steps,
+        "refit_steps": refit_steps,
+        "refit_support": refit_support,
+        "lr": lr,
+        "seed": seed,
+        "max_length": max_length,
+    }
+    metadata = {
+        "method": "sparse path end to end",
+        "version": __version__,
+        "model": sites.model_name(model),
+        "layers": sites.spell(layers),
+        "loss_layers": sites.spell(layers if loss_layers is None else loss_layers),
+        "pooling": pooling,
+        "settings": settings,
+    }
+    return _path(points, maps, chosen, l1_ratio, trial is not None, descent.passes, metadata)
+
+
+def _path(
+    points: _Points,
+    maps: FlatMaps,
+    penalties: list[float],
+    l1_ratio: float,
+    held_out: bool,
+    passes: int,
+    metadata: dict[str, Any],
+) -> EndToEndPath:
+    """The points found as a path."""
+
+    def stack(tensors: list[Tensor]) -> NDArray:
+        return torch.stack(tensors).numpy(force=True)
+
+    count = len(points.places)
+    metadata["history"] = {"passes": passes, "stopped": points.stopped}
+    losses, trials = zip(*points.penalized, strict=True)
+    return EndToEndPath(
+        penalties=np.array(penalties[:count]),
+        l1_ratio=l1_ratio,
+        loss=np.array([place.loss for place in points.places]),
+        held_out_loss=np.array(points.held_out, np.float64) if held_out else None,
+        modules=tuple(maps.names),
+        widths=tuple(np.diff(maps.offsets).tolist()),
+        weight=stack([place.weight for place in points.places]),
+        bias=stack([place.bias for place in points.places]),
+        metadata=metadata,
+        penalized_loss=np.array(losses),
+        penalized_held_out_loss=np.array(trials, np.float64) if held_out else None,
+        refitted=np.array(points.refitted),
+        history=points.history(),
+        passes=passes,
+        stopped=points.stopped,
+    )
+
+
+def _start(objective: Objective, fitted: Sets, maps: FlatMaps, lr: float) -> _Descent:
+    try:
+        return _Descent(objective, fitted, maps, lr)
+    except NonFinite as error:
+        raise ValueError(f"the loss is not finite before any step: {error}") from None
+
+
+def _walk(
+    descent: _Descent,
+    trial: Sets | None,
+    penalties: list[float],
+    l1_ratio: float,
+    steps: int,
+    refits: tuple[int, float],
+    progress: bool,
+) -> _Points:
+    """Find the points until all are found, the user interrupts or a value is not finite."""
+    points = _Points()
+    bar = tqdm(total=len(penalties), disable=not progress, desc="path", unit="penalty")
+    penalty = penalties[0]
+    try:
+        for penalty in penalties:
+            _descend(descent, points, penalty, l1_ratio, steps)
+            points.add(descent.place, descent.trial_loss(trial))
+            share = descent.place.support().double().mean().item()
+            if refits[0] and 0 < share <= refits[1]:
+                _refit(descent, points, trial, penalty, refits[0])
+            bar.set_postfix(loss=f"{points.places[-1].loss:.4g}", support=f"{share:.2%}", refresh=False)
+            bar.update()
+    except NonFinite as error:
+        points.stopped = f"not finite at penalty {penalty:.6g}: {error}"
+        if not points.places:
+            raise ValueError(f"no point of the path was found, {points.stopped}") from None
+        warnings.warn(
+            f"sparse_path_end_to_end stopped, {points.stopped}; the {len(points.places)} points before it are kept",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    except KeyboardInterrupt:
+        if not points.places:
+            raise
+        points.stopped = "interrupted"
+    finally:
+        bar.close()
+    return points
+
+
+def _descend(
+    descent: _Descent,
+    points: _Points,
+    penalty: float,
+    l1_ratio: float,
+    steps: int,
+    support: Tensor | None = None,
+) -> None:
+    """Take steps at one penalty or, with `support`, without any on the support of its point."""
+    refit = support is not None
+    point = len(points.places) - refit
+    strength = 0.0 if refit else penalty
+    for _ in range(steps):
+        taken = descent.step(strength * l1_ratio, strength * (1 - l1_ratio), support)
+        if taken is None:
+            break
+        points.records.append((point, penalty, refit, *taken))
+
+
+def _refit(descent: _Descent, points: _Points, trial: Sets | None, penalty: float, steps: int) -> None:
+    """Refit the last point on its support without a penalty, and come back to where it was."""
+    place, rate = descent.place, descent.rate
+    _descend(descent, points, penalty, 0.0, steps, place.support().to(place.weight.dtype))
+    if descent.place is not place:
+        points.replace(descent.place, descent.trial_loss(trial))
+    descent.go_to(place)
+    descent.rate = rate
+
+
+def _check_penalties(penalties: Any, n_penalties: Any) -> list[float] | int:
+    """Falling penalties, or how many are to be chosen."""
+    if (penalties is None) == (n_penalties is None):
+        raise TypeError("exactly one of penalties and n_penalties must be given")
+    if penalties is None:
+        return check_integer("n_penalties", n_penalties, 2)
+    if isinstance(penalties, str) or not isinstance(penalties, Sequence | np.ndarray):
+        raise TypeError(f"penalties must be a sequence of numbers, got {type(penalties).__name__}")
+    values = [check_real(f"penalties[{k}]", value, 0.0, strict=True) for k, value in enumerate(penalties)]
+    if not values:
+        raise ValueError("penalties is empty")
+    for k, (before, after) in enumerate(itertools.pairwise(values)):
+        if after >= before:
+            raise ValueError(f"penalties must fall, got {before:g} and then {after:g} at index {k + 1}")
+    return values
+
+
+def _check_share(argument: str, value: Any, *, above: bool = False) -> float:
+    """A number from 0, or above 0, up to 1, or below 1 in the latter case."""
+    share = check_real(argument, value, 0.0, strict=above)
+    if share > 1 or (above and share == 1):
+        raise ValueError(f"{argument} must be {'< 1' if above else '<= 1'}, got {share:g}")
+    return share
