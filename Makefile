@@ -200,7 +200,7 @@ scan: need-clang $(ANALYZED:%.c=build/scan/%.done)
 # ---- fuzzing ----------------------------------------------------------------------------------------------------------
 
 need-clang:
-	@command -v $(CLANG) > build/clang.txt || \
+	@command -v $(CLANG) > /dev/null || \
 		{ echo 'this needs clang with its sanitizers (Debian: clang libclang-rt-dev), or CLANG=name'; exit 1; }
 
 # First the planted error must be found. New inputs go to build/fuzz/corpus; what fails, to build/fuzz.

@@ -15,6 +15,15 @@ from lineas import _core
 ERRORS = [(name, changes) for name, changes, _ in TYPE_ERRORS + VALUE_ERRORS]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_already_is_not_searched():
+    """Where torch is loaded, half a second for every full collection, of which these tests make hundreds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def caller(name, changes):
     """A function that makes one call, sound or refused, on the same arguments each time; and those arguments."""
     function, arguments = getattr(_core, name), tuple((sound(name) | changes).values())
@@ -44,7 +53,10 @@ def memory_after(once, calls):
     ("name", "changes"), [*((name, {}) for name in NAMES), *ERRORS], ids=[*NAMES, *(name for name, _ in ERRORS)]
 )
 def test_references_and_memory(name, changes):
-    """A block lost in each call would show a hundredfold; what Python and NumPy keep for reuse does not grow."""
+    """One byte lost in each call would be a hundred.
+
+    What Python and NumPy keep for reuse does not grow, and a thread of another library that wakes up adds less.
+    """
     once, arguments = caller(name, changes)
     once()
     counts, used = references(arguments), np.zeros(4, int)  # not a list, whose numbers would count as memory
@@ -56,7 +68,7 @@ def test_references_and_memory(name, changes):
     finally:
         tracemalloc.stop()
     assert references(arguments) == counts
-    assert np.diff(used).min() <= 0, used
+    assert np.diff(used).min() < 100, used
 
 
 def resident():
