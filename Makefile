@@ -1,7 +1,7 @@
 # What can be done with a checkout. Every target makes what it needs, in folders that git ignores, and needs nothing
 # beforehand but make, a C compiler and Python >= 3.11 with its headers and venv.
 #   make demo       steer a small language model and look at what it does
-#   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them
+#   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them, -n 0 keeps them in one process
 #   make ctest      the C tests and example     make valgrind, make tsan: the same under valgrind, ThreadSanitizer
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
@@ -72,7 +72,7 @@ demo: .venv-demo/stamp
 	.venv-demo/bin/lineas demo $(DEMO_ARGS)
 
 test: .venv-test/stamp
-	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: .venv-test/stamp
 	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)
