@@ -86,18 +86,21 @@ lns_status lns_wasserstein(const lns_w2_job *jobs, int64_t count, int v_sorted, 
 /* ---- transport.c: closed-form maps ----------------------------------------------------------------------------------
  */
 
-typedef enum lns_method { LNS_MEAN, LNS_GAUSSIAN, LNS_LINEAR } lns_method;
+typedef enum lns_method { LNS_MEAN, LNS_GAUSSIAN, LNS_LINEAR, LNS_MOMENTS } lns_method;
 
 typedef struct lns_fit_job {
     lns_sample source, target; /* same d, at least 2 rows each */
-    void *weight, *bias;       /* [d] real, overwritten: the map z -> weight * z + bias */
+    void *weight, *bias;       /* [d] real, overwritten: the map z -> weight * z + bias; not for LNS_MOMENTS */
+    double *moments;           /* [5, d], overwritten, for LNS_MOMENTS alone */
 } lns_fit_job;
 
 int64_t lns_fit_worksize(const lns_fit_job *jobs, int64_t count, int threads);
 
 /* LNS_MEAN: weight 1, bias mean(v) - mean(u). LNS_GAUSSIAN: weight sd(v) / sd(u), the means matched; ddof = 1, with
  * masses the weighted population variance. LNS_LINEAR: least squares of the target quantiles on the source quantiles.
- * A column of the source without variance gets weight 1 and the mean shift. */
+ * A column of the source without variance gets weight 1 and the mean shift. LNS_MOMENTS: no map, but what the linear
+ * one and every sparse one depend on: mean u, mean v, var u, cov(u, v) and var v of the paired quantiles (of the
+ * population; var u and cov exactly 0 for a constant column). */
 lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, int threads, void *work,
                    lns_place *place);
 
@@ -114,6 +117,36 @@ int64_t lns_bures_map_worksize(int64_t d);
  * d * 2^-52 times the largest) are mapped to zero. source, target [d, d] symmetric, not modified. LNS_NO_CONVERGENCE.
  */
 lns_status lns_bures_map(const double *source, const double *target, int64_t d, double ridge, void *work, double *map);
+
+/* ---- path.c: the sparse path ----------------------------------------------------------------------------------------
+ */
+
+/* One module. Point k holds the minimum over weight >= 0 and bias of
+ *     sum_j W_j + penalty_k * (ratio * (|weight - 1|_1 + |bias|_1) + (1 - ratio) * sqrt(d) * (|weight - 1|_2 +
+ * |bias|_2)) with W_j the squared W2 of weight * u + bias against v. */
+typedef struct lns_path_job {
+    int64_t d;
+    const double *moments;  /* [5, d] of LNS_MOMENTS, finite, variances >= 0, not modified */
+    const double *held_out; /* the same of held-out data, or NULL */
+    lns_dtype dtype;        /* LNS_F32 or LNS_F64: of weight and bias */
+    void *weight, *bias;    /* point k at [k * stride], d entries each, overwritten */
+    int64_t stride;         /* >= d */
+    double *loss;           /* [K], overwritten: sum_j W_j */
+    double *held_out_loss;  /* [K], overwritten: of the held-out data; NULL where there are none */
+    double *distance;       /* [K], overwritten: Euclidean distance of 0 to the subdifferential */
+    double largest;         /* from lns_path_largest: scale of the tolerance */
+} lns_path_job;
+
+int64_t lns_path_worksize(const lns_path_job *jobs, int64_t count, int64_t points, int threads);
+
+/* The smallest penalty at which the map of the moments [5, d] is the identity; ratio in [0, 1]. work: as lns_path with
+ * one job on one thread. */
+double lns_path_largest(const double *moments, int64_t d, double ratio, void *work);
+
+/* penalties [points], finite and > 0, best in falling order: each point starts from the one before it. The distance is
+ * below 1e-9 of the largest penalty unless rounding forbids it, as where means are 10^7 standard deviations. */
+lns_status lns_path(const lns_path_job *jobs, int64_t count, const double *penalties, int64_t points, double ratio,
+                    int threads, void *work);
 
 /* ---- affine.c: a map at a strength ----------------------------------------------------------------------------------
  */

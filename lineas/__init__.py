@@ -16,6 +16,7 @@ from .local import GaussianMap, bures_map, covariance, fit
 from .losses import prox_sparse_group, wasserstein, wasserstein_grad
 from .maps import AffineMap, SteeringMaps
 from .moments import Moments, moments
+from .path import SparsePath, sparse_path
 from .storage import load
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "AffineTransport",
     "GaussianMap",
     "Moments",
+    "SparsePath",
     "SteeringMaps",
     "bures_map",
     "collect",
@@ -50,6 +52,7 @@ __all__ = [
     "moments",
     "prox_sparse_group",
     "set_num_threads",
+    "sparse_path",
     "sparse_path_end_to_end",
     "wasserstein",
     "wasserstein_grad",

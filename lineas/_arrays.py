@@ -258,3 +258,11 @@ def as_positive(value: Any, name: str) -> float:
     if value <= 0:
         raise ValueError(f"{name} must be above 0, got {value}")
     return value
+
+
+def as_share(value: Any, name: str) -> float:
+    """`value` as a float; TypeError if it is not a real number, ValueError if it is not from 0 to 1."""
+    value = _as_finite(value, name)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value}")
+    return value

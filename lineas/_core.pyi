@@ -135,6 +135,39 @@ def fit_local(
     mean shift. Masses: float64 row weights as in wasserstein.
     """
 
+def quantile_moments(
+    source: Sequence[Array],
+    target: Sequence[Array],
+    source_mass: Sequence[Array | None] | None,
+    target_mass: Sequence[Array | None] | None,
+    source_names: Sequence[str],
+    target_names: Sequence[str],
+    threads: int,
+) -> list[Array]:
+    """Moments of the paired quantiles of source[k] [n_k, d_k] and target[k] [m_k, d_k]: float64 [5, d_k] each.
+
+    Rows: mean u, mean v, var u, cov(u, v), var v, of the population; var u and cov are exactly 0 for a constant column.
+    """
+
+def largest_penalty(moments: Sequence[Array], l1_ratio: float) -> Array:
+    """float64 [L]: the smallest penalty of each module at which its sparse map is the identity."""
+
+def sparse_path(
+    moments: Sequence[Array],
+    held_out: Sequence[Array] | None,
+    penalties: Array,
+    l1_ratio: float,
+    double: bool,
+    largest: float,
+    threads: int,
+) -> tuple[Array, Array, Array, Array | None, Array]:
+    """Sparse maps of L modules (moments [5, d_l], finite) at float64 penalties [K] > 0, best in falling order.
+
+    Returns weight and bias [K, D], D = sum of d_l, float64 where `double` is true, else float32; the loss [L, K]; the
+    held-out loss [L, K] or None; and [L, K] the distance of 0 to the subdifferential. `largest` is the largest penalty,
+    the scale of the tolerance.
+    """
+
 def covariance(x: Array, mass: Array | None, name: str) -> tuple[Array, Array]:
     """(mean [d], covariance [d, d]) of a sample, float64; ddof = 1, with mass the weighted population covariance."""
 

@@ -53,6 +53,8 @@ def fit(
     target: ArrayLike,
     *,
     method: str = "linear",
+    l1: float = 0.0,
+    group: float = 0.0,
     source_weights: ArrayLike | None = None,
     target_weights: ArrayLike | None = None,
 ) -> AffineMap: ...
@@ -64,6 +66,8 @@ def fit(
     target: Mapping[str, ArrayLike],
     *,
     method: str = "linear",
+    l1: float = 0.0,
+    group: float = 0.0,
     source_weights: Weights = None,
     target_weights: Weights = None,
 ) -> SteeringMaps: ...
@@ -74,6 +78,8 @@ def fit(
     target: ArrayLike | Mapping[str, ArrayLike],
     *,
     method: str = "linear",
+    l1: float = 0.0,
+    group: float = 0.0,
     source_weights: Weights = None,
     target_weights: Weights = None,
 ) -> AffineMap | SteeringMaps:
@@ -91,6 +97,10 @@ def fit(
         arXiv 2410.23054); exact for unequal sizes, through the overlaps of the two quantile functions.
         "gaussian": ``w = sd(v) / sd(u)``. "mean": ``w = 1``. The means match in all three. A source neuron that is
         constant gets ``w = 1``.
+    l1, group : float, default 0.0
+        Penalties of the linear map: ``l1 (|w - 1|_1 + |b|_1) + group sqrt(d) (||w - 1||_2 + ||b||_2)`` for each module
+        of d neurons, added to the sum over its neurons of the squared 2-Wasserstein distance. Zeros are exact and
+        w >= 0: one point of `lineas.sparse_path`.
     source_weights, target_weights : array_like or Mapping, optional
         Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
         positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance.
@@ -107,7 +117,7 @@ def fit(
         If a dtype is not one of the four, or one of `source` and `target` is a mapping and the other is not.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
-        column are named), or `method` is unknown.
+        column are named), `method` is unknown, or a penalty is negative, not finite, or not for `method`.
 
     Examples
     --------
@@ -118,10 +128,42 @@ def fit(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    l1, group = as_not_negative(l1, "l1"), as_not_negative(group, "group")
+    if (l1 or group) and method != "linear":
+        raise ValueError(f"l1 and group are penalties of method 'linear', got method {method!r}")
+    pairs = paired_samples(source, target, source_weights, target_weights)
+    metadata: dict[str, Any] = {"method": method}
+    if l1 or group:
+        metadata |= {"l1": l1, "group": group}
+        fitted = _fit_sparse(pairs, l1, group)
+    else:
+        fitted = _fit_batches(pairs, method)
+    if None in fitted:
+        return fitted[None]
+    from . import __version__
+
+    return SteeringMaps({module: fitted[module] for module in pairs}, {**metadata, "version": __version__})
+
+
+# Module, source, target, weights of both, names of both for messages.
+Pair = tuple[Any, NDArray, NDArray, NDArray | None, NDArray | None, str, str]
+
+
+def paired_samples(
+    source: ArrayLike | Mapping[str, ArrayLike],
+    target: ArrayLike | Mapping[str, ArrayLike],
+    source_weights: Weights,
+    target_weights: Weights,
+    prefix: str = "",
+) -> dict[Any, tuple]:
+    """Check the samples of `fit`: by module (None for one array) (source, target, weights of both, names of both).
+
+    `prefix` goes before the names of the arguments in messages.
+    """
     one = not isinstance(source, Mapping)
     if one != (not isinstance(target, Mapping)):
         kinds = f"{type(source).__name__} and {type(target).__name__}"
-        raise TypeError(f"source and target must both be arrays or both be mappings, got {kinds}")
+        raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
     for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
         if isinstance(given, Mapping):
             if not isinstance(source, Mapping):
@@ -131,25 +173,37 @@ def fit(
     targets: Mapping[Any, Any] = {None: target}
     if isinstance(source, Mapping) and isinstance(target, Mapping):
         if not source:
-            raise ValueError("source must hold at least one module")
-        _check_names(list(source), target, "target")
+            raise ValueError(f"{prefix}source must hold at least one module")
+        _check_names(list(source), target, f"{prefix}target")
         sources, targets = source, target
-
-    # The engine takes many modules in one call, but of one working type.
-    batches: dict[np.dtype, list[tuple]] = {}
+    pairs = {}
     for module, x in sources.items():
         at = "" if module is None else f"[{module!r}]"
-        u, v = as_sample(x, f"source{at}", min_rows=2), as_sample(targets[module], f"target{at}", min_rows=2)
+        u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
+        u, v = as_sample(x, u_name, min_rows=2), as_sample(targets[module], v_name, min_rows=2)
         if u.shape[1] != v.shape[1]:
             raise ValueError(
-                f"source{at} and target{at} must have the same number of columns, got shapes {u.shape} and {v.shape}"
+                f"{u_name} and {v_name} must have the same number of columns, got shapes {u.shape} and {v.shape}"
             )
         u, v = same_working_type(u, v)
         u_mass = _mass(source_weights, module, len(u), "source_weights")
         v_mass = _mass(target_weights, module, len(v), "target_weights")
-        batches.setdefault(working_dtype(u), []).append((module, u, v, u_mass, v_mass, f"source{at}", f"target{at}"))
+        pairs[module] = (u, v, u_mass, v_mass, u_name, v_name)
+    return pairs
+
+
+def by_working_type(pairs: Mapping[Any, tuple]) -> dict[np.dtype, list[Pair]]:
+    """The modules of each working type: the engine takes many in one call, but of one type."""
+    batches: dict[np.dtype, list[Pair]] = {}
+    for module, pair in pairs.items():
+        batches.setdefault(working_dtype(pair[0]), []).append((module, *pair))
+    return batches
+
+
+def _fit_batches(pairs: Mapping[Any, tuple], method: str) -> dict[Any, AffineMap]:
+    """The closed-form maps by module."""
     fitted = {}
-    for batch in batches.values():
+    for batch in by_working_type(pairs).values():
         modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
         weights, biases = _core.fit_local(us, vs, u_masses, v_masses, method, u_names, v_names, get_num_threads())
         for module, weight, bias, name in zip(modules, weights, biases, u_names, strict=True):
@@ -157,12 +211,22 @@ def fit(
                 fitted[module] = AffineMap(weight, bias)
             except ValueError as error:
                 raise ValueError(f"the map of {name} overflows {weight.dtype}: {error}") from None
-    if one:
-        return fitted[None]
-    from . import __version__
+    return fitted
 
-    metadata = {"method": method, "version": __version__}
-    return SteeringMaps({module: fitted[module] for module in sources}, metadata)
+
+def _fit_sparse(pairs: Mapping[Any, tuple], l1: float, group: float) -> dict[Any, AffineMap]:
+    """One point of the sparse path by module."""
+    from .path import moments_of
+
+    moments = moments_of(pairs)
+    fitted = {}
+    for module, one in zip(pairs, moments, strict=True):
+        ratio, penalty = l1 / (l1 + group), np.array([l1 + group])
+        largest = float(_core.largest_penalty([one], ratio)[0])
+        is_double = pairs[module][0].dtype == np.float64
+        weight, bias = _core.sparse_path([one], None, penalty, ratio, is_double, largest, get_num_threads())[:2]
+        fitted[module] = AffineMap(weight[0], bias[0])
+    return fitted
 
 
 def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:

@@ -286,6 +286,115 @@ def fit_local(
     return weight.astype(source.dtype), bias.astype(source.dtype)
 
 
+def quantile_moments(
+    source: NDArray, target: NDArray, source_mass: NDArray | None = None, target_mass: NDArray | None = None
+) -> NDArray:
+    """Moments of the paired quantiles of `source` [n, d] and `target` [m, d]: float64 [5, d], as ``_core`` has them."""
+    source, target = widen(source), widen(target)
+    out = np.empty((5, source.shape[1]))
+    for j in range(source.shape[1]):
+        u, v = source[:, j].astype(np.float64), target[:, j].astype(np.float64)
+        i, k, mass, _ = _coupling(u, v, source_mass, target_mass)
+        mean_u, mean_v = np.sum(mass * u[i]), np.sum(mass * v[k])
+        x, y = u[i] - mean_u, v[k] - mean_v
+        out[:, j] = mean_u, mean_v, np.sum(mass * x * x), np.sum(mass * x * y), np.sum(mass * y * y)
+    return out
+
+
+def sparse_loss(moments: NDArray, weight: NDArray, bias: NDArray) -> float:
+    """Sum over neurons of squared W2 at slopes >= 0 and shifts [d], from moments [5, d]."""
+    mean_u, mean_v, var_u, cov, var_v = moments
+    gap = mean_u * weight + bias - mean_v
+    return float(np.sum((weight * var_u - 2 * cov) * weight + var_v + gap * gap))
+
+
+def _sparse_gradient(moments: NDArray, x: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
+    """Gradient of `sparse_loss` in x = weight - 1 and in b."""
+    mean_u, mean_v, var_u, cov, _ = moments
+    gap = mean_u * (1 + x) + b - mean_v
+    return 2 * (var_u * (1 + x) - cov + mean_u * gap), 2 * gap
+
+
+def _soft(h: NDArray, l1: float) -> NDArray:
+    return np.sign(h) * np.maximum(np.abs(h) - l1, 0)
+
+
+def kkt_distance(moments: NDArray, weight: NDArray, bias: NDArray, l1: float, group: float) -> float:
+    """Distance of 0 to the subdifferential of `sparse_loss` plus penalties under weight >= 0, at a map [d]."""
+    x, tau, total = weight - 1, group * np.sqrt(len(weight)), 0.0
+    for part, slope, is_weight in zip((x, bias), _sparse_gradient(moments, x, bias), (True, False), strict=True):
+        norm = np.linalg.norm(part)
+        if norm == 0:
+            total += max(float(np.linalg.norm(_soft(slope, l1))) - tau, 0.0) ** 2
+            continue
+        slope = slope + tau * part / norm
+        left = np.where(part == 0, _soft(slope, l1), slope + l1 * np.sign(part))
+        if is_weight:  # at weight 0 a slope that points out of the bound is allowed
+            left = np.where(weight == 0, np.minimum(left, 0), left)
+        total += float(np.sum(left**2))
+    return float(np.sqrt(total))
+
+
+def largest_penalty(moments: NDArray, l1_ratio: float) -> float:
+    """The smallest penalty at which the sparse map is the identity, by bisection."""
+    largest = 0.0
+    group = (1 - l1_ratio) * np.sqrt(moments.shape[1])
+    for h in _sparse_gradient(moments, np.zeros(moments.shape[1]), np.zeros(moments.shape[1])):
+        low, high = 0.0, float(np.linalg.norm(h)) / max(group, l1_ratio / np.sqrt(len(h))) if h.any() else 0.0
+        while (middle := low + (high - low) / 2) > low and middle < high:
+            if np.linalg.norm(_soft(h, middle * l1_ratio)) > middle * group:
+                low = middle
+            else:
+                high = middle
+        largest = max(largest, high)
+    return largest
+
+
+def _prox_bounded(v: NDArray, l1: float, tau: float) -> NDArray:
+    """prox of l1 |x|_1 + tau ||x||_2 under x >= -1: the group shrink, in which entries at the bound stay there."""
+    soft = _soft(v, l1)
+    norm = np.linalg.norm(soft)
+    if norm <= tau:
+        return np.zeros_like(v)
+    x = (1 - tau / norm) * soft
+    if x.min() >= -1:
+        return x
+    low, high = 0.0, float(norm)  # the norm of the solution
+    for _ in range(200):
+        size = (low + high) / 2
+        x = np.maximum(soft * size / (size + tau), -1)
+        low, high = (size, high) if np.linalg.norm(x) > size else (low, size)
+    return x
+
+
+def sparse_map(
+    moments: NDArray, l1: float, group: float, start: tuple[NDArray, NDArray] | None = None,
+    tolerance: float = 1e-9, iterations: int = 100_000,
+) -> tuple[NDArray, NDArray, int]:  # fmt: skip
+    """One point of the sparse path by proximal gradient steps with restarts (FISTA, Beck and Teboulle 2009).
+
+    Returns (weight [d], bias [d], steps). Ends when `kkt_distance` is at most `tolerance`.
+    """
+    mean_u, _, var_u, _, _ = moments
+    tau = group * np.sqrt(len(mean_u))
+    a = var_u + mean_u**2
+    rate = 1 / np.max(a + 1 + np.sqrt((a - 1) ** 2 + 4 * mean_u**2))  # largest curvature: of [[2 a, 2 m], [2 m, 2]]
+    x, b = (np.zeros(len(a)), np.zeros(len(a))) if start is None else (start[0] - 1, start[1].copy())
+    ahead_x, ahead_b, momentum = x, b, 1.0
+    for k in range(iterations):
+        if k % 10 == 0 and kkt_distance(moments, 1 + x, b, l1, group) <= tolerance:
+            return 1 + x, b, k
+        slope_x, slope_b = _sparse_gradient(moments, ahead_x, ahead_b)
+        new_x = _prox_bounded(ahead_x - rate * slope_x, rate * l1, rate * tau)
+        new_b = prox_sparse_group(ahead_b - rate * slope_b, rate, l1, group)
+        uphill = np.sum((ahead_x - new_x) * (new_x - x)) + np.sum((ahead_b - new_b) * (new_b - b)) > 0
+        following = 1.0 if uphill else (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        push = 0.0 if uphill else (momentum - 1) / following
+        ahead_x, ahead_b = new_x + push * (new_x - x), new_b + push * (new_b - b)
+        x, b, momentum = new_x, new_b, following
+    return 1 + x, b, iterations
+
+
 def covariance(x: NDArray, mass: NDArray | None = None) -> tuple[NDArray, NDArray]:
     """(mean [d], covariance [d, d]) in float64; ddof = 1, with `mass` the weighted population covariance."""
     x = widen(x).astype(np.float64)

@@ -36,6 +36,13 @@ def sound(name, d=3):
         "prox_sparse_group": {"x": vector, "tau": 1.0, "l1": 1.0, "group": 1.0},
         "step": flat | {"offsets": np.array([0, 2, 2 + d])} | penalties | {"adam": None} | threads,
         "fit_local": fit | {"source_names": ["u"], "target_names": ["v"]} | threads,
+        "quantile_moments": {key: value for key, value in fit.items() if key != "method"}
+        | {"source_names": ["u"], "target_names": ["v"]}
+        | threads,
+        "largest_penalty": {"moments": [ones(5, d)], "l1_ratio": 0.5},
+        "sparse_path": {"moments": [ones(5, d)], "held_out": [ones(5, d)], "penalties": np.array([2.0, 1.0])}
+        | {"l1_ratio": 0.5, "double": True, "largest": 1.0}
+        | threads,
         "covariance": {"x": rows, "mass": None, "name": "x"},
         "bures_map": {"cov_source": np.eye(d), "cov_target": np.eye(d), "ridge": 0.0},
     }[name]

@@ -121,7 +121,8 @@ static inline uint16_t lns_f32_to_f16(float value)
 }
 
 /* `count` elements from `index` on, as float. dtype is not LNS_F64. Inline, to be compiled for every variant. */
-static LNS_INLINE void lns_load_f32(float *restrict out, const void *data, lns_dtype dtype, int64_t index, int64_t count)
+static LNS_INLINE void lns_load_f32(float *restrict out, const void *data, lns_dtype dtype, int64_t index,
+                                    int64_t count)
 {
     const void *from = lns_element(data, dtype, index);
     if (dtype == LNS_F32) {

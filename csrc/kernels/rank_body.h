@@ -149,7 +149,8 @@ static inline void VNAME(repair)(key *keys, int64_t n, const VNAME(order) * o)
     }
 }
 
-/* Ranks values whose bits under the mask are all zero, as those of 16-bit samples are: a packed key holds all of them. */
+/* Ranks values whose bits under the mask are all zero, as those of 16-bit samples are: a packed key holds all of them.
+ */
 static void VNAME(rank_exact)(key *keys, int64_t n, key row_mask, const VNAME(order) * o)
 {
     for (int64_t i = 0; i < n; i++) {

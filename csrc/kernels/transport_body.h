@@ -4,17 +4,19 @@
 /* What the linear map needs to know of the columns of a tile. */
 typedef struct VNAME(fit_sums) {
     double mean_u[LANES], mean_v[LANES], variance[LANES];
-    double other[LANES]; /* covariance of the paired quantiles or, for the Gaussian map, variance of v */
+    double other[LANES];      /* covariance of the paired quantiles or, for the Gaussian map, variance of v */
+    double variance_v[LANES]; /* for moments alone */
 } VNAME(fit_sums);
 
 /* Pairs the quantiles of `width` columns of sorted tiles from column l on (a constant, for which the sums stay in
- * registers). Sums are taken around the median rows: a large mean costs no digits. In double: of slopes and shifts that
- * nearly cancel, every digit counts. */
+ * registers); `both` wants the variance of v as well. Sums are taken around the median rows: a large mean costs no
+ * digits. In double: of slopes and shifts that nearly cancel, every digit counts. */
 static LNS_INLINE void VNAME(pair_columns)(const real *u, int64_t n, const real *v, int64_t m,
                                            const lns_segment *segments, int64_t count, int64_t l,
-                                           VNAME(fit_sums) * sums, const int width)
+                                           VNAME(fit_sums) * sums, const int width, const int both)
 {
     double middle_u[8], middle_v[8], sum_u[8] = {0}, sum_v[8] = {0}, sum_uu[8] = {0}, sum_uv[8] = {0};
+    double sum_vv[8] = {0};
     for (int j = 0; j < width; j++) {
         middle_u[j] = (double)u[n / 2 * LANES + l + j];
         middle_v[j] = (double)v[m / 2 * LANES + l + j];
@@ -28,6 +30,7 @@ static LNS_INLINE void VNAME(pair_columns)(const real *u, int64_t n, const real 
             sum_v[j] += mass * y;
             sum_uu[j] += weighted * x;
             sum_uv[j] += weighted * y;
+            sum_vv[j] += both ? mass * y * y : 0;
         }
     }
     for (int j = 0; j < width; j++) {
@@ -35,6 +38,7 @@ static LNS_INLINE void VNAME(pair_columns)(const real *u, int64_t n, const real 
         sums->mean_v[l + j] = sum_v[j] + middle_v[j];
         sums->variance[l + j] = sum_uu[j] - sum_u[j] * sum_u[j];
         sums->other[l + j] = sum_uv[j] - sum_u[j] * sum_v[j];
+        sums->variance_v[l + j] = both ? sum_vv[j] - sum_v[j] * sum_v[j] : 0;
     }
 }
 
@@ -120,7 +124,7 @@ static inline VNAME(fit_work) VNAME(fit_work_at)(char *memory, const lns_fit_job
 
 /* Sorts tile t of a panel of keys and pairs it; returns whether everything was finite. */
 static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *pairing, key *u, key *v,
-                                    const VNAME(fit_work) * work, int *constant, VNAME(fit_sums) * sums)
+                                    const VNAME(fit_work) * work, int both, int *constant, VNAME(fit_sums) * sums)
 {
     const int64_t n = job->source.n, m = job->target.n;
     real *const reals_u = (real *)(void *)u, *const reals_v = (real *)(void *)v;
@@ -138,7 +142,11 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
     VNAME(flip_tile)(v, m);
     if (!pairing->weighted) {
         for (int l = 0; l < LANES; l += 8) {
-            VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums, 8);
+            if (both) {
+                VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums, 8, 1);
+            } else {
+                VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums, 8, 0);
+            }
         }
     }
     for (int64_t l = 0; pairing->weighted && l < LANES; l++) {
@@ -146,13 +154,27 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
         const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
         const int64_t count =
             lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-        VNAME(pair_columns)(reals_u, n, reals_v, m, work->own, count, l, sums, 1);
+        VNAME(pair_columns)(reals_u, n, reals_v, m, work->own, count, l, sums, 1, both);
         constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
     }
     for (int64_t l = 0; !pairing->weighted && l < LANES; l++) {
         constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
     }
     return 1;
+}
+
+/* Rounding leaves no variance below zero, and none in a constant column. */
+static inline void VNAME(store_moments)(const VNAME(fit_sums) * sums, const int *constant, int64_t lanes, int64_t d,
+                                        double *moments)
+{
+    for (int64_t l = 0; l < lanes; l++) {
+        const int varies = !constant[l] && !(sums->variance[l] <= 0);
+        moments[l] = sums->mean_u[l];
+        moments[d + l] = sums->mean_v[l];
+        moments[2 * d + l] = varies ? sums->variance[l] : 0;
+        moments[3 * d + l] = varies ? sums->other[l] : 0;
+        moments[4 * d + l] = sums->variance_v[l] <= 0 ? 0 : sums->variance_v[l];
+    }
 }
 
 /* Tile t of a panel; returns whether everything was finite. */
@@ -165,8 +187,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
     key *const v = work->v + t * lns_tile_bytes(m) / (int64_t)sizeof(key);
     VNAME(fit_sums) sums = {0};
     int constant[LANES];
-    if (method == LNS_LINEAR) {
-        if (!VNAME(fit_sorted)(job, pairing, u, v, work, constant, &sums)) {
+    if (method == LNS_LINEAR || method == LNS_MOMENTS) {
+        if (!VNAME(fit_sorted)(job, pairing, u, v, work, method == LNS_MOMENTS, constant, &sums)) {
             return 0;
         }
     } else {
@@ -177,6 +199,10 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
         }
         VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance);
         VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.other);
+    }
+    if (method == LNS_MOMENTS) {
+        VNAME(store_moments)(&sums, constant, lanes, job->source.d, job->moments + column);
+        return 1;
     }
     for (int64_t l = 0; l < lanes; l++) {
         double slope = 1;
@@ -210,8 +236,9 @@ static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thre
             work = VNAME(fit_work_at)(memory + c->segments_each, job);
         }
         count = fit_panel(job, left < end - unit ? left : end - unit);
-        VNAME(load_tiles)(&job->source, column, count, work.u, c->method == LNS_LINEAR);
-        VNAME(load_tiles)(&job->target, column, count, work.v, c->method == LNS_LINEAR);
+        const int as_keys = c->method == LNS_LINEAR || c->method == LNS_MOMENTS;
+        VNAME(load_tiles)(&job->source, column, count, work.u, as_keys);
+        VNAME(load_tiles)(&job->target, column, count, work.v, as_keys);
         for (int64_t t = 0; t < count; t++) {
             c->bad[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
         }

@@ -1,5 +1,6 @@
 /* Includes the template body LNS_BODY once per CPU variant and working type, as static functions, and defines the table
- * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. */
+ * macro LNS_TABLE(f): an initialiser {{f32, f64} per variant} to be indexed [lns_cpu()][is_double]. LNS_TABLE_F64(f) is
+ * the same of functions in double alone, {f64 per variant}. */
 #include <float.h>
 
 #include "core/cpu.h"
@@ -33,6 +34,8 @@ LNS_TARGET_AVX512
 #include "kernels/reals.h"
 LNS_TARGET_END
 #define LNS_TABLE(f) {LNS_PAIR_(f, _portable), LNS_PAIR_(f, _avx2), LNS_PAIR_(f, _avx512)}
+#define LNS_TABLE_F64(f) {f##_f64_portable, f##_f64_avx2, f##_f64_avx512}
 #else
 #define LNS_TABLE(f) {LNS_PAIR_(f, _portable), LNS_PAIR_(f, _portable), LNS_PAIR_(f, _portable)}
+#define LNS_TABLE_F64(f) {f##_f64_portable, f##_f64_portable, f##_f64_portable}
 #endif

@@ -9,6 +9,7 @@
 LNS_FUNCTION(sort_columns);
 LNS_FUNCTION(wasserstein);
 LNS_FUNCTION(fit_local);
+LNS_FUNCTION(quantile_moments);
 LNS_FUNCTION(covariance);
 LNS_FUNCTION(bures_map);
 LNS_FUNCTION(affine_apply);
@@ -19,5 +20,7 @@ LNS_FUNCTION(moments_update);
 LNS_FUNCTION(moments_merge);
 LNS_FUNCTION(prox_sparse_group);
 LNS_FUNCTION(step);
+LNS_FUNCTION(largest_penalty);
+LNS_FUNCTION(sparse_path);
 
 #endif

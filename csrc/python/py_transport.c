@@ -21,21 +21,33 @@ static int enough_rows(const lns_batch *batch)
     return 1;
 }
 
-/* fit_local(source, target, source_mass, target_mass, method, source_names, target_names, threads) */
-LNS_FUNCTION(fit_local)
+/* New: a list of float64 [5, d] arrays, one for each sample. */
+static PyObject *new_moments(const lns_batch *like)
 {
-    (void)module;
+    PyObject *list = PyList_New(like->count);
+    for (Py_ssize_t k = 0; list != NULL && k < like->count; k++) {
+        const npy_intp shape[2] = {5, (npy_intp)like->samples[k].d};
+        PyArrayObject *array = lns_new(2, shape, NPY_DOUBLE);
+        if (array == NULL) {
+            Py_CLEAR(list);
+        } else {
+            PyList_SET_ITEM(list, k, (PyObject *)array);
+        }
+    }
+    return list;
+}
+
+/* source, target, source_mass, target_mass, names of source and target. Maps, or for LNS_MOMENTS the moments. */
+static PyObject *fit_batches(lns_method method, PyObject *const *args, PyObject *const *names, int threads)
+{
     lns_batch u = {0}, v = {0};
     lns_place place = {0};
     lns_status status = LNS_OK;
-    lns_method method;
-    PyObject *result = NULL, *weights = NULL, *biases = NULL;
+    PyObject *result = NULL, *weights = NULL, *biases = NULL, *moments = NULL;
     lns_fit_job *jobs = NULL;
     void *work = NULL;
-    int threads;
-    if (!lns_expect("fit_local", count, 8) || !take_method(args[4], &method) || !lns_threads(args[7], &threads) ||
-        !lns_batch_open(&u, args[0], args[5], args[2], "source") ||
-        !lns_batch_open(&v, args[1], args[6], args[3], "target") || !lns_batch_fill(&u, NULL) ||
+    if (!lns_batch_open(&u, args[0], names[0], args[2], "source") ||
+        !lns_batch_open(&v, args[1], names[1], args[3], "target") || !lns_batch_fill(&u, NULL) ||
         !lns_batch_fill(&v, &u) || !enough_rows(&u) || !enough_rows(&v)) {
         goto done;
     }
@@ -44,11 +56,22 @@ LNS_FUNCTION(fit_local)
         PyErr_NoMemory();
         goto done;
     }
-    if ((weights = lns_new_list(&u, 1)) == NULL || (biases = lns_new_list(&u, 1)) == NULL) {
+    if (method == LNS_MOMENTS) {
+        moments = new_moments(&u);
+    } else if ((weights = lns_new_list(&u, 1)) != NULL) {
+        biases = lns_new_list(&u, 1);
+    }
+    if (moments == NULL && biases == NULL) {
         goto done;
     }
     for (Py_ssize_t k = 0; k < u.count; k++) {
-        jobs[k] = (lns_fit_job){u.samples[k], v.samples[k], lns_list_data(weights, k), lns_list_data(biases, k)};
+        jobs[k] = (lns_fit_job){.source = u.samples[k], .target = v.samples[k]};
+        if (moments != NULL) {
+            jobs[k].moments = lns_list_data(moments, k);
+        } else {
+            jobs[k].weight = lns_list_data(weights, k);
+            jobs[k].bias = lns_list_data(biases, k);
+        }
     }
     work = lns_work_new(lns_fit_worksize(jobs, u.count, threads));
     if (work == NULL) {
@@ -57,13 +80,41 @@ LNS_FUNCTION(fit_local)
     Py_BEGIN_ALLOW_THREADS
     status = lns_fit(jobs, u.count, method, threads, work, &place);
     Py_END_ALLOW_THREADS
-    result = status == LNS_OK ? PyTuple_Pack(2, weights, biases) : lns_raise(status, &place, &u, &v);
+    if (status != LNS_OK) {
+        result = lns_raise(status, &place, &u, &v);
+    } else {
+        result = moments != NULL ? Py_NewRef(moments) : PyTuple_Pack(2, weights, biases);
+    }
 done:
     lns_work_free(work);
     PyMem_Free(jobs);
     Py_XDECREF(weights);
     Py_XDECREF(biases);
+    Py_XDECREF(moments);
     lns_batch_clear(&u);
     lns_batch_clear(&v);
     return result;
+}
+
+/* fit_local(source, target, source_mass, target_mass, method, source_names, target_names, threads) */
+LNS_FUNCTION(fit_local)
+{
+    (void)module;
+    lns_method method;
+    int threads;
+    if (!lns_expect("fit_local", count, 8) || !take_method(args[4], &method) || !lns_threads(args[7], &threads)) {
+        return NULL;
+    }
+    return fit_batches(method, args, args + 5, threads);
+}
+
+/* quantile_moments(source, target, source_mass, target_mass, source_names, target_names, threads) */
+LNS_FUNCTION(quantile_moments)
+{
+    (void)module;
+    int threads;
+    if (!lns_expect("quantile_moments", count, 7) || !lns_threads(args[6], &threads)) {
+        return NULL;
+    }
+    return fit_batches(LNS_MOMENTS, args, args + 4, threads);
 }

@@ -26,3 +26,7 @@
 {"affine bf16", 0xf242877b7fd875e1},
 {"pool bf16", 0xa0a6898e0f572459},
 {"moments bf16", 0xaffedb5c88ec4b06},
+{"path f32", 0x6c224474d43c3dfe},
+{"path f64", 0xd0248dde700b2783},
+{"path f16", 0xf35272a3ed427787},
+{"path bf16", 0x1acebc90442476c2},

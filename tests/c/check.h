@@ -39,6 +39,7 @@ void test_affine(void);
 void test_pool(void);
 void test_moments(void);
 void test_prox(void);
+void test_path(void);
 void test_bits(void);
 void test_threads(void);
 

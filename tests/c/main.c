@@ -62,6 +62,7 @@ int main(int argc, char **argv)
         test_pool();
         test_moments();
         test_prox();
+        test_path();
         test_bits();
         test_threads();
     }

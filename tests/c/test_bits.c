@@ -218,8 +218,11 @@ static void fit_bits(lns_dtype dtype)
         double *mass = masses(n, (uint32_t)k);
         for (int form = 0; form < 9; form++) {
             const int weighted = form / 3 == 2;
-            const lns_fit_job job = {
-                {u, dtype, n, d, weighted ? mass : NULL}, {v, dtype, form / 3 == 0 ? n : m, d, NULL}, weight, bias};
+            const lns_fit_job job = {{u, dtype, n, d, weighted ? mass : NULL},
+                                     {v, dtype, form / 3 == 0 ? n : m, d, NULL},
+                                     weight,
+                                     bias,
+                                     NULL};
             void *work = memory(lns_fit_worksize(&job, 1, THREADS));
             CHECK(lns_fit(&job, 1, (lns_method)(form % 3), THREADS, work, NULL) == LNS_OK);
             mix(&hash, weight, d, real_size(dtype));
@@ -394,6 +397,52 @@ static void prox_bits(lns_dtype dtype)
     expect("prox", dtype, hash);
 }
 
+/* Moments and the paths that follow from them. */
+static void path_bits(lns_dtype dtype)
+{
+    enum { POINTS = 12 };
+    const lns_dtype real = dtype == LNS_F64 ? LNS_F64 : LNS_F32;
+    uint64_t hash = 0;
+    for (size_t k = 0; k < COUNT(shapes); k++) {
+        const int64_t n = shapes[k][0] + 1, d = shapes[k][1], m = n + (int64_t)(k % 2);
+        void *u = numbers(dtype, n * d, (uint32_t)k), *v = numbers(dtype, m * d, (uint32_t)k + 70);
+        void *weight = memory(POINTS * d * 8), *bias = memory(POINTS * d * 8);
+        double *moments = memory(5 * d * 8), *rows = memory(3 * POINTS * 8), penalties[POINTS];
+        const lns_fit_job fit = {
+            .source = {u, dtype, n, d, NULL}, .target = {v, dtype, m, d, NULL}, .moments = moments};
+        void *work = memory(lns_fit_worksize(&fit, 1, THREADS));
+        CHECK(lns_fit(&fit, 1, LNS_MOMENTS, THREADS, work, NULL) == LNS_OK);
+        free(work);
+        mix(&hash, moments, 5 * d, 8);
+        for (int half = 0; half < 3; half++) {
+            const double ratio = half * 0.5;
+            lns_path_job job = {.d = d, .moments = moments, .held_out = moments, .dtype = real, .weight = weight};
+            job.bias = bias;
+            job.stride = d;
+            job.loss = rows;
+            job.held_out_loss = rows + POINTS;
+            job.distance = rows + 2 * POINTS;
+            work = memory(lns_path_worksize(&job, 1, POINTS, THREADS));
+            job.largest = penalties[0] = lns_path_largest(moments, d, ratio, work);
+            for (int i = 1; i < POINTS; i++) {
+                penalties[i] = penalties[i - 1] * 0.5;
+            }
+            if (job.largest > 0) {
+                CHECK(lns_path(&job, 1, penalties, POINTS, ratio, THREADS, work) == LNS_OK);
+                mix(&hash, weight, POINTS * d, real_size(dtype));
+                mix(&hash, bias, POINTS * d, real_size(dtype));
+                mix(&hash, rows, 3 * POINTS, 8);
+            }
+            free(work);
+        }
+        void *const blocks[] = {u, v, weight, bias, moments, rows};
+        for (size_t b = 0; b < COUNT(blocks); b++) {
+            free(blocks[b]);
+        }
+    }
+    expect("path", dtype, hash);
+}
+
 void test_bits(void)
 {
     static const lns_dtype types[] = {LNS_F32, LNS_F64, LNS_F16, LNS_BF16};
@@ -404,6 +453,7 @@ void test_bits(void)
         affine_bits(types[k]);
         pool_bits(types[k]);
         moments_bits(types[k]);
+        path_bits(types[k]);
         if (real_size(types[k]) == item_size(types[k])) {
             prox_bits(types[k]);
         }

@@ -35,7 +35,7 @@ static void sort_and_fit(caller *c)
     void *work = memory(lns_sort_worksize(samples, 2, c->threads));
     c->failed |= lns_sort(samples, 2, c->threads, work, sorted, NULL);
     free(work);
-    const lns_fit_job fit = {samples[0], samples[1], output(c, D * 4), output(c, D * 4)};
+    const lns_fit_job fit = {samples[0], samples[1], output(c, D * 4), output(c, D * 4), NULL};
     work = memory(lns_fit_worksize(&fit, 1, c->threads));
     c->failed |= lns_fit(&fit, 1, LNS_LINEAR, c->threads, work, NULL);
     free(work);

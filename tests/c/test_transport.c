@@ -2,7 +2,7 @@
 
 static void fit(const lns_sample *source, const lns_sample *target, lns_method method, void *weight, void *bias)
 {
-    const lns_fit_job job = {*source, *target, weight, bias};
+    const lns_fit_job job = {.source = *source, .target = *target, .weight = weight, .bias = bias};
     void *work = memory(lns_fit_worksize(&job, 1, 1));
     CHECK(lns_fit(&job, 1, method, 1, work, NULL) == LNS_OK);
     free(work);

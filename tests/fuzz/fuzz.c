@@ -356,7 +356,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static void (*const functions[])(void) = {
         fuzz_sort,        fuzz_wasserstein, fuzz_fit,  fuzz_affine, fuzz_affine_backward, fuzz_pool,
         fuzz_moments,     fuzz_covariance,  fuzz_prox, fuzz_step,   fuzz_sizes,           fuzz_bures_map,
-        fuzz_wasserstein, fuzz_wasserstein, fuzz_sort, fuzz_fit,
+        fuzz_wasserstein, fuzz_path,        fuzz_sort, fuzz_fit,
     };
     next_byte = data;
     end_byte = data + size;

@@ -79,6 +79,7 @@ void fuzz_covariance(void);
 void fuzz_bures_map(void);
 void fuzz_prox(void);
 void fuzz_step(void);
+void fuzz_path(void);
 void fuzz_sizes(void);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);

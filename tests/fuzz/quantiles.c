@@ -367,7 +367,7 @@ void fuzz_fit(void)
         const int64_t n = 1 + some_rows(), m = equal ? n : 1 + some_rows(), d = some_columns(n > m ? n : m);
         c.jobs[k] =
             (lns_fit_job){some_sample(is_double, n, d, weighted), some_sample(is_double, m, d, weighted),
-                          elements(OUTPUT, real_dtype(is_double), d), elements(OUTPUT, real_dtype(is_double), d)};
+                          elements(OUTPUT, real_dtype(is_double), d), elements(OUTPUT, real_dtype(is_double), d), NULL};
         bad |= !all_finite(&c.jobs[k].source) || !all_finite(&c.jobs[k].target);
     }
     const lns_status status = everywhere(call_fit, &c);

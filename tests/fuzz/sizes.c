@@ -44,6 +44,10 @@ void fuzz_sizes(void)
         REQUIRE(lns_pool(NULL, LNS_F32, n, m, d, NULL, LNS_POOL_MEAN, 1, NULL, NULL, NULL) == LNS_BAD_SIZE);
         REQUIRE(lns_pool_backward(NULL, LNS_F64, n, m, d, NULL, LNS_POOL_MEAN, NULL, 1, NULL, NULL) == LNS_BAD_SIZE);
     }
+    const lns_path_job path = {.d = d, .stride = n};
+    REQUIRE(lns_path_worksize(&path, 1, 1, threads) >= -1);
+    REQUIRE(!(d < 1 || n < d || d > INT64_MAX / 64) ||
+            (lns_path_worksize(&path, 1, 1, threads) == -1 && lns_path(&path, 1, NULL, 1, 1, 1, NULL) == LNS_BAD_SIZE));
     lns_moments state = {0};
     REQUIRE(lns_moments_worksize(n, d) >= -1);
     REQUIRE(!s_bad || lns_moments_update(&s, 1, NULL, &state, NULL) == LNS_BAD_SIZE);

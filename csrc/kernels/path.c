@@ -1,0 +1,201 @@
+/* The sparse path: exact minima of W2 plus a sparse group lasso, from moments of paired quantiles. path_body.h says how
+ * a module falls apart into neurons once the norms of its two groups are given; finding these stands here. */
+#include "lineas.h"
+
+#include "core/threads.h"
+#include "kernels/load.h"
+#include "kernels/tile.h"
+
+enum { PATH_LANES = 8, PATH_ROWS = 5 }; /* doubles in a cache line, rows of a block */
+
+/* Norms of the groups x = weight - 1 and b, over tau. */
+typedef struct path_scale {
+    double sx, sb;
+} path_scale;
+
+/* Sums y^2, c^2, ky y^2, kc c^2, cross over all neurons: see path_body.h. */
+typedef void (*path_function)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *sums);
+
+typedef struct path_problem {
+    path_function pass;
+    const double *blocks;
+    int64_t count;
+    double l1, tau, tolerance;
+} path_problem;
+
+typedef struct path_context {
+    const lns_path_job *jobs;
+    const double *penalties;
+    int64_t points;
+    double l1_ratio;
+    char *work;
+    int64_t work_each;
+} path_context;
+
+static int64_t lns_path_blocks(int64_t d)
+{
+    return (d + PATH_LANES - 1) / PATH_LANES;
+}
+
+/* What a pass tells: the norms of y and c, how they change, and how far they are from optimal. */
+typedef struct path_state {
+    double norms[2], sums[5], left[2], size;
+} path_state;
+
+static path_state path_evaluate(const path_problem *problem, const path_scale *scale)
+{
+    const double scales[2] = {scale->sx, scale->sb};
+    path_state s;
+    problem->pass(problem->blocks, problem->count, scale, problem->l1, s.sums);
+    for (int g = 0; g < 2; g++) {
+        s.norms[g] = sqrt(s.sums[g]);
+        s.left[g] = s.norms[g] - problem->tau;
+        if (!(scales[g] > 0) && s.left[g] <= 1e-12 * problem->tau) {
+            s.left[g] = 0; /* a group at zero may have any norm up to tau */
+        }
+    }
+    s.size = sqrt(s.left[0] * s.left[0] + s.left[1] * s.left[1]);
+    return s;
+}
+
+/* Newton's step on 1 / ||y|| = 1 / tau and 1 / ||c|| = 1 / tau, which are nearly linear in the scales. The matrix is
+ * that of the second derivatives of a convex function of the scales (norms written as minima over sx and sb), so it has
+ * no negative eigenvalue. */
+static path_scale path_step(const path_problem *problem, const path_scale *scale, const path_state *s)
+{
+    const double tau = problem->tau, yd = s->sums[2], cd = s->sums[3], cross = s->sums[4];
+    const int free_x = s->left[0] != 0 && yd > 0, free_b = s->left[1] != 0 && cd > 0;
+    const double want_x = s->sums[0] * s->left[0] / tau, want_b = s->sums[1] * s->left[1] / tau;
+    const double determinant = yd * cd - cross * cross;
+    double dx = free_x ? want_x / yd : 0, db = free_b ? want_b / cd : 0;
+    if ((free_x || scale->sx > 0) && (free_b || scale->sb > 0) && determinant > 1e-14 * yd * cd) {
+        dx = (want_x * cd - want_b * cross) / determinant;
+        db = (want_b * yd - want_x * cross) / determinant;
+    }
+    path_scale to = {scale->sx + dx, scale->sb + db};
+    /* Nothing of a group is left above the soft threshold, or it is on its way to zero. */
+    to.sx = to.sx > 0 && (yd > 0 || scale->sx == 0) ? to.sx : 0;
+    to.sb = to.sb > 0 && (cd > 0 || scale->sb == 0) ? to.sb : 0;
+    return to;
+}
+
+/* The scale of one group at which its norm is tau, the other's given: the norm falls with the scale. */
+static double path_root(const path_problem *problem, path_scale scale, int group)
+{
+    double *const at = group == 0 ? &scale.sx : &scale.sb;
+    double low = 0, high = *at > 0 ? *at : 1;
+    *at = 0;
+    if (path_evaluate(problem, &scale).left[group] <= 0) {
+        return 0;
+    }
+    for (*at = high; path_evaluate(problem, &scale).left[group] > 0 && high < 1e200; *at = high) {
+        low = high;
+        high *= 4;
+    }
+    for (int k = 0; k < 200; k++) {
+        *at = low + (high - low) / 2;
+        if (!(*at > low && *at < high)) {
+            break;
+        }
+        if (path_evaluate(problem, &scale).left[group] > 0) {
+            low = *at;
+        } else {
+            high = *at;
+        }
+    }
+    return high;
+}
+
+/* The scales at which both groups are optimal; norms [2]: of y and c there. */
+static path_scale path_scales(const path_problem *problem, path_scale scale, double *norms)
+{
+    enum { STEPS = 60, HALVINGS = 6, ROUNDS = 100 };
+    path_state now = path_evaluate(problem, &scale);
+    for (int k = 0; k < STEPS && now.size > problem->tolerance; k++) {
+        path_scale to = path_step(problem, &scale, &now);
+        path_state next = path_evaluate(problem, &to);
+        for (int h = 0; h < HALVINGS && !(next.size < now.size); h++) {
+            to = (path_scale){(to.sx + scale.sx) / 2, (to.sb + scale.sb) / 2};
+            next = path_evaluate(problem, &to);
+        }
+        if (!(next.size < now.size)) {
+            break;
+        }
+        scale = to;
+        now = next;
+    }
+    /* Where Newton's method got stuck, one group at a time: slow, and certain, the function being convex. */
+    for (int k = 0; k < ROUNDS && now.size > problem->tolerance; k++) {
+        const double size = now.size;
+        scale.sx = path_root(problem, scale, 0);
+        scale.sb = path_root(problem, scale, 1);
+        now = path_evaluate(problem, &scale);
+        if (k > 2 && !(now.size < size)) {
+            break; /* as good as rounding lets it be */
+        }
+    }
+    memcpy(norms, now.norms, sizeof now.norms);
+    return scale;
+}
+
+/* Where to begin at the next of a row of penalties. */
+static double path_guess(double now, double before)
+{
+    return before > 0 && now > before / 4 && now < 4 * before ? now * (now / before) : now;
+}
+
+#define LNS_BODY "kernels/path_body.h"
+#include "kernels/variants.h"
+
+static const lns_loop_body UNITS[LNS_CPU_COUNT] = LNS_TABLE_F64(path_units);
+
+typedef double (*largest_function)(const double *, int64_t, double, double *);
+
+static const largest_function LARGEST[LNS_CPU_COUNT] = LNS_TABLE_F64(path_largest);
+
+static int64_t work_each(const lns_path_job *jobs, int64_t count)
+{
+    int64_t most = 0;
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t bytes = lns_mul(jobs[k].d, (PATH_ROWS + 2) * 8);
+        if (jobs[k].d < 1 || jobs[k].stride < jobs[k].d || bytes < 0) {
+            return -1;
+        }
+        most = bytes > most ? bytes : most;
+    }
+    return most + (PATH_ROWS + 2) * LNS_TILE_ROW;
+}
+
+static int threads_for(const lns_path_job *jobs, int64_t count, int64_t points, int threads)
+{
+    double cost = 0;
+    for (int64_t k = 0; k < count; k++) {
+        cost += 10.0 * (double)jobs[k].d * (double)points;
+    }
+    return lns_thread_count(count, cost < 1e15 ? (int64_t)cost : INT64_C(1000000000000000), threads);
+}
+
+int64_t lns_path_worksize(const lns_path_job *jobs, int64_t count, int64_t points, int threads)
+{
+    const int64_t each = lns_pad(work_each(jobs, count));
+    return each < 0 ? -1 : lns_mul(each, threads_for(jobs, count, points, threads));
+}
+
+double lns_path_largest(const double *moments, int64_t d, double ratio, void *work)
+{
+    return LARGEST[lns_cpu()](moments, d, ratio, work);
+}
+
+lns_status lns_path(const lns_path_job *jobs, int64_t count, const double *penalties, int64_t points, double ratio,
+                    int threads, void *work)
+{
+    path_context c = {.jobs = jobs, .penalties = penalties, .points = points, .l1_ratio = ratio, .work = work};
+    c.work_each = lns_pad(work_each(jobs, count));
+    if (c.work_each < 0 || points < 1) {
+        return LNS_BAD_SIZE;
+    }
+    if (count > 0) {
+        lns_parallel_for(count, threads_for(jobs, count, points, threads), UNITS[lns_cpu()], &c);
+    }
+    return LNS_OK;
+}

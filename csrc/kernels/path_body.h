@@ -1,0 +1,321 @@
+/* Template body: sparse group lasso of one module, from the moments of its paired quantiles. In double only.
+ *
+ * With x = w - 1 the loss of a neuron is a quadratic in (x, b) whose gradient is (a2 x + m2 b + g1, m2 x + 2 b + g2);
+ * the penalties are l1 (|x| + |b|) in each neuron and tau (||x|| + ||b||) over all of them; x >= -1. Where the norms
+ * ||x|| = tau sx and ||b|| = tau sb are given, neurons no longer depend on each other: in y = x / sx and c = b / sb
+ *
+ *     (one + a2 sx) y + m2 sb c + g1 + l1 sign(y) = 0      one = 1, or 0 where there is no group penalty
+ *     m2 sx y + (one + 2 sb) c + g2 + l1 sign(c) = 0
+ *
+ * a lasso in two variables with a closed form; it stays finite at sx = 0, where ||y|| <= tau says that x is 0. */
+#if REAL_IS_DOUBLE
+#include "kernels/tile_body.h"
+
+/* Rows of a block: LANES neurons and what their lassos need. */
+enum { VNAME(A2), VNAME(M2), VNAME(G1), VNAME(G2), VNAME(V4), VNAME(BLOCK_ROWS) };
+
+/* What one neuron's lasso depends on besides its own block. */
+typedef struct VNAME(path_point) {
+    double sx, sb, one, l1;
+} VNAME(path_point);
+
+typedef struct VNAME(path_lasso) {
+    VNAME(reals) y, c;
+    VNAME(reals) ky, kc, cross; /* -dy/dsx / y, -dc/dsb / c, and -dy/dsb * y = -dc/dsx * c */
+} VNAME(path_lasso);
+
+static LNS_INLINE VNAME(reals) VNAME(reals_where)(VNAME(vec) mask, VNAME(reals) a)
+{
+    return (VNAME(reals))((VNAME(vec))a & mask);
+}
+
+static LNS_INLINE VNAME(reals) VNAME(reals_abs)(VNAME(reals) a)
+{
+    return (VNAME(reals))((VNAME(vec))a & (key)((ukey)-1 >> 1));
+}
+
+/* size >= 0 with the sign of a. */
+static LNS_INLINE VNAME(reals) VNAME(reals_sign)(double size, VNAME(reals) a)
+{
+    const VNAME(reals) all = (VNAME(reals)){0} + size;
+    return (VNAME(reals))((VNAME(vec))all | ((VNAME(vec))a & (key)((ukey)1 << (KEY_BITS - 1))));
+}
+
+static LNS_INLINE VNAME(reals) VNAME(reals_soft)(VNAME(reals) a, double l1)
+{
+    return VNAME(reals_where)((VNAME(vec))(VNAME(reals_abs)(a) > l1), a - VNAME(reals_sign)(l1, a));
+}
+
+/* Solves the lassos of VEC_LANES neurons. Each coordinate solved alone tells the other's sign, or that it is zero, by
+ * the gradient that it leaves there. Nothing is divided before the end. */
+static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const VNAME(path_point) * at)
+{
+    const double sx = at->sx, sb = at->sb, one = at->one, l1 = at->l1, s = one + 2 * sb;
+    const VNAME(reals) a2 = VNAME(reals_load)(block + VNAME(A2) * LANES),
+                       m2 = VNAME(reals_load)(block + VNAME(M2) * LANES);
+    const VNAME(reals) g1 = VNAME(reals_load)(block + VNAME(G1) * LANES),
+                       g2 = VNAME(reals_load)(block + VNAME(G2) * LANES);
+    const VNAME(reals) v4 = VNAME(reals_load)(block + VNAME(V4) * LANES);
+    const VNAME(reals) p = one + a2 * sx;
+    const VNAME(reals) left_c = g2 * p - m2 * sx * VNAME(reals_soft)(g1, l1); /* times p */
+    const VNAME(reals) left_y = g1 * s - m2 * sb * VNAME(reals_soft)(g2, l1); /* times s */
+    const VNAME(vec) c_on = (VNAME(vec))(VNAME(reals_abs)(left_c) > l1 * p);
+    const VNAME(reals) pull = (VNAME(reals))(((VNAME(vec))left_y & c_on) | ((VNAME(vec))(g1 * s) & ~c_on));
+    const VNAME(vec) y_on = (VNAME(vec))(VNAME(reals_abs)(pull) > l1 * s);
+    const VNAME(reals) e1 = VNAME(reals_where)(y_on, g1 - VNAME(reals_sign)(l1, pull));
+    const VNAME(reals) e2 = VNAME(reals_where)(c_on, g2 - VNAME(reals_sign)(l1, left_c));
+    const VNAME(reals) x_scale = VNAME(reals_where)(y_on, (VNAME(reals)){0} + sx);
+    const VNAME(reals) b_scale = VNAME(reals_where)(c_on, (VNAME(reals)){0} + sb);
+    /* A coordinate that is off has the diagonal entry 1. */
+    const VNAME(reals) x_one = 1 - VNAME(reals_where)(y_on, (VNAME(reals)){0} + (1 - one));
+    const VNAME(reals) b_one = 1 - VNAME(reals_where)(c_on, (VNAME(reals)){0} + (1 - one));
+    const VNAME(reals) determinant = x_one * (b_one + 2 * b_scale) + a2 * x_scale * b_one + v4 * (x_scale * b_scale);
+    const VNAME(reals) inverse = 1 / determinant;
+    VNAME(path_lasso) out;
+    out.y = VNAME(reals_where)(y_on, (e2 * (m2 * b_scale) - e1 * (b_one + 2 * b_scale)) * inverse);
+    out.c = VNAME(reals_where)(c_on, (e1 * (m2 * x_scale) - e2 * (x_one + a2 * x_scale)) * inverse);
+    out.ky = (a2 * b_one + v4 * b_scale) * inverse;
+    out.kc = (2 * x_one + v4 * x_scale) * inverse;
+    out.cross = out.y * out.c * m2 * inverse;
+    const VNAME(vec) bound = (VNAME(vec))(out.y * sx < -1.0);
+    if (VNAME(vec_any)(bound)) { /* x = -1: the slope is zero */
+        const VNAME(reals) c = -VNAME(reals_soft)(g2 - m2, l1) / s;
+#define CHOOSE(bounded, free) (free) = VNAME(reals_where)(bound, (bounded)) + VNAME(reals_where)(~bound, (free))
+        CHOOSE((VNAME(reals)){0} - 1 / sx, out.y);
+        CHOOSE(c, out.c);
+        CHOOSE((VNAME(reals)){0} + 1 / sx, out.ky);
+        CHOOSE((VNAME(reals)){0} + 2 / s, out.kc);
+        CHOOSE((VNAME(reals)){0}, out.cross);
+#undef CHOOSE
+    }
+    return out;
+}
+
+static inline double VNAME(path_total)(const double *lanes)
+{
+    double total = 0;
+    for (int l = 0; l < LANES; l++) {
+        total += lanes[l];
+    }
+    return total;
+}
+
+/* Norms of y and c and how they change with sx and sb: sums of y^2, c^2, ky y^2, kc c^2, cross. */
+static void VNAME(path_pass)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *sums)
+{
+    enum { SUMS = 5 };
+    const VNAME(path_point) at = {scale->sx, scale->sb, 1, l1};
+    VNAME(reals) part[SUMS][VEC_PARTS] = {{{0}}};
+    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES) {
+        for (int p = 0; p < VEC_PARTS; p++) {
+            const VNAME(path_lasso) one = VNAME(path_solve)(blocks + p * VEC_LANES, &at);
+            const VNAME(reals) yy = one.y * one.y, cc = one.c * one.c;
+            part[0][p] += yy;
+            part[1][p] += cc;
+            part[2][p] += yy * one.ky;
+            part[3][p] += cc * one.kc;
+            part[4][p] += one.cross;
+        }
+    }
+    for (int k = 0; k < SUMS; k++) {
+        double lanes[LANES];
+        memcpy(lanes, part[k], sizeof lanes);
+        sums[k] = VNAME(path_total)(lanes);
+    }
+}
+
+/* Blocks from moments [5, d]; lanes beyond d stay zero and change nothing. */
+static void VNAME(path_blocks)(const double *moments, int64_t d, double *blocks)
+{
+    const double *mean_u = moments, *mean_v = mean_u + d, *var_u = mean_v + d, *cov = var_u + d;
+    memset(blocks, 0, (size_t)(lns_path_blocks(d) * VNAME(BLOCK_ROWS) * LANES) * sizeof *blocks);
+    for (int64_t j = 0; j < d; j++) {
+        double *at = blocks + j / LANES * VNAME(BLOCK_ROWS) * LANES + j % LANES;
+        const double m = mean_u[j], gap = m - mean_v[j], a = var_u[j] + m * m;
+        at[VNAME(A2) * LANES] = a > 0 ? 2 * a : 1; /* a source of zeros: its slope is never moved */
+        at[VNAME(M2) * LANES] = 2 * m;
+        at[VNAME(G1) * LANES] = 2 * (var_u[j] - cov[j] + m * gap);
+        at[VNAME(G2) * LANES] = 2 * gap;
+        at[VNAME(V4) * LANES] = a > 0 ? 4 * var_u[j] : 2;
+    }
+}
+
+/* Sums over a group at zero: of soft(h, l1)^2 and of |soft(h, l1)|, and how many are not zero; rows G1 or G2. */
+static void VNAME(path_group)(const double *blocks, int64_t count, int row, double l1, double *sums)
+{
+    VNAME(reals) part[3][VEC_PARTS] = {{{0}}};
+    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES) {
+        for (int p = 0; p < VEC_PARTS; p++) {
+            const VNAME(reals) h = VNAME(reals_load)(blocks + row * LANES + p * VEC_LANES);
+            const VNAME(reals) soft = VNAME(reals_soft)(h, l1);
+            part[0][p] += soft * soft;
+            part[1][p] += VNAME(reals_abs)(soft);
+            part[2][p] += VNAME(reals_where)((VNAME(vec))(soft != 0), (VNAME(reals)){0} + 1);
+        }
+    }
+    for (int k = 0; k < 3; k++) {
+        double lanes[LANES];
+        memcpy(lanes, part[k], sizeof lanes);
+        sums[k] = VNAME(path_total)(lanes);
+    }
+}
+
+/* VEC_LANES sums of a loss: W2 at slope w and shift b, from moments. */
+static LNS_INLINE VNAME(reals)
+    VNAME(path_loss)(const double *moments, int64_t d, int64_t j, VNAME(reals) w, VNAME(reals) b)
+{
+    const double *at = moments + j;
+    const VNAME(reals) gap = VNAME(reals_load)(at) * w + b - VNAME(reals_load)(at + d);
+    const VNAME(reals) var_u = VNAME(reals_load)(at + 2 * d), cov = VNAME(reals_load)(at + 3 * d);
+    const VNAME(reals) var_v = VNAME(reals_load)(at + 4 * d);
+    return (w * var_u - 2 * cov) * w + var_v + gap * gap;
+}
+
+/* The maps of a point: x [padded], b [padded], and the squared distance of zero to the subdifferential of its groups
+ * (x, then b), from x and b themselves. */
+static void VNAME(path_point_maps)(const double *blocks, int64_t count, const VNAME(path_point) * at, double tau,
+                                   const double *norms, double *x, double *b, double *distance)
+{
+    VNAME(reals) part[2][VEC_PARTS] = {{{0}}};
+    const double pull_x = norms[0] > 0 ? tau / norms[0] : 0, pull_b = norms[1] > 0 ? tau / norms[1] : 0;
+    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES) {
+        for (int p = 0; p < VEC_PARTS; p++) {
+            const double *block = blocks + p * VEC_LANES;
+            const VNAME(path_lasso) one = VNAME(path_solve)(block, at);
+            VNAME(reals) px = one.y * at->sx, pb = one.c * at->sb;
+            const VNAME(vec) bound = (VNAME(vec))(px <= -1.0 + 0x1p-52);
+            px = VNAME(reals_where)(~bound, px) - VNAME(reals_where)(bound, (VNAME(reals)){0} + 1);
+            VNAME(reals_store)(x + k * LANES + p * VEC_LANES, px);
+            VNAME(reals_store)(b + k * LANES + p * VEC_LANES, pb);
+            const VNAME(reals) a2 = VNAME(reals_load)(block + VNAME(A2) * LANES);
+            const VNAME(reals) m2 = VNAME(reals_load)(block + VNAME(M2) * LANES);
+            const VNAME(reals) slope_x = a2 * px + m2 * pb + VNAME(reals_load)(block + VNAME(G1) * LANES) + px * pull_x;
+            const VNAME(reals) slope_b = m2 * px + 2 * pb + VNAME(reals_load)(block + VNAME(G2) * LANES) + pb * pull_b;
+            const VNAME(vec) x_off = (VNAME(vec))(px == 0), b_off = (VNAME(vec))(pb == 0);
+            VNAME(reals)
+            left_x = VNAME(reals_where)(x_off, VNAME(reals_soft)(slope_x, at->l1)) +
+                     VNAME(reals_where)(~x_off, slope_x + VNAME(reals_sign)(at->l1, px));
+            const VNAME(reals) left_b = VNAME(reals_where)(b_off, VNAME(reals_soft)(slope_b, at->l1)) +
+                                        VNAME(reals_where)(~b_off, slope_b + VNAME(reals_sign)(at->l1, pb));
+            /* At the bound a slope that points out of it is allowed. */
+            left_x = VNAME(reals_where)(~(bound & (VNAME(vec))(left_x > 0)), left_x);
+            part[0][p] += left_x * left_x;
+            part[1][p] += left_b * left_b;
+        }
+    }
+    for (int k = 0; k < 2; k++) {
+        double lanes[LANES];
+        memcpy(lanes, part[k], sizeof lanes);
+        distance[k] = VNAME(path_total)(lanes);
+    }
+}
+
+/* Slopes and shifts of d neurons as dtype, and losses from moments and, unless NULL, held-out moments. */
+static void VNAME(path_write)(const lns_path_job *job, const double *x, const double *b, int64_t point)
+{
+    const int64_t d = job->d, whole = d / LANES * LANES, at = point * job->stride;
+    const double *moments[2] = {job->moments, job->held_out};
+    double *losses[2] = {job->loss, job->held_out_loss};
+    for (int64_t j = 0; job->dtype == LNS_F64 && j < d; j++) {
+        ((double *)job->weight)[at + j] = 1 + x[j];
+        ((double *)job->bias)[at + j] = b[j];
+    }
+    for (int64_t j = 0; job->dtype == LNS_F32 && j < d; j++) {
+        ((float *)job->weight)[at + j] = (float)(1 + x[j]);
+        ((float *)job->bias)[at + j] = (float)b[j];
+    }
+    for (int k = 0; k < 2; k++) {
+        if (moments[k] == NULL) {
+            continue;
+        }
+        VNAME(reals) part[VEC_PARTS] = {{0}};
+        double lanes[LANES], last[5 * LANES] = {0};
+        for (int64_t j = 0; j < whole; j += LANES) {
+            for (int p = 0; p < VEC_PARTS; p++) {
+                const int64_t l = j + p * VEC_LANES;
+                part[p] += VNAME(path_loss)(moments[k], d, l, 1 + VNAME(reals_load)(x + l), VNAME(reals_load)(b + l));
+            }
+        }
+        for (int row = 0; row < 5; row++) {
+            memcpy(last + row * LANES, moments[k] + row * d + whole, (size_t)(d - whole) * sizeof *last);
+        }
+        for (int p = 0; whole < d && p < VEC_PARTS; p++) {
+            const int64_t l = p * VEC_LANES;
+            part[p] += VNAME(path_loss)(last, LANES, l, 1 + VNAME(reals_load)(x + whole + l),
+                                        VNAME(reals_load)(b + whole + l));
+        }
+        memcpy(lanes, part, sizeof lanes);
+        losses[k][point] = VNAME(path_total)(lanes);
+    }
+}
+
+/* The smallest penalty at which a group is zero, by Newton's method from below on a convex function. */
+static double VNAME(path_largest_of)(const double *blocks, int64_t count, int row, int64_t d, double ratio)
+{
+    const double group = (1 - ratio) * sqrt((double)d);
+    double penalty = 0, sums[3];
+    for (int k = 0; k < 100; k++) {
+        VNAME(path_group)(blocks, count, row, penalty * ratio, sums);
+        const double norm = sqrt(sums[0]);
+        const double excess = norm - penalty * group;
+        const double slope = (norm > 0 ? ratio * sums[1] / norm : 0) + group;
+        if (!(excess > 0) || !(penalty + excess / slope > penalty)) {
+            break;
+        }
+        penalty += excess / slope;
+    }
+    return penalty;
+}
+
+static double VNAME(path_largest)(const double *moments, int64_t d, double ratio, double *blocks)
+{
+    const int64_t count = lns_path_blocks(d);
+    VNAME(path_blocks)(moments, d, blocks);
+    const double x = VNAME(path_largest_of)(blocks, count, VNAME(G1), d, ratio);
+    const double b = VNAME(path_largest_of)(blocks, count, VNAME(G2), d, ratio);
+    return x > b ? x : b;
+}
+
+/* All points of the modules [begin, end). */
+static void VNAME(path_units)(void *context, int64_t begin, int64_t end, int thread)
+{
+    const path_context *c = context;
+    for (int64_t k = begin; k < end; k++) {
+        const lns_path_job *job = &c->jobs[k];
+        const int64_t count = lns_path_blocks(job->d);
+        double *blocks = (double *)(void *)(c->work + thread * c->work_each);
+        double *x = blocks + count * VNAME(BLOCK_ROWS) * LANES, *b = x + count * LANES;
+        path_problem problem = {.pass = VNAME(path_pass), .blocks = blocks, .count = count};
+        path_scale now = {0, 0}, before = {0, 0};
+        VNAME(path_blocks)(job->moments, job->d, blocks);
+        for (int64_t point = 0; point < c->points; point++) {
+            double norms[2], distance[2];
+            problem.l1 = c->penalties[point] * c->l1_ratio;
+            problem.tau = c->penalties[point] * (1 - c->l1_ratio) * sqrt((double)job->d);
+            problem.tolerance = 1e-10 * job->largest;
+            VNAME(path_point) at = {1, 1, 0, problem.l1};
+            if (problem.tau > 0) {
+                const path_scale start = {path_guess(now.sx, before.sx), path_guess(now.sb, before.sb)};
+                before = now;
+                now = path_scales(&problem, start, norms);
+                at = (VNAME(path_point)){now.sx, now.sb, 1, problem.l1};
+                norms[0] *= now.sx;
+                norms[1] *= now.sb;
+            } else { /* no groups: y is x */
+                norms[0] = norms[1] = 0;
+            }
+            VNAME(path_point_maps)(blocks, count, &at, problem.tau, norms, x, b, distance);
+            double squared = 0;
+            for (int g = 0; g < 2; g++) {
+                const double norm = sqrt(distance[g]);
+                const double left = norms[g] > 0 || problem.tau == 0 ? norm
+                                    : norm > problem.tau             ? norm - problem.tau
+                                                                     : 0;
+                squared += left * left;
+            }
+            job->distance[point] = sqrt(squared);
+            VNAME(path_write)(job, x, b, point);
+        }
+    }
+}
+#endif
