@@ -20,6 +20,7 @@ ROWS = (
     "affine_wasserstein",
     "step",
     "local_fit",
+    "sparse_path",
     "pool",
     "moments",
     "affine",
@@ -34,6 +35,7 @@ QUOTED = (
     ("affine + W2, all gradients", "32 x 2048", ("numpy transposed", "torch transposed")),
     ("SGD + prox step, in place", "57 x 2048", ("numpy batched", "torch batched")),
     ("local linear map", "512 x 2048", ("numpy transposed", "torch transposed")),
+    ("sparse path, 50 penalties", "32 x 2048", ("FISTA",)),
     ("masked pooling", "32 x 128 x 2048, 56% kept", ("np.einsum", "torch bmm")),
     ("streaming moments", "100000 x 1024", ("chunked numpy", "chunked torch")),
 )
