@@ -155,12 +155,14 @@ class SparsePath:
         if isinstance(support, bool) or not isinstance(support, Real):
             raise TypeError(f"support must be an int (neurons) or a float (share), got {type(support).__name__}")
         if isinstance(support, Integral):
-            if not 0 <= support <= self.d:
+            count = int(support)
+            if not 0 <= count <= self.d:
                 raise ValueError(f"support must be from 0 to {self.d} neurons, got {support}")
-            return int(support)
-        if not 0 <= support <= 1:
+            return count
+        share = float(support)
+        if not 0 <= share <= 1:
             raise ValueError(f"support must be a share from 0.0 to 1.0 or a whole number of neurons, got {support}")
-        return int(np.floor(float(support) * self.d + 1e-9))
+        return int(np.floor(share * self.d + 1e-9))
 
     def _sparser(self, count: int) -> int:
         """The index of the densest point of at most `count` neurons; see `index`."""
