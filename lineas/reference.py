@@ -395,6 +395,19 @@ def sparse_map(
     return 1 + x, b, iterations
 
 
+def sparse_path(
+    moments: NDArray, penalties: NDArray, l1_ratio: float, tolerance: float = 1e-9
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Points of the sparse path of one module: weight [K, d], bias [K, d] and loss [K], by `sparse_map`."""
+    start, points = None, []
+    for penalty in penalties:
+        weight, bias, _ = sparse_map(moments, penalty * l1_ratio, penalty * (1 - l1_ratio), start, tolerance)
+        start = (weight, bias)
+        points.append((weight, bias, sparse_loss(moments, weight, bias)))
+    weights, biases, losses = zip(*points, strict=True)
+    return np.array(weights), np.array(biases), np.array(losses)
+
+
 def covariance(x: NDArray, mass: NDArray | None = None) -> tuple[NDArray, NDArray]:
     """(mean [d], covariance [d, d]) in float64; ddof = 1, with `mass` the weighted population covariance."""
     x = widen(x).astype(np.float64)
