@@ -38,6 +38,17 @@ def test_every_public_method_has_a_docstring():
                 assert member.__doc__, f"{cls.__name__}.{name}"
 
 
+def test_explore_has_the_signature_of_the_explorer():
+    pytest.importorskip("anywidget")
+    from lineas.explorer import Explorer
+
+    ours, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (lineas.explore, Explorer)
+    )
+    assert ours == theirs
+
+
 def test_every_kernel_has_a_twin():
     from lineas import _core, reference
 
