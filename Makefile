@@ -6,6 +6,7 @@
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
+#   make browser    the explorer in JupyterLab, by the system's Chromium
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make lint       style and types
 #   make freethreaded  the array tests in four threads at once, on a Python without GIL: PYTHON_FT=python3.14t
@@ -30,7 +31,7 @@ C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
 .PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c \
-	asan-python freethreaded bench lint venv clean
+	asan-python freethreaded bench browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -73,6 +74,15 @@ demo: .venv-demo/stamp
 
 test: .venv-test/stamp
 	.venv-test/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Chromium comes from the system, where apt-get can bring it; without it the tests skip themselves and say so.
+browser: .venv-test/stamp
+	command -v chromium chromium-browser google-chrome || test "$$(id -u)" != 0 || \
+		apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu-core || \
+		{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo 'NO CHROMIUM: the explorer is not tested in a browser'
+	.venv-test/bin/$(PIP) install --quiet --editable '.[test-browser]'
+	.venv-test/bin/python -m pytest -v tests/test_explore_browser.py
 
 bench: .venv-test/stamp
 	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)
