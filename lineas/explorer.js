@@ -8,8 +8,6 @@ const BLUE = [0, 114, 178];
 const SKY = [86, 180, 233];
 const dark = () => document.body.dataset.jpThemeLight === "false";
 
-let instances = 0;
-
 function html(parent, tag, attributes = {}, text = "") {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -359,7 +357,8 @@ function texts(root, model, id) {
 
 function render({ model, el }) {
   const path = model.get("_path_data");
-  const id = `lineas-explorer-${instances++}`;
+  // Each explorer has a module of its own, so that a counter would give the same id to all.
+  const id = `lineas-explorer-${Math.random().toString(36).slice(2)}`;
   const root = html(el, "div", { class: "lineas-explorer" });
   const { sparsity, strength } = controls(root, model, path, id);
   const { drawPoint, drawCells, drawList, drawTheme } = pictures(root, model, path);

@@ -91,7 +91,7 @@ def browser(scale: float = 1.0) -> Iterator[Page]:
         page = chrome.new_page(viewport={"width": 1200, "height": 1000}, device_scale_factor=scale)
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         try:
             yield page
         finally:
