@@ -87,7 +87,7 @@ def pictures(view):
 
 
 def listed(view):
-    return view.locator("svg text").all_inner_texts()
+    return view.locator("svg text").all_text_contents()
 
 
 def keep_picture(view, name):
@@ -122,6 +122,7 @@ def test_the_sliders_change_pictures_and_text(page):
     words = listed(view)
     view.get_by_label("follow the sliders").check()
     page.wait_for_selector(f"{browser.VIEW}[data-text=done]")
+    strength.scroll_into_view_if_needed()
     box = strength.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
@@ -143,8 +144,8 @@ def test_the_sliders_change_pictures_and_text(page):
 
 def test_a_click_into_the_curve_chooses_the_point(page):
     view = page.locator(browser.VIEW).nth(0)
-    box = view.locator(".lx-stage > div").bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 10.5 / 50, box["y"] + 20)
+    curve = view.locator(".lx-stage > div")
+    curve.click(position={"x": curve.bounding_box()["width"] * 10.5 / 50, "y": 20})
     page.wait_for_selector(f"{browser.VIEW}[data-point='10']")
     assert view.locator("output").first.inner_text() == "point 11 of 50"
 
@@ -206,7 +207,7 @@ def test_the_saved_notebook_shows_pictures_without_a_kernel(page, folder):
     page.evaluate("window.jupyterapp.shell.currentWidget.context.save()")
     command = [sys.executable, "-m", "nbconvert", "--to", "html", "explore.ipynb"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    other = page.context.new_page()
+    other = page.context.browser.new_page()
     other.route("**/*", lambda route: route.continue_() if route.request.url.startswith("file:") else route.abort())
     other.goto((folder / "explore.html").as_uri(), wait_until="domcontentloaded")
     widths = other.locator("img[src^='data:image/png']").evaluate_all("all => all.map((one) => one.naturalWidth)")
