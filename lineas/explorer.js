@@ -31,6 +31,8 @@ function number(x, digits = 3) {
   return size >= 1e5 || size < 1e-3 ? x.toExponential(digits - 1) : String(Number(x.toPrecision(digits)));
 }
 
+const signed = (x) => (Math.abs(x) < 1e3 ? x.toFixed(3) : x.toPrecision(4)).replace("-", "−");
+
 const share = (part, whole) => `${((100 * part) / whole).toFixed(part * 100 < whole * 10 ? 2 : 1)} %`;
 
 // Binary data comes as a DataView that need not be aligned.
@@ -275,8 +277,8 @@ function pictures(root, model, path) {
       name.textContent = row ? shorten(path.labels[row[0]], 14) : "";
       if (row) svg(name, "title", {}, path.names[row[0]]);
       neuron.textContent = row ? row[1] : "";
-      slope.textContent = row ? (1 + strength * (row[2] - 1)).toFixed(3) : "";
-      shift.textContent = row ? number(strength * row[3]).replace("-", "−") : "";
+      slope.textContent = row ? signed(1 + strength * (row[2] - 1)) : "";
+      shift.textContent = row ? signed(strength * row[3]) : "";
     });
   }
 
