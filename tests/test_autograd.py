@@ -92,6 +92,15 @@ def test_affine_leaves_its_input_alone():
     assert out.data_ptr() != z.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_what_follows_affine_may_work_in_place(dtype):
+    z, weight, bias = normal(4, 5, dtype=dtype), normal(5, seed=1), normal(5, seed=2)
+    grad = torch.ones(4, 5, dtype=dtype)
+    expected = gradients(lambda *x: affine(*x, 0.3).relu(), (z, weight, bias), grad)
+    found = gradients(lambda *x: affine(*x, 0.3).relu_(), (z, weight, bias), grad)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_affine_refuses_integers():
     with pytest.raises(TypeError, match=r"activations must be float16, bfloat16, float32 or float64, got torch\.int64"):
         affine(torch.ones(2, 3, dtype=torch.int64), torch.ones(3), torch.zeros(3))

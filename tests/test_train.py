@@ -326,6 +326,19 @@ def test_map_modules_and_loss_modules_may_differ(fit):
     assert result.history["loss"][-1] < result.history["loss"][0]
 
 
+@pytest.mark.parametrize("pooling", ["mean", "all"])
+def test_a_module_may_work_in_place_on_what_a_map_gives(pooling):
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        relu = nn.ReLU(inplace)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), relu, nn.Conv2d(4, 2, 3), relu)
+        source, target = zoo.images(6, seed=1), zoo.images(5, seed=2) + 1
+        found.append(fit_end_to_end(model, source, target, layers=["1", "3"], pooling=pooling, steps=4, **QUIET).maps)
+    assert found[0]["1"].support == 4
+    same_maps(*found)
+
+
 def test_maps_come_in_execution_order():
     class Backwards(nn.Module):
         def __init__(self):

@@ -73,7 +73,10 @@ class _Affine(Function):
         ctx.save_for_backward(flat, weight)
         ctx.strength, ctx.shape = strength, z.shape
         out = _core.affine_apply(_array(flat), _array(weight), _array(bias), strength, _HOOK_THREADS)
-        return _tensor(out, z.dtype).view(z.shape)
+        # Not a view, of which autograd would forbid an operation in place, such as that of a ReLU(inplace=True) that
+        # follows: a tensor of its own on the engine's memory.
+        memory = torch.from_numpy(out).untyped_storage()
+        return torch.empty(0, dtype=z.dtype).set_(memory, 0, z.shape)
 
     @staticmethod
     @once_differentiable
