@@ -134,6 +134,7 @@ typedef struct lns_path_job {
     double *loss;           /* [K], overwritten: sum_j W_j */
     double *held_out_loss;  /* [K], overwritten: of the held-out data; NULL where there are none */
     double *distance;       /* [K], overwritten: Euclidean distance of 0 to the subdifferential */
+    int64_t *support;       /* [K], overwritten: neurons with weight != 1 or bias != 0 */
     double largest;         /* from lns_path_largest: scale of the tolerance */
 } lns_path_job;
 

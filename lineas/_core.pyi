@@ -160,12 +160,12 @@ def sparse_path(
     double: bool,
     largest: float,
     threads: int,
-) -> tuple[Array, Array, Array, Array | None, Array]:
+) -> tuple[Array, Array, Array, Array | None, Array, Array]:
     """Sparse maps of L modules (moments [5, d_l], finite) at float64 penalties [K] > 0, best in falling order.
 
     Returns weight and bias [K, D], D = sum of d_l, float64 where `double` is true, else float32; the loss [L, K]; the
-    held-out loss [L, K] or None; and [L, K] the distance of 0 to the subdifferential. `largest` is the largest penalty,
-    the scale of the tolerance.
+    held-out loss [L, K] or None; [L, K] the distance of 0 to the subdifferential; and int64 [L, K] the number of neurons
+    that each map changes. `largest` is the largest penalty, the scale of the tolerance.
     """
 
 def covariance(x: Array, mass: Array | None, name: str) -> tuple[Array, Array]:

@@ -70,15 +70,15 @@ class SparsePath:
     kkt_residual: NDArray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     moments: list[NDArray] | None = None
+    module_support: NDArray = None  # type: ignore[assignment]  # counted where the caller has not done so
     support: NDArray = field(init=False)
-    module_support: NDArray = field(init=False)
 
     def __post_init__(self) -> None:
-        changed = (self.weight != 1) | (self.bias != 0)
-        starts = np.concatenate(([0], np.cumsum(self.widths)[:-1]))
-        counts = np.add.reduceat(changed, starts, axis=1, dtype=np.int64)
-        object.__setattr__(self, "module_support", counts)
-        object.__setattr__(self, "support", counts.sum(axis=1))
+        if self.module_support is None:
+            changed = (self.weight != 1) | (self.bias != 0)
+            starts = np.concatenate(([0], np.cumsum(self.widths)[:-1]))
+            object.__setattr__(self, "module_support", np.add.reduceat(changed, starts, axis=1, dtype=np.int64))
+        object.__setattr__(self, "support", self.module_support.sum(axis=1))
 
     def __len__(self) -> int:
         return len(self.penalties)
@@ -219,11 +219,10 @@ class SparsePath:
         grid = np.array([penalty])
         is_double = self.weight.dtype == np.float64
         largest = float(self.penalties[0])
-        weight, bias = _core.sparse_path(
+        weight, bias, _, _, _, support = _core.sparse_path(
             self.moments, None, grid, self.l1_ratio, is_double, largest, get_num_threads()
-        )[:2]
-        support = int(np.count_nonzero((weight != 1) | (bias != 0)))
-        return penalty, support, self._maps(weight[0], bias[0], penalty)
+        )
+        return penalty, int(support.sum()), self._maps(weight[0], bias[0], penalty)
 
     def _densest(self, count: int, k: int) -> SteeringMaps | AffineMap:
         """The maps of at most `count` neurons between point k, which has no more, and the next, which has more."""
@@ -367,7 +366,7 @@ def sparse_path(
     else:
         grid = _falling(penalties)
     is_double = any(u.dtype == np.float64 for u, *_ in pairs.values())
-    weight, bias, loss, held_out_loss, distance = _core.sparse_path(
+    weight, bias, loss, held_out_loss, distance, support = _core.sparse_path(
         moments, trial, grid, l1_ratio, is_double, largest, get_num_threads()
     )
     residual = np.sqrt(np.sum(distance**2, axis=0)) / largest
@@ -394,6 +393,7 @@ def sparse_path(
         kkt_residual=residual,
         metadata={"method": "sparse linear", "l1_ratio": l1_ratio, "version": __version__},
         moments=moments,
+        module_support=support.T,
     )
 
 

@@ -39,7 +39,7 @@ def test_every_point_of_3000_problems_is_optimal():
         moments = moments_of(*problem(rng, int(rng.choice([1, 2, 9, 64]))))
         largest = _core.largest_penalty([moments], ratio)[0]
         penalties = np.geomspace(largest, largest * 1e-3, 6)
-        weight, bias, _, _, distance = _core.sparse_path([moments], None, penalties, ratio, True, largest, 1)
+        weight, bias, _, _, distance, _ = _core.sparse_path([moments], None, penalties, ratio, True, largest, 1)
         assert (weight[0] == 1).all() and (bias[0] == 0).all()
         for j, penalty in enumerate(penalties):
             exact = reference.kkt_distance(moments, weight[j], bias[j], penalty * ratio, penalty * (1 - ratio))
@@ -66,7 +66,7 @@ def test_points_agree_with_proximal_gradient_steps(ratio):
     moments = moments_of(u, rng.normal(size=(25, 30)) + rng.normal(size=30))
     largest = _core.largest_penalty([moments], ratio)[0]
     penalties = largest * np.array([0.8, 0.3, 0.05])
-    weight, bias, loss, _, _ = _core.sparse_path([moments], None, penalties, ratio, True, largest, 1)
+    weight, bias, loss, _, _, _ = _core.sparse_path([moments], None, penalties, ratio, True, largest, 1)
     slow = reference.sparse_path(moments, penalties, ratio, tolerance=1e-10 * largest)
     for ours, theirs in zip((weight, bias), slow[:2], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-7)
@@ -80,7 +80,7 @@ def test_a_slope_that_would_be_negative_is_zero():
     moments = moments_of(u, np.full((16, 40), -3.0) + rng.normal(size=(16, 40)) * 0.01)
     largest = _core.largest_penalty([moments], 0.5)[0]
     penalties = np.geomspace(largest, largest * 1e-3, 30)
-    weight, bias, _, _, distance = _core.sparse_path([moments], None, penalties, 0.5, True, largest, 1)
+    weight, bias, _, _, distance, _ = _core.sparse_path([moments], None, penalties, 0.5, True, largest, 1)
     assert weight.min() == 0
     assert (weight >= 0).all()
     assert distance.max() <= 1e-9 * largest
@@ -145,7 +145,7 @@ def test_threads_and_modules_do_not_change_a_bit():
     alone = [_core.sparse_path([one], [one], penalties, 0.5, False, 1.0, 1) for one in moments]
     together = _core.sparse_path(moments, moments, penalties, 0.5, False, 1.0, 3)
     assert np.hstack([one[0] for one in alone]).tobytes() == together[0].tobytes()
-    for part in (2, 3, 4):
+    for part in (2, 3, 4, 5):
         assert np.vstack([one[part] for one in alone]).tobytes() == together[part].tobytes()
 
 

@@ -8,17 +8,22 @@
 
 enum { PATH_LANES = 8, PATH_ROWS = 5 }; /* doubles in a cache line, rows of a block */
 
-/* Norms of the groups x = weight - 1 and b, over tau. */
+/* How close to optimal a module is solved, relative to the largest penalty: 1e-8 is promised for many together. */
+#define LNS_PATH_TOLERANCE 5e-10
+
+/* Norms of the groups x = weight - 1 and b, over tau; `one` as in path_body.h. */
 typedef struct path_scale {
-    double sx, sb;
+    double sx, sb, one;
 } path_scale;
 
-/* Sums y^2, c^2, ky y^2, kc c^2, cross over all neurons: see path_body.h. */
-typedef void (*path_function)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *sums);
+/* Sums y^2, c^2, ky y^2, kc c^2, cross over all neurons, and y and c of each: see path_body.h. */
+typedef void (*path_function)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *solution,
+                              double *sums);
 
 typedef struct path_problem {
     path_function pass;
     const double *blocks;
+    double *solution; /* of the last pass */
     int64_t count;
     double l1, tau, tolerance;
 } path_problem;
@@ -46,7 +51,7 @@ static path_state path_evaluate(const path_problem *problem, const path_scale *s
 {
     const double scales[2] = {scale->sx, scale->sb};
     path_state s;
-    problem->pass(problem->blocks, problem->count, scale, problem->l1, s.sums);
+    problem->pass(problem->blocks, problem->count, scale, problem->l1, problem->solution, s.sums);
     for (int g = 0; g < 2; g++) {
         s.norms[g] = sqrt(s.sums[g]);
         s.left[g] = s.norms[g] - problem->tau;
@@ -72,7 +77,7 @@ static path_scale path_step(const path_problem *problem, const path_scale *scale
         dx = (want_x * cd - want_b * cross) / determinant;
         db = (want_b * yd - want_x * cross) / determinant;
     }
-    path_scale to = {scale->sx + dx, scale->sb + db};
+    path_scale to = {scale->sx + dx, scale->sb + db, scale->one};
     /* Nothing of a group is left above the soft threshold, or it is on its way to zero. */
     to.sx = to.sx > 0 && (yd > 0 || scale->sx == 0) ? to.sx : 0;
     to.sb = to.sb > 0 && (cd > 0 || scale->sb == 0) ? to.sb : 0;
@@ -106,7 +111,8 @@ static double path_root(const path_problem *problem, path_scale scale, int group
     return high;
 }
 
-/* The scales at which both groups are optimal; norms [2]: of y and c there. */
+/* The scales at which both groups are optimal; norms [2]: of y and c there. The last pass is the one at these scales.
+ */
 static path_scale path_scales(const path_problem *problem, path_scale scale, double *norms)
 {
     enum { STEPS = 60, HALVINGS = 6, ROUNDS = 100 };
@@ -115,7 +121,7 @@ static path_scale path_scales(const path_problem *problem, path_scale scale, dou
         path_scale to = path_step(problem, &scale, &now);
         path_state next = path_evaluate(problem, &to);
         for (int h = 0; h < HALVINGS && !(next.size < now.size); h++) {
-            to = (path_scale){(to.sx + scale.sx) / 2, (to.sb + scale.sb) / 2};
+            to = (path_scale){(to.sx + scale.sx) / 2, (to.sb + scale.sb) / 2, scale.one};
             next = path_evaluate(problem, &to);
         }
         if (!(next.size < now.size)) {
@@ -138,10 +144,16 @@ static path_scale path_scales(const path_problem *problem, path_scale scale, dou
     return scale;
 }
 
-/* Where to begin at the next of a row of penalties. */
-static double path_guess(double now, double before)
+/* Where to begin at the next of a row of penalties, from the last three: in equal steps of their logarithms, a parabola
+ * through the logarithms of the scales. */
+static double path_guess(double now, double before, double earlier)
 {
-    return before > 0 && now > before / 4 && now < 4 * before ? now * (now / before) : now;
+    if (!(now > 0 && before > 0)) {
+        return now;
+    }
+    const double ratio = now / before, bend = earlier > 0 ? ratio * earlier / before : 1;
+    const double guess = ratio > 0.25 && ratio < 4 ? now * ratio : now;
+    return bend > 0.5 && bend < 2 ? guess * bend : guess;
 }
 
 #define LNS_BODY "kernels/path_body.h"
@@ -157,13 +169,13 @@ static int64_t work_each(const lns_path_job *jobs, int64_t count)
 {
     int64_t most = 0;
     for (int64_t k = 0; k < count; k++) {
-        const int64_t bytes = lns_mul(jobs[k].d, (PATH_ROWS + 2) * 8);
+        const int64_t bytes = lns_mul(jobs[k].d, (PATH_ROWS + 4) * 8);
         if (jobs[k].d < 1 || jobs[k].stride < jobs[k].d || bytes < 0) {
             return -1;
         }
         most = bytes > most ? bytes : most;
     }
-    return most + (PATH_ROWS + 2) * LNS_TILE_ROW;
+    return most + (PATH_ROWS + 4) * LNS_TILE_ROW;
 }
 
 static int threads_for(const lns_path_job *jobs, int64_t count, int64_t points, int threads)

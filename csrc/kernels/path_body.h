@@ -14,11 +14,6 @@
 /* Rows of a block: LANES neurons and what their lassos need. */
 enum { VNAME(A2), VNAME(M2), VNAME(G1), VNAME(G2), VNAME(V4), VNAME(BLOCK_ROWS) };
 
-/* What one neuron's lasso depends on besides its own block. */
-typedef struct VNAME(path_point) {
-    double sx, sb, one, l1;
-} VNAME(path_point);
-
 typedef struct VNAME(path_lasso) {
     VNAME(reals) y, c;
     VNAME(reals) ky, kc, cross; /* -dy/dsx / y, -dc/dsb / c, and -dy/dsb * y = -dc/dsx * c */
@@ -48,9 +43,9 @@ static LNS_INLINE VNAME(reals) VNAME(reals_soft)(VNAME(reals) a, double l1)
 
 /* Solves the lassos of VEC_LANES neurons. Each coordinate solved alone tells the other's sign, or that it is zero, by
  * the gradient that it leaves there. Nothing is divided before the end. */
-static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const VNAME(path_point) * at)
+static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const path_scale *scale, double l1)
 {
-    const double sx = at->sx, sb = at->sb, one = at->one, l1 = at->l1, s = one + 2 * sb;
+    const double sx = scale->sx, sb = scale->sb, one = scale->one, s = one + 2 * sb;
     const VNAME(reals) a2 = VNAME(reals_load)(block + VNAME(A2) * LANES),
                        m2 = VNAME(reals_load)(block + VNAME(M2) * LANES);
     const VNAME(reals) g1 = VNAME(reals_load)(block + VNAME(G1) * LANES),
@@ -100,16 +95,19 @@ static inline double VNAME(path_total)(const double *lanes)
     return total;
 }
 
-/* Norms of y and c and how they change with sx and sb: sums of y^2, c^2, ky y^2, kc c^2, cross. */
-static void VNAME(path_pass)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *sums)
+/* Norms of y and c and how they change with sx and sb: sums of y^2, c^2, ky y^2, kc c^2, cross. solution: for each
+ * block a row of y and a row of c. */
+static void VNAME(path_pass)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *solution,
+                             double *sums)
 {
     enum { SUMS = 5 };
-    const VNAME(path_point) at = {scale->sx, scale->sb, 1, l1};
     VNAME(reals) part[SUMS][VEC_PARTS] = {{{0}}};
-    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES) {
+    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES, solution += 2 * LANES) {
         for (int p = 0; p < VEC_PARTS; p++) {
-            const VNAME(path_lasso) one = VNAME(path_solve)(blocks + p * VEC_LANES, &at);
+            const VNAME(path_lasso) one = VNAME(path_solve)(blocks + p * VEC_LANES, scale, l1);
             const VNAME(reals) yy = one.y * one.y, cc = one.c * one.c;
+            VNAME(reals_store)(solution + p * VEC_LANES, one.y);
+            VNAME(reals_store)(solution + LANES + p * VEC_LANES, one.c);
             part[0][p] += yy;
             part[1][p] += cc;
             part[2][p] += yy * one.ky;
@@ -171,18 +169,18 @@ static LNS_INLINE VNAME(reals)
     return (w * var_u - 2 * cov) * w + var_v + gap * gap;
 }
 
-/* The maps of a point: x [padded], b [padded], and the squared distance of zero to the subdifferential of its groups
- * (x, then b), from x and b themselves. */
-static void VNAME(path_point_maps)(const double *blocks, int64_t count, const VNAME(path_point) * at, double tau,
-                                   const double *norms, double *x, double *b, double *distance)
+/* The maps of a solution: x [padded], b [padded], and the squared distance of zero to the subdifferential of its groups
+ * (x, then b), from x and b themselves. norms [2]: of x and b. */
+static void VNAME(path_maps)(const double *blocks, int64_t count, const double *solution, const path_scale *scale,
+                             double l1, double tau, const double *norms, double *x, double *b, double *distance)
 {
     VNAME(reals) part[2][VEC_PARTS] = {{{0}}};
     const double pull_x = norms[0] > 0 ? tau / norms[0] : 0, pull_b = norms[1] > 0 ? tau / norms[1] : 0;
-    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES) {
+    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES, solution += 2 * LANES) {
         for (int p = 0; p < VEC_PARTS; p++) {
             const double *block = blocks + p * VEC_LANES;
-            const VNAME(path_lasso) one = VNAME(path_solve)(block, at);
-            VNAME(reals) px = one.y * at->sx, pb = one.c * at->sb;
+            VNAME(reals) px = VNAME(reals_load)(solution + p * VEC_LANES) * scale->sx;
+            const VNAME(reals) pb = VNAME(reals_load)(solution + LANES + p * VEC_LANES) * scale->sb;
             const VNAME(vec) bound = (VNAME(vec))(px <= -1.0 + 0x1p-52);
             px = VNAME(reals_where)(~bound, px) - VNAME(reals_where)(bound, (VNAME(reals)){0} + 1);
             VNAME(reals_store)(x + k * LANES + p * VEC_LANES, px);
@@ -193,10 +191,10 @@ static void VNAME(path_point_maps)(const double *blocks, int64_t count, const VN
             const VNAME(reals) slope_b = m2 * px + 2 * pb + VNAME(reals_load)(block + VNAME(G2) * LANES) + pb * pull_b;
             const VNAME(vec) x_off = (VNAME(vec))(px == 0), b_off = (VNAME(vec))(pb == 0);
             VNAME(reals)
-            left_x = VNAME(reals_where)(x_off, VNAME(reals_soft)(slope_x, at->l1)) +
-                     VNAME(reals_where)(~x_off, slope_x + VNAME(reals_sign)(at->l1, px));
-            const VNAME(reals) left_b = VNAME(reals_where)(b_off, VNAME(reals_soft)(slope_b, at->l1)) +
-                                        VNAME(reals_where)(~b_off, slope_b + VNAME(reals_sign)(at->l1, pb));
+            left_x = VNAME(reals_where)(x_off, VNAME(reals_soft)(slope_x, l1)) +
+                     VNAME(reals_where)(~x_off, slope_x + VNAME(reals_sign)(l1, px));
+            const VNAME(reals) left_b = VNAME(reals_where)(b_off, VNAME(reals_soft)(slope_b, l1)) +
+                                        VNAME(reals_where)(~b_off, slope_b + VNAME(reals_sign)(l1, pb));
             /* At the bound a slope that points out of it is allowed. */
             left_x = VNAME(reals_where)(~(bound & (VNAME(vec))(left_x > 0)), left_x);
             part[0][p] += left_x * left_x;
@@ -213,16 +211,29 @@ static void VNAME(path_point_maps)(const double *blocks, int64_t count, const VN
 /* Slopes and shifts of d neurons as dtype, and losses from moments and, unless NULL, held-out moments. */
 static void VNAME(path_write)(const lns_path_job *job, const double *x, const double *b, int64_t point)
 {
+    enum { COUNTED = 1 << 30 }; /* in an int32_t, which is as wide as a float */
     const int64_t d = job->d, whole = d / LANES * LANES, at = point * job->stride;
     const double *moments[2] = {job->moments, job->held_out};
     double *losses[2] = {job->loss, job->held_out_loss};
-    for (int64_t j = 0; job->dtype == LNS_F64 && j < d; j++) {
-        ((double *)job->weight)[at + j] = 1 + x[j];
-        ((double *)job->bias)[at + j] = b[j];
-    }
-    for (int64_t j = 0; job->dtype == LNS_F32 && j < d; j++) {
-        ((float *)job->weight)[at + j] = (float)(1 + x[j]);
-        ((float *)job->bias)[at + j] = (float)b[j];
+    for (int64_t first = 0; first < d; first += COUNTED) {
+        const int64_t end = d - first < COUNTED ? d : first + COUNTED;
+        int32_t changed = 0;
+        if (job->dtype == LNS_F64) {
+            double *weight = (double *)job->weight + at, *bias = (double *)job->bias + at;
+            for (int64_t j = first; j < end; j++) {
+                weight[j] = 1 + x[j];
+                bias[j] = b[j];
+                changed += (weight[j] != 1) | (bias[j] != 0);
+            }
+        } else {
+            float *weight = (float *)job->weight + at, *bias = (float *)job->bias + at;
+            for (int64_t j = first; j < end; j++) {
+                weight[j] = (float)(1 + x[j]);
+                bias[j] = (float)b[j];
+                changed += (weight[j] != 1) | (bias[j] != 0);
+            }
+        }
+        job->support[point] = changed + (first > 0 ? job->support[point] : 0);
     }
     for (int k = 0; k < 2; k++) {
         if (moments[k] == NULL) {
@@ -284,27 +295,32 @@ static void VNAME(path_units)(void *context, int64_t begin, int64_t end, int thr
         const lns_path_job *job = &c->jobs[k];
         const int64_t count = lns_path_blocks(job->d);
         double *blocks = (double *)(void *)(c->work + thread * c->work_each);
-        double *x = blocks + count * VNAME(BLOCK_ROWS) * LANES, *b = x + count * LANES;
-        path_problem problem = {.pass = VNAME(path_pass), .blocks = blocks, .count = count};
-        path_scale now = {0, 0}, before = {0, 0};
+        double *solution = blocks + count * VNAME(BLOCK_ROWS) * LANES;
+        double *x = solution + 2 * count * LANES, *b = x + count * LANES;
+        path_problem problem = {.pass = VNAME(path_pass), .blocks = blocks, .solution = solution, .count = count};
+        path_scale last[3] = {{0, 0, 1}, {0, 0, 1}, {0, 0, 1}}; /* of the penalties before this one, latest first */
         VNAME(path_blocks)(job->moments, job->d, blocks);
         for (int64_t point = 0; point < c->points; point++) {
             double norms[2], distance[2];
             problem.l1 = c->penalties[point] * c->l1_ratio;
             problem.tau = c->penalties[point] * (1 - c->l1_ratio) * sqrt((double)job->d);
-            problem.tolerance = 1e-10 * job->largest;
-            VNAME(path_point) at = {1, 1, 0, problem.l1};
+            problem.tolerance = LNS_PATH_TOLERANCE * job->largest;
+            path_scale now = {1, 1, 0};
             if (problem.tau > 0) {
-                const path_scale start = {path_guess(now.sx, before.sx), path_guess(now.sb, before.sb)};
-                before = now;
-                now = path_scales(&problem, start, norms);
-                at = (VNAME(path_point)){now.sx, now.sb, 1, problem.l1};
+                now = (path_scale){path_guess(last[0].sx, last[1].sx, last[2].sx),
+                                   path_guess(last[0].sb, last[1].sb, last[2].sb), 1};
+                now = path_scales(&problem, now, norms);
+                last[2] = last[1];
+                last[1] = last[0];
+                last[0] = now;
                 norms[0] *= now.sx;
                 norms[1] *= now.sb;
             } else { /* no groups: y is x */
+                double sums[5];
+                VNAME(path_pass)(blocks, count, &now, problem.l1, solution, sums);
                 norms[0] = norms[1] = 0;
             }
-            VNAME(path_point_maps)(blocks, count, &at, problem.tau, norms, x, b, distance);
+            VNAME(path_maps)(blocks, count, solution, &now, problem.l1, problem.tau, norms, x, b, distance);
             double squared = 0;
             for (int g = 0; g < 2; g++) {
                 const double norm = sqrt(distance[g]);

@@ -8,38 +8,60 @@ typedef struct VNAME(fit_sums) {
     double variance_v[LANES]; /* for moments alone */
 } VNAME(fit_sums);
 
-/* Pairs the quantiles of `width` columns of sorted tiles from column l on (a constant, for which the sums stay in
- * registers); `both` wants the variance of v as well. Sums are taken around the median rows: a large mean costs no
+/* Pairs the quantiles of one column of sorted tiles. Sums are taken around the median rows: a large mean costs no
  * digits. In double: of slopes and shifts that nearly cancel, every digit counts. */
-static LNS_INLINE void VNAME(pair_columns)(const real *u, int64_t n, const real *v, int64_t m,
-                                           const lns_segment *segments, int64_t count, int64_t l,
-                                           VNAME(fit_sums) * sums, const int width, const int both)
+static inline void VNAME(pair_column)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
+                                      int64_t count, int64_t l, VNAME(fit_sums) * sums)
 {
-    double middle_u[8], middle_v[8], sum_u[8] = {0}, sum_v[8] = {0}, sum_uu[8] = {0}, sum_uv[8] = {0};
-    double sum_vv[8] = {0};
-    for (int j = 0; j < width; j++) {
-        middle_u[j] = (double)u[n / 2 * LANES + l + j];
-        middle_v[j] = (double)v[m / 2 * LANES + l + j];
-    }
+    const double middle_u = (double)u[n / 2 * LANES + l], middle_v = (double)v[m / 2 * LANES + l];
+    double sum_u = 0, sum_v = 0, sum_uu = 0, sum_uv = 0, sum_vv = 0;
     for (int64_t s = 0; s < count; s++) {
-        const real *a = u + segments[s].i * LANES + l, *b = v + segments[s].k * LANES + l;
         const double mass = segments[s].mass;
-        for (int j = 0; j < width; j++) {
-            const double x = (double)a[j] - middle_u[j], y = (double)b[j] - middle_v[j], weighted = mass * x;
-            sum_u[j] += weighted;
-            sum_v[j] += mass * y;
-            sum_uu[j] += weighted * x;
-            sum_uv[j] += weighted * y;
-            sum_vv[j] += both ? mass * y * y : 0;
-        }
+        const double x = (double)u[segments[s].i * LANES + l] - middle_u;
+        const double y = (double)v[segments[s].k * LANES + l] - middle_v;
+        sum_u += mass * x;
+        sum_v += mass * y;
+        sum_uu += mass * x * x;
+        sum_uv += mass * x * y;
+        sum_vv += mass * y * y;
     }
-    for (int j = 0; j < width; j++) {
-        sums->mean_u[l + j] = sum_u[j] + middle_u[j];
-        sums->mean_v[l + j] = sum_v[j] + middle_v[j];
-        sums->variance[l + j] = sum_uu[j] - sum_u[j] * sum_u[j];
-        sums->other[l + j] = sum_uv[j] - sum_u[j] * sum_v[j];
-        sums->variance_v[l + j] = both ? sum_vv[j] - sum_v[j] * sum_v[j] : 0;
+    sums->mean_u[l] = sum_u + middle_u;
+    sums->mean_v[l] = sum_v + middle_v;
+    sums->variance[l] = sum_uu - sum_u * sum_u;
+    sums->other[l] = sum_uv - sum_u * sum_v;
+    sums->variance_v[l] = sum_vv - sum_v * sum_v;
+}
+
+/* The same for eight columns from l on, along segments that they share. */
+static inline void VNAME(pair_columns)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
+                                       int64_t count, int64_t l, VNAME(fit_sums) * sums)
+{
+    typedef real reals __attribute__((vector_size(8 * sizeof(real))));
+    typedef double doubles __attribute__((vector_size(8 * sizeof(double))));
+    reals a, b;
+    memcpy(&a, u + n / 2 * LANES + l, sizeof a);
+    memcpy(&b, v + m / 2 * LANES + l, sizeof b);
+    const doubles middle_u = __builtin_convertvector(a, doubles), middle_v = __builtin_convertvector(b, doubles);
+    doubles sum_u = {0}, sum_v = {0}, sum_uu = {0}, sum_uv = {0}, sum_vv = {0};
+    for (int64_t s = 0; s < count; s++) {
+        memcpy(&a, u + segments[s].i * LANES + l, sizeof a);
+        memcpy(&b, v + segments[s].k * LANES + l, sizeof b);
+        const doubles x = __builtin_convertvector(a, doubles) - middle_u;
+        const doubles y = __builtin_convertvector(b, doubles) - middle_v;
+        const doubles mass_x = segments[s].mass * x, mass_y = segments[s].mass * y;
+        sum_u += mass_x;
+        sum_v += mass_y;
+        sum_uu += mass_x * x;
+        sum_uv += mass_x * y;
+        sum_vv += mass_y * y;
     }
+    const doubles mean_u = sum_u + middle_u, mean_v = sum_v + middle_v, variance = sum_uu - sum_u * sum_u;
+    const doubles covariance = sum_uv - sum_u * sum_v, variance_v = sum_vv - sum_v * sum_v;
+    memcpy(sums->mean_u + l, &mean_u, sizeof mean_u);
+    memcpy(sums->mean_v + l, &mean_v, sizeof mean_v);
+    memcpy(sums->variance + l, &variance, sizeof variance);
+    memcpy(sums->other + l, &covariance, sizeof covariance);
+    memcpy(sums->variance_v + l, &variance_v, sizeof variance_v);
 }
 
 /* Mean and variance of the columns of a tile (ddof = 1, or the weighted population's), around its first row. */
@@ -124,7 +146,7 @@ static inline VNAME(fit_work) VNAME(fit_work_at)(char *memory, const lns_fit_job
 
 /* Sorts tile t of a panel of keys and pairs it; returns whether everything was finite. */
 static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *pairing, key *u, key *v,
-                                    const VNAME(fit_work) * work, int both, int *constant, VNAME(fit_sums) * sums)
+                                    const VNAME(fit_work) * work, int *constant, VNAME(fit_sums) * sums)
 {
     const int64_t n = job->source.n, m = job->target.n;
     real *const reals_u = (real *)(void *)u, *const reals_v = (real *)(void *)v;
@@ -142,11 +164,7 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
     VNAME(flip_tile)(v, m);
     if (!pairing->weighted) {
         for (int l = 0; l < LANES; l += 8) {
-            if (both) {
-                VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums, 8, 1);
-            } else {
-                VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums, 8, 0);
-            }
+            VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
         }
     }
     for (int64_t l = 0; pairing->weighted && l < LANES; l++) {
@@ -154,7 +172,7 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
         const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
         const int64_t count =
             lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-        VNAME(pair_columns)(reals_u, n, reals_v, m, work->own, count, l, sums, 1, both);
+        VNAME(pair_column)(reals_u, n, reals_v, m, work->own, count, l, sums);
         constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
     }
     for (int64_t l = 0; !pairing->weighted && l < LANES; l++) {
@@ -188,7 +206,7 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
     VNAME(fit_sums) sums = {0};
     int constant[LANES];
     if (method == LNS_LINEAR || method == LNS_MOMENTS) {
-        if (!VNAME(fit_sorted)(job, pairing, u, v, work, method == LNS_MOMENTS, constant, &sums)) {
+        if (!VNAME(fit_sorted)(job, pairing, u, v, work, constant, &sums)) {
             return 0;
         }
     } else {

@@ -76,7 +76,7 @@ LNS_FUNCTION(largest_penalty)
 }
 
 /* What the solver writes, in the order in which Python gets it. */
-enum { WEIGHT, BIAS, LOSS, HELD_OUT, DISTANCE, OUTPUTS };
+enum { WEIGHT, BIAS, LOSS, HELD_OUT, DISTANCE, SUPPORT, OUTPUTS };
 
 static int new_outputs(PyArrayObject **out, npy_intp modules, npy_intp points, npy_intp total, int typenum,
                        int held_out)
@@ -86,7 +86,7 @@ static int new_outputs(PyArrayObject **out, npy_intp modules, npy_intp points, n
         if (k == HELD_OUT && !held_out) {
             continue;
         }
-        out[k] = k <= BIAS ? lns_new(2, maps, typenum) : lns_new(2, losses, NPY_DOUBLE);
+        out[k] = k <= BIAS ? lns_new(2, maps, typenum) : lns_new(2, losses, k == SUPPORT ? NPY_INT64 : NPY_DOUBLE);
         if (out[k] == NULL) {
             return 0;
         }
@@ -169,6 +169,7 @@ LNS_FUNCTION(sparse_path)
             .stride = total,
             .loss = (double *)PyArray_DATA(out[LOSS]) + k * points,
             .distance = (double *)PyArray_DATA(out[DISTANCE]) + k * points,
+            .support = (int64_t *)PyArray_DATA(out[SUPPORT]) + k * points,
             .largest = largest,
         };
         if (held_out != NULL) {
@@ -191,7 +192,7 @@ LNS_FUNCTION(sparse_path)
         goto done;
     }
     result = PyTuple_Pack(OUTPUTS, out[WEIGHT], out[BIAS], out[LOSS],
-                          held_out != NULL ? (PyObject *)out[HELD_OUT] : Py_None, out[DISTANCE]);
+                          held_out != NULL ? (PyObject *)out[HELD_OUT] : Py_None, out[DISTANCE], out[SUPPORT]);
 done:
     lns_work_free(work);
     PyMem_Free(jobs);

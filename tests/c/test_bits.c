@@ -408,6 +408,7 @@ static void path_bits(lns_dtype dtype)
         void *u = numbers(dtype, n * d, (uint32_t)k), *v = numbers(dtype, m * d, (uint32_t)k + 70);
         void *weight = memory(POINTS * d * 8), *bias = memory(POINTS * d * 8);
         double *moments = memory(5 * d * 8), *rows = memory(3 * POINTS * 8), penalties[POINTS];
+        int64_t support[POINTS];
         const lns_fit_job fit = {
             .source = {u, dtype, n, d, NULL}, .target = {v, dtype, m, d, NULL}, .moments = moments};
         void *work = memory(lns_fit_worksize(&fit, 1, THREADS));
@@ -422,6 +423,7 @@ static void path_bits(lns_dtype dtype)
             job.loss = rows;
             job.held_out_loss = rows + POINTS;
             job.distance = rows + 2 * POINTS;
+            job.support = support;
             work = memory(lns_path_worksize(&job, 1, POINTS, THREADS));
             job.largest = penalties[0] = lns_path_largest(moments, d, ratio, work);
             for (int i = 1; i < POINTS; i++) {
@@ -432,6 +434,7 @@ static void path_bits(lns_dtype dtype)
                 mix(&hash, weight, POINTS * d, real_size(dtype));
                 mix(&hash, bias, POINTS * d, real_size(dtype));
                 mix(&hash, rows, 3 * POINTS, 8);
+                mix(&hash, support, POINTS, 8);
             }
             free(work);
         }

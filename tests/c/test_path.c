@@ -2,7 +2,8 @@
 
 enum { D = 21, POINTS = 8 };
 
-static void path(const double *moments, double ratio, double *penalties, double *weight, double *bias, double *rows)
+static void path(const double *moments, double ratio, double *penalties, double *weight, double *bias, double *rows,
+                 int64_t *support)
 {
     lns_path_job job = {.d = D, .moments = moments, .held_out = moments, .dtype = LNS_F64};
     job.weight = weight;
@@ -11,6 +12,7 @@ static void path(const double *moments, double ratio, double *penalties, double 
     job.loss = rows;
     job.held_out_loss = rows + POINTS;
     job.distance = rows + 2 * POINTS;
+    job.support = support;
     void *work = memory(lns_path_worksize(&job, 1, POINTS, 1));
     job.largest = lns_path_largest(moments, D, ratio, work);
     for (int k = 0; k < POINTS; k++) {
@@ -45,7 +47,8 @@ static double loss(const double *moments, const double *weight, const double *bi
 static void points_are_minima(const double *moments, double ratio)
 {
     double penalties[POINTS], weight[POINTS * D], bias[POINTS * D], rows[3 * POINTS];
-    path(moments, ratio, penalties, weight, bias, rows);
+    int64_t support[POINTS];
+    path(moments, ratio, penalties, weight, bias, rows, support);
     double *const step = normal_f64(2 * D, 9);
     for (int k = 0; k < POINTS; k++) {
         double *const w = weight + k * D, *const b = bias + k * D;
@@ -58,6 +61,11 @@ static void points_are_minima(const double *moments, double ratio)
             CHECK(w[j] >= 0);
             CHECK(k > 0 || (w[j] == 1 && b[j] == 0));
         }
+        int64_t changed = 0;
+        for (int j = 0; j < D; j++) {
+            changed += w[j] != 1 || b[j] != 0;
+        }
+        CHECK(support[k] == changed);
         for (int try = 0; try < 8; try++) {
             double near_w[D], near_b[D];
             for (int j = 0; j < D; j++) {

@@ -120,6 +120,7 @@ void fuzz_path(void)
         job->stride = total;
         job->loss = elements(OUTPUT, LNS_F64, c.points);
         job->distance = elements(OUTPUT, LNS_F64, c.points);
+        job->support = bytes_of(OUTPUT, c.points * 8);
         job->held_out = byte() % 2 ? job->moments : NULL;
         job->held_out_loss = job->held_out != NULL ? elements(OUTPUT, LNS_F64, c.points) : NULL;
         job->largest = largest;
