@@ -164,8 +164,8 @@ def sparse_path(
     """Sparse maps of L modules (moments [5, d_l], finite) at float64 penalties [K] > 0, best in falling order.
 
     Returns weight and bias [K, D], D = sum of d_l, float64 where `double` is true, else float32; the loss [L, K]; the
-    held-out loss [L, K] or None; [L, K] the distance of 0 to the subdifferential; and int64 [L, K] the number of neurons
-    that each map changes. `largest` is the largest penalty, the scale of the tolerance.
+    held-out loss [L, K] or None; [L, K] the distance of 0 to the subdifferential; and int64 [L, K] the number of
+    neurons that each map changes. `largest` is the largest penalty, the scale of the tolerance.
     """
 
 def covariance(x: Array, mass: Array | None, name: str) -> tuple[Array, Array]:

@@ -76,7 +76,8 @@ class _Affine(Function):
         # Not a view, of which autograd would forbid an operation in place, such as that of a ReLU(inplace=True) that
         # follows: a tensor of its own on the engine's memory.
         memory = torch.from_numpy(out).untyped_storage()
-        return torch.empty(0, dtype=z.dtype).set_(memory, 0, z.shape)
+        # torch's stubs want strides, which it makes itself.
+        return torch.empty(0, dtype=z.dtype).set_(memory, 0, z.shape)  # type: ignore[call-overload]
 
     @staticmethod
     @once_differentiable
