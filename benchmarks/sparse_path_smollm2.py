@@ -151,7 +151,6 @@ class Study:
                 "passes": found.passes,
                 # A refit costs 3 a step, and a held-out loss.
                 "refit_passes": 3 * refits.sum() + len(np.unique(found.history["point"][refits])),
-                "lr": found.history["lr"],
             }
 
         return kept(f"path-{seed}", compute)

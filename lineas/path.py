@@ -118,8 +118,8 @@ class SparsePath:
         TypeError
             If not exactly one of the four is given, or it is of another type.
         ValueError
-            If the path has no such point: `penalty` below all others, `support` that is below or above all others
-            (the message names the nearest), or `best` without held-out data.
+            If the path has no such point: `penalty` below all others, `support` that is below or above all others or
+            between 0 and the first that is not (the message names the nearest), or `best` without held-out data.
         IndexError
             If `index` is out of range.
         """
@@ -140,7 +140,11 @@ class SparsePath:
             return int(index) % len(self)
         if penalty is not None:
             return self._nearest(as_positive(penalty, "penalty"))
-        return self._sparser(self._count(support))
+        count = self._count(support)
+        k = self._sparser(count)
+        if count and not self.support[k]:
+            raise self._skipped(count, k + 1)
+        return k
 
     def _nearest(self, penalty: float) -> int:
         """The index of the nearest penalty; see `index`."""
@@ -176,6 +180,14 @@ class SparsePath:
         allowed = np.where(self.support <= count, self.support, -1)
         return int(len(self) - 1 - np.argmax(allowed[::-1]))
 
+    def _skipped(self, count: int, k: int, support: int | None = None) -> ValueError:
+        """The error where the path goes from no neuron to more than `count` of them, at point k or just above it."""
+        first = int(self.support[k]) if support is None else support
+        return ValueError(
+            f"support: no point of the path has a support from 1 to {count} of {self.d} neurons; the nearest are 0 and "
+            f"{first} ({first / self.d:.2%}), index {k}; a larger l1_ratio lets neurons in one by one"
+        )
+
     def at(
         self,
         *,
@@ -186,10 +198,10 @@ class SparsePath:
     ) -> SteeringMaps | AffineMap:
         """Return the maps of a point of the path, found as by `index`; on an exact path also between its points.
 
-        An exact path, one that `lineas.sparse_path` made, is solved anew at a `penalty` that is not one of its own, and
-        for a `support` it looks for the smallest penalty that does not exceed it, so that the maps have just as many
-        neurons wherever a path has such a point. Neurons join one at a time, but for ties: a group that a large
-        `group` penalty brings in at once can skip some numbers.
+        An exact path, one that `lineas.sparse_path` made, is solved anew at a `penalty` that is not one of its own,
+        and for a `support` it looks for the smallest penalty that does not exceed it, so that the maps have just as
+        many neurons wherever a path has such a point. Neurons join one at a time, but for those that a module's group
+        penalty keeps out until many come at once: then they are fewer, and where there would be none it is an error.
 
         Parameters
         ----------
@@ -206,11 +218,11 @@ class SparsePath:
         TypeError, ValueError, IndexError
             As `index`.
         """
+        if self.moments is not None and support is not None and penalty is None and index is None and not best:
+            return self._densest(self._count(support))
         k = self.index(penalty=penalty, support=support, index=index, best=best)
         if self.moments is not None and penalty is not None and float(penalty) < self.penalties[0]:
             return self._solve(float(penalty))[2]
-        if self.moments is not None and support is not None and k + 1 < len(self):
-            return self._densest(self._count(support), k)
         return self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
 
     def _solve(self, penalty: float) -> tuple[float, int, SteeringMaps | AffineMap]:
@@ -224,19 +236,6 @@ class SparsePath:
         )
         return penalty, int(support.sum()), self._maps(weight[0], bias[0], penalty)
 
-    def _densest(self, count: int, k: int) -> SteeringMaps | AffineMap:
-        """The maps of at most `count` neurons between point k, which has no more, and the next, which has more."""
-        found = self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
-        reached = int(self.support[k])
-        high, low = float(self.penalties[k]), float(self.penalties[k + 1])
-        while reached < count and high > low * (1 + 1e-9):
-            penalty, support, maps = self._solve(float(np.sqrt(high * low)))
-            if support > count:
-                low = penalty
-            else:
-                high, found, reached = penalty, maps, support
-        return found
-
     def _maps(self, weight: NDArray, bias: NDArray, penalty: float) -> SteeringMaps | AffineMap:
         """Slopes and shifts of all modules as maps."""
         if self.modules is None:
@@ -244,6 +243,24 @@ class SparsePath:
         ends = np.cumsum(self.widths)[:-1]
         maps = map(AffineMap, np.split(weight, ends), np.split(bias, ends))
         return SteeringMaps(dict(zip(self.modules, maps, strict=True)), {**self.metadata, "penalty": penalty})
+
+    def _densest(self, count: int) -> SteeringMaps | AffineMap:
+        """The maps of at most `count` neurons at the smallest penalty, which need not be one of the path."""
+        k = self._sparser(count)
+        found = self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
+        reached = int(self.support[k])
+        if reached == count or k + 1 == len(self):
+            return found
+        high, low, more = float(self.penalties[k]), float(self.penalties[k + 1]), int(self.support[k + 1])
+        while reached < count and high > low * (1 + 1e-9):
+            penalty, support, maps = self._solve(float(np.sqrt(high * low)))
+            if support > count:
+                low, more = penalty, support
+            else:
+                high, found, reached = penalty, maps, support
+        if count and not reached:
+            raise self._skipped(count, k + 1, more)
+        return found
 
     def __repr__(self) -> str:
         modules = "" if self.modules is None else f"{len(self.modules)} modules, "

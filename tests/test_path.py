@@ -210,6 +210,17 @@ def test_an_impossible_support_names_the_nearest():
         dense.at(support=5)
 
 
+def test_a_support_that_a_group_skips_names_the_nearest():
+    rng = np.random.default_rng(12)
+    u = rng.normal(size=(20, 50))
+    path = lineas.sparse_path(u, u + 1.0, l1_ratio=0.1, n_penalties=6)
+    message = r"no point of the path has a support from 1 to 10 of 50 neurons; the nearest are 0 and (\d+) \(.*l1_ratio"
+    for find in (path.at, path.index):
+        with pytest.raises(ValueError, match=message):
+            find(support=10)
+    assert path.at(support=0).support == 0
+
+
 def test_points_by_penalty(path):
     assert path.at(penalty=float(path.penalties[3])) == path.at(index=3)
     assert path.at(penalty=1e9).support == 0
