@@ -123,6 +123,20 @@ static inline int64_t lns_weighted_segments(int64_t n, const double *mass_u, dou
     }
 }
 
+/* The segment in which half of the mass is reached: the medians of both samples. */
+static inline int64_t lns_middle_segment(const lns_segment *segments, int64_t count)
+{
+    double total = 0, sum = 0;
+    int64_t s = 0;
+    for (int64_t k = 0; k < count; k++) {
+        total += segments[k].mass;
+    }
+    while (s < count - 1 && 2 * (sum += segments[s].mass) < total) {
+        s++;
+    }
+    return s;
+}
+
 /* Sum of the row weights; the number of rows where they are equal. */
 static inline double lns_total_mass(const lns_sample *s)
 {

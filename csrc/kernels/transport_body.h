@@ -8,12 +8,15 @@ typedef struct VNAME(fit_sums) {
     double variance_v[LANES]; /* for moments alone */
 } VNAME(fit_sums);
 
-/* Pairs the quantiles of one column of sorted tiles. Sums are taken around the median rows: a large mean costs no
- * digits. In double: of slopes and shifts that nearly cancel, every digit counts. */
-static inline void VNAME(pair_column)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
-                                      int64_t count, int64_t l, VNAME(fit_sums) * sums)
+/* Pairs the quantiles of one column of sorted tiles. Sums are taken around the medians: a large mean costs no digits,
+ * all products of x and y are >= 0, and what is subtracted in the end is at most half of their sum, so that no weights
+ * are too uneven for variances and covariances with nearly all digits. In double: of slopes and shifts that nearly
+ * cancel, every digit counts. */
+static inline void VNAME(pair_column)(const real *u, const real *v, const lns_segment *segments, int64_t count,
+                                      int64_t l, VNAME(fit_sums) * sums)
 {
-    const double middle_u = (double)u[n / 2 * LANES + l], middle_v = (double)v[m / 2 * LANES + l];
+    const lns_segment *middle = segments + lns_middle_segment(segments, count);
+    const double middle_u = (double)u[middle->i * LANES + l], middle_v = (double)v[middle->k * LANES + l];
     double sum_u = 0, sum_v = 0, sum_uu = 0, sum_uv = 0, sum_vv = 0;
     for (int64_t s = 0; s < count; s++) {
         const double mass = segments[s].mass;
@@ -172,7 +175,7 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
         const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
         const int64_t count =
             lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-        VNAME(pair_column)(reals_u, n, reals_v, m, work->own, count, l, sums);
+        VNAME(pair_column)(reals_u, reals_v, work->own, count, l, sums);
         constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
     }
     for (int64_t l = 0; !pairing->weighted && l < LANES; l++) {

@@ -9,7 +9,7 @@
 {"prox f32", 0x09959cdd0d9a403c},
 {"sort f64", 0xf5c9aa60d6d14192},
 {"wasserstein f64", 0xe99c5221ac4011c1},
-{"fit f64", 0x453ebf24c0a6cf84},
+{"fit f64", 0x072a66f6fd989036},
 {"affine f64", 0x74169ff11a58994b},
 {"pool f64", 0x73a9081b36001fc8},
 {"moments f64", 0xd95ea337b2480fb6},

@@ -54,6 +54,17 @@ static void rows_without_mass_do_not_make_a_source_vary(void)
     }
 }
 
+/* All but 1e-30 of the mass in one row, far from the middle one: around any other, the variance would be rounding. */
+static void weights_may_be_uneven(void)
+{
+    const double u[5] = {239, 240, 241, 242, 243}, v[5] = {5, 5, 6, 6, 7}, mass[5] = {1, 1e-30, 1e-30, 1e-30, 1e-30};
+    const lns_sample source = {u, LNS_F64, 5, 1, mass}, target = {v, LNS_F64, 5, 1, mass};
+    double weight = 0, bias = 0;
+    fit(&source, &target, LNS_LINEAR, &weight, &bias);
+    CHECK_NEAR(weight, 13.0 / 30, 1e-14);
+    CHECK_NEAR(bias, 5 - 239 * 13.0 / 30, 1e-11);
+}
+
 static void weighted_means(void)
 {
     const double u[2] = {0, 1}, v[3] = {0, 1, 2}, mass_u[2] = {3, 1}, mass_v[3] = {0, 1, 1};
@@ -102,6 +113,7 @@ void test_transport(void)
     affine_images_are_found(1100);
     constant_source_gets_the_mean_shift();
     rows_without_mass_do_not_make_a_source_vary();
+    weights_may_be_uneven();
     weighted_means();
     gaussians();
 }
