@@ -328,7 +328,7 @@ class Results:
 
         from lineas.plot import BLUE, GREY, ORANGE
 
-        figure = Figure(figsize=(12, 3.8), layout="constrained")
+        figure = Figure(figsize=(12, 4.1), layout="constrained")
         FigureCanvasAgg(figure)
         losses, effects, prices = figure.subplots(1, 3)
         some = self.share > 0
@@ -350,7 +350,9 @@ class Results:
         prices.plot(x, self.point_loss[some], "o-", color=BLUE, markersize=4)
         for ax, title in ((losses, "Held-out loss"), (effects, "Effect score"), (prices, "Loss on neutral text")):
             ax.set(title=title, xscale="log", xlabel="neurons changed (%)")
-        losses.legend(frameon=False)
+        figure.legend(*losses.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+        losses.set_ylabel("squared W2, mean over modules")
+        effects.set_ylabel("mean VADER score, 95 % interval")
         prices.set_ylabel("nats a token")
         figure.savefig(path, dpi=130)
 
