@@ -75,7 +75,9 @@ static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const
     const VNAME(vec) bound = (VNAME(vec))(out.y * sx < -1.0);
     if (VNAME(vec_any)(bound)) { /* x = -1: the slope is zero */
         const VNAME(reals) c = -VNAME(reals_soft)(g2 - m2, l1) / s;
-#define CHOOSE(bounded, free) (free) = VNAME(reals_where)(bound, (bounded)) + VNAME(reals_where)(~bound, (free))
+#define CHOOSE(bounded, free)                                                                                          \
+    (free) = (VNAME(reals))((VNAME(vec))VNAME(reals_where)(bound, (bounded)) |                                         \
+                            (VNAME(vec))VNAME(reals_where)(~bound, (free)))
         CHOOSE((VNAME(reals)){0} - 1 / sx, out.y);
         CHOOSE(c, out.c);
         CHOOSE((VNAME(reals)){0} + 1 / sx, out.ky);
