@@ -6,7 +6,13 @@
 #include "kernels/load.h"
 #include "kernels/tile.h"
 
-enum { PATH_LANES = 8, PATH_ROWS = 5 }; /* doubles in a cache line, rows of a block */
+/* Rows of a block, a tile of doubles: what the lassos of its neurons need. */
+enum { PATH_A2, PATH_M2, PATH_G1, PATH_G2, PATH_V4, PATH_ROWS };
+
+/* What a module takes of work: its blocks, then their solution (two rows each), then x and b. */
+enum { PATH_WORK_ROWS = PATH_ROWS + 4 };
+
+enum { PATH_SUMS = 5 };
 
 /* How close to optimal a module is solved, relative to the largest penalty: 1e-8 is promised for many together. */
 #define LNS_PATH_TOLERANCE 5e-10
@@ -37,14 +43,9 @@ typedef struct path_context {
     int64_t work_each;
 } path_context;
 
-static int64_t lns_path_blocks(int64_t d)
-{
-    return (d + PATH_LANES - 1) / PATH_LANES;
-}
-
 /* What a pass tells: the norms of y and c, how they change, and how far they are from optimal. */
 typedef struct path_state {
-    double norms[2], sums[5], left[2], size;
+    double norms[2], sums[PATH_SUMS], left[2], size;
 } path_state;
 
 static path_state path_evaluate(const path_problem *problem, const path_scale *scale)
@@ -169,13 +170,14 @@ static int64_t work_each(const lns_path_job *jobs, int64_t count)
 {
     int64_t most = 0;
     for (int64_t k = 0; k < count; k++) {
-        const int64_t bytes = lns_mul(jobs[k].d, (PATH_ROWS + 4) * 8);
-        if (jobs[k].d < 1 || jobs[k].stride < jobs[k].d || bytes < 0) {
+        const int64_t d = jobs[k].d;
+        if (d < 1 || jobs[k].stride < d || lns_mul(d, PATH_WORK_ROWS * (int64_t)sizeof(double)) < 0) {
             return -1;
         }
+        const int64_t bytes = lns_tiles(d, LNS_F64) * PATH_WORK_ROWS * LNS_TILE_ROW;
         most = bytes > most ? bytes : most;
     }
-    return most + (PATH_ROWS + 4) * LNS_TILE_ROW;
+    return most;
 }
 
 static int threads_for(const lns_path_job *jobs, int64_t count, int64_t points, int threads)
@@ -184,12 +186,12 @@ static int threads_for(const lns_path_job *jobs, int64_t count, int64_t points, 
     for (int64_t k = 0; k < count; k++) {
         cost += 10.0 * (double)jobs[k].d * (double)points;
     }
-    return lns_thread_count(count, cost < 1e15 ? (int64_t)cost : INT64_C(1000000000000000), threads);
+    return lns_thread_count(count, lns_cost(cost), threads);
 }
 
 int64_t lns_path_worksize(const lns_path_job *jobs, int64_t count, int64_t points, int threads)
 {
-    const int64_t each = lns_pad(work_each(jobs, count));
+    const int64_t each = work_each(jobs, count);
     return each < 0 ? -1 : lns_mul(each, threads_for(jobs, count, points, threads));
 }
 
@@ -202,7 +204,7 @@ lns_status lns_path(const lns_path_job *jobs, int64_t count, const double *penal
                     int threads, void *work)
 {
     path_context c = {.jobs = jobs, .penalties = penalties, .points = points, .l1_ratio = ratio, .work = work};
-    c.work_each = lns_pad(work_each(jobs, count));
+    c.work_each = work_each(jobs, count);
     if (c.work_each < 0 || points < 1) {
         return LNS_BAD_SIZE;
     }

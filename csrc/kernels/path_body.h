@@ -11,9 +11,6 @@
 #if REAL_IS_DOUBLE
 #include "kernels/tile_body.h"
 
-/* Rows of a block: LANES neurons and what their lassos need. */
-enum { VNAME(A2), VNAME(M2), VNAME(G1), VNAME(G2), VNAME(V4), VNAME(BLOCK_ROWS) };
-
 typedef struct VNAME(path_lasso) {
     VNAME(reals) y, c;
     VNAME(reals) ky, kc, cross; /* -dy/dsx / y, -dc/dsb / c, and -dy/dsb * y = -dc/dsx * c */
@@ -46,11 +43,9 @@ static LNS_INLINE VNAME(reals) VNAME(reals_soft)(VNAME(reals) a, double l1)
 static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const path_scale *scale, double l1)
 {
     const double sx = scale->sx, sb = scale->sb, one = scale->one, s = one + 2 * sb;
-    const VNAME(reals) a2 = VNAME(reals_load)(block + VNAME(A2) * LANES),
-                       m2 = VNAME(reals_load)(block + VNAME(M2) * LANES);
-    const VNAME(reals) g1 = VNAME(reals_load)(block + VNAME(G1) * LANES),
-                       g2 = VNAME(reals_load)(block + VNAME(G2) * LANES);
-    const VNAME(reals) v4 = VNAME(reals_load)(block + VNAME(V4) * LANES);
+    const VNAME(reals) a2 = VNAME(reals_load)(block + PATH_A2 * LANES), m2 = VNAME(reals_load)(block + PATH_M2 * LANES);
+    const VNAME(reals) g1 = VNAME(reals_load)(block + PATH_G1 * LANES), g2 = VNAME(reals_load)(block + PATH_G2 * LANES);
+    const VNAME(reals) v4 = VNAME(reals_load)(block + PATH_V4 * LANES);
     const VNAME(reals) p = one + a2 * sx;
     const VNAME(reals) left_c = g2 * p - m2 * sx * VNAME(reals_soft)(g1, l1); /* times p */
     const VNAME(reals) left_y = g1 * s - m2 * sb * VNAME(reals_soft)(g2, l1); /* times s */
@@ -88,9 +83,11 @@ static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const
     return out;
 }
 
-static inline double VNAME(path_total)(const double *lanes)
+/* The sum of all lanes of a row. */
+static inline double VNAME(path_total)(const VNAME(reals) * row)
 {
-    double total = 0;
+    double lanes[LANES], total = 0;
+    memcpy(lanes, row, sizeof lanes);
     for (int l = 0; l < LANES; l++) {
         total += lanes[l];
     }
@@ -102,9 +99,8 @@ static inline double VNAME(path_total)(const double *lanes)
 static void VNAME(path_pass)(const double *blocks, int64_t count, const path_scale *scale, double l1, double *solution,
                              double *sums)
 {
-    enum { SUMS = 5 };
-    VNAME(reals) part[SUMS][VEC_PARTS] = {{{0}}};
-    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES, solution += 2 * LANES) {
+    VNAME(reals) part[PATH_SUMS][VEC_PARTS] = {{{0}}};
+    for (int64_t k = 0; k < count; k++, blocks += PATH_ROWS * LANES, solution += 2 * LANES) {
         for (int p = 0; p < VEC_PARTS; p++) {
             const VNAME(path_lasso) one = VNAME(path_solve)(blocks + p * VEC_LANES, scale, l1);
             const VNAME(reals) yy = one.y * one.y, cc = one.c * one.c;
@@ -117,10 +113,8 @@ static void VNAME(path_pass)(const double *blocks, int64_t count, const path_sca
             part[4][p] += one.cross;
         }
     }
-    for (int k = 0; k < SUMS; k++) {
-        double lanes[LANES];
-        memcpy(lanes, part[k], sizeof lanes);
-        sums[k] = VNAME(path_total)(lanes);
+    for (int k = 0; k < PATH_SUMS; k++) {
+        sums[k] = VNAME(path_total)(part[k]);
     }
 }
 
@@ -128,35 +122,32 @@ static void VNAME(path_pass)(const double *blocks, int64_t count, const path_sca
 static void VNAME(path_blocks)(const double *moments, int64_t d, double *blocks)
 {
     const double *mean_u = moments, *mean_v = mean_u + d, *var_u = mean_v + d, *cov = var_u + d;
-    memset(blocks, 0, (size_t)(lns_path_blocks(d) * VNAME(BLOCK_ROWS) * LANES) * sizeof *blocks);
+    memset(blocks, 0, (size_t)(lns_tiles(d, LNS_F64) * PATH_ROWS * LANES) * sizeof *blocks);
     for (int64_t j = 0; j < d; j++) {
-        double *at = blocks + j / LANES * VNAME(BLOCK_ROWS) * LANES + j % LANES;
+        double *at = blocks + j / LANES * PATH_ROWS * LANES + j % LANES;
         const double m = mean_u[j], gap = m - mean_v[j], a = var_u[j] + m * m;
-        at[VNAME(A2) * LANES] = a > 0 ? 2 * a : 1; /* a source of zeros: its slope is never moved */
-        at[VNAME(M2) * LANES] = 2 * m;
-        at[VNAME(G1) * LANES] = 2 * (var_u[j] - cov[j] + m * gap);
-        at[VNAME(G2) * LANES] = 2 * gap;
-        at[VNAME(V4) * LANES] = a > 0 ? 4 * var_u[j] : 2;
+        at[PATH_A2 * LANES] = a > 0 ? 2 * a : 1; /* a source of zeros: its slope is never moved */
+        at[PATH_M2 * LANES] = 2 * m;
+        at[PATH_G1 * LANES] = 2 * (var_u[j] - cov[j] + m * gap);
+        at[PATH_G2 * LANES] = 2 * gap;
+        at[PATH_V4 * LANES] = a > 0 ? 4 * var_u[j] : 2;
     }
 }
 
-/* Sums over a group at zero: of soft(h, l1)^2 and of |soft(h, l1)|, and how many are not zero; rows G1 or G2. */
+/* Sums over a group at zero: of soft(h, l1)^2 and of |soft(h, l1)|; h in row PATH_G1 or PATH_G2. */
 static void VNAME(path_group)(const double *blocks, int64_t count, int row, double l1, double *sums)
 {
-    VNAME(reals) part[3][VEC_PARTS] = {{{0}}};
-    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES) {
+    VNAME(reals) part[2][VEC_PARTS] = {{{0}}};
+    for (int64_t k = 0; k < count; k++, blocks += PATH_ROWS * LANES) {
         for (int p = 0; p < VEC_PARTS; p++) {
             const VNAME(reals) h = VNAME(reals_load)(blocks + row * LANES + p * VEC_LANES);
             const VNAME(reals) soft = VNAME(reals_soft)(h, l1);
             part[0][p] += soft * soft;
             part[1][p] += VNAME(reals_abs)(soft);
-            part[2][p] += VNAME(reals_where)((VNAME(vec))(soft != 0), (VNAME(reals)){0} + 1);
         }
     }
-    for (int k = 0; k < 3; k++) {
-        double lanes[LANES];
-        memcpy(lanes, part[k], sizeof lanes);
-        sums[k] = VNAME(path_total)(lanes);
+    for (int k = 0; k < 2; k++) {
+        sums[k] = VNAME(path_total)(part[k]);
     }
 }
 
@@ -178,7 +169,7 @@ static void VNAME(path_maps)(const double *blocks, int64_t count, const double *
 {
     VNAME(reals) part[2][VEC_PARTS] = {{{0}}};
     const double pull_x = norms[0] > 0 ? tau / norms[0] : 0, pull_b = norms[1] > 0 ? tau / norms[1] : 0;
-    for (int64_t k = 0; k < count; k++, blocks += VNAME(BLOCK_ROWS) * LANES, solution += 2 * LANES) {
+    for (int64_t k = 0; k < count; k++, blocks += PATH_ROWS * LANES, solution += 2 * LANES) {
         for (int p = 0; p < VEC_PARTS; p++) {
             const double *block = blocks + p * VEC_LANES;
             VNAME(reals) px = VNAME(reals_load)(solution + p * VEC_LANES) * scale->sx;
@@ -187,10 +178,10 @@ static void VNAME(path_maps)(const double *blocks, int64_t count, const double *
             px = VNAME(reals_where)(~bound, px) - VNAME(reals_where)(bound, (VNAME(reals)){0} + 1);
             VNAME(reals_store)(x + k * LANES + p * VEC_LANES, px);
             VNAME(reals_store)(b + k * LANES + p * VEC_LANES, pb);
-            const VNAME(reals) a2 = VNAME(reals_load)(block + VNAME(A2) * LANES);
-            const VNAME(reals) m2 = VNAME(reals_load)(block + VNAME(M2) * LANES);
-            const VNAME(reals) slope_x = a2 * px + m2 * pb + VNAME(reals_load)(block + VNAME(G1) * LANES) + px * pull_x;
-            const VNAME(reals) slope_b = m2 * px + 2 * pb + VNAME(reals_load)(block + VNAME(G2) * LANES) + pb * pull_b;
+            const VNAME(reals) a2 = VNAME(reals_load)(block + PATH_A2 * LANES);
+            const VNAME(reals) m2 = VNAME(reals_load)(block + PATH_M2 * LANES);
+            const VNAME(reals) slope_x = a2 * px + m2 * pb + VNAME(reals_load)(block + PATH_G1 * LANES) + px * pull_x;
+            const VNAME(reals) slope_b = m2 * px + 2 * pb + VNAME(reals_load)(block + PATH_G2 * LANES) + pb * pull_b;
             const VNAME(vec) x_off = (VNAME(vec))(px == 0), b_off = (VNAME(vec))(pb == 0);
             VNAME(reals)
             left_x = VNAME(reals_where)(x_off, VNAME(reals_soft)(slope_x, l1)) +
@@ -204,9 +195,7 @@ static void VNAME(path_maps)(const double *blocks, int64_t count, const double *
         }
     }
     for (int k = 0; k < 2; k++) {
-        double lanes[LANES];
-        memcpy(lanes, part[k], sizeof lanes);
-        distance[k] = VNAME(path_total)(lanes);
+        distance[k] = VNAME(path_total)(part[k]);
     }
 }
 
@@ -242,7 +231,7 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
             continue;
         }
         VNAME(reals) part[VEC_PARTS] = {{0}};
-        double lanes[LANES], last[5 * LANES] = {0};
+        double last[5 * LANES] = {0};
         for (int64_t j = 0; j < whole; j += LANES) {
             for (int p = 0; p < VEC_PARTS; p++) {
                 const int64_t l = j + p * VEC_LANES;
@@ -257,8 +246,7 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
             part[p] += VNAME(path_loss)(last, LANES, l, 1 + VNAME(reals_load)(x + whole + l),
                                         VNAME(reals_load)(b + whole + l));
         }
-        memcpy(lanes, part, sizeof lanes);
-        losses[k][point] = VNAME(path_total)(lanes);
+        losses[k][point] = VNAME(path_total)(part);
     }
 }
 
@@ -266,7 +254,7 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
 static double VNAME(path_largest_of)(const double *blocks, int64_t count, int row, int64_t d, double ratio)
 {
     const double group = (1 - ratio) * sqrt((double)d);
-    double penalty = 0, sums[3];
+    double penalty = 0, sums[2];
     for (int k = 0; k < 100; k++) {
         VNAME(path_group)(blocks, count, row, penalty * ratio, sums);
         const double norm = sqrt(sums[0]);
@@ -282,10 +270,10 @@ static double VNAME(path_largest_of)(const double *blocks, int64_t count, int ro
 
 static double VNAME(path_largest)(const double *moments, int64_t d, double ratio, double *blocks)
 {
-    const int64_t count = lns_path_blocks(d);
+    const int64_t count = lns_tiles(d, LNS_F64);
     VNAME(path_blocks)(moments, d, blocks);
-    const double x = VNAME(path_largest_of)(blocks, count, VNAME(G1), d, ratio);
-    const double b = VNAME(path_largest_of)(blocks, count, VNAME(G2), d, ratio);
+    const double x = VNAME(path_largest_of)(blocks, count, PATH_G1, d, ratio);
+    const double b = VNAME(path_largest_of)(blocks, count, PATH_G2, d, ratio);
     return x > b ? x : b;
 }
 
@@ -295,9 +283,9 @@ static void VNAME(path_units)(void *context, int64_t begin, int64_t end, int thr
     const path_context *c = context;
     for (int64_t k = begin; k < end; k++) {
         const lns_path_job *job = &c->jobs[k];
-        const int64_t count = lns_path_blocks(job->d);
+        const int64_t count = lns_tiles(job->d, LNS_F64);
         double *blocks = (double *)(void *)(c->work + thread * c->work_each);
-        double *solution = blocks + count * VNAME(BLOCK_ROWS) * LANES;
+        double *solution = blocks + count * PATH_ROWS * LANES;
         double *x = solution + 2 * count * LANES, *b = x + count * LANES;
         path_problem problem = {.pass = VNAME(path_pass), .blocks = blocks, .solution = solution, .count = count};
         path_scale last[3] = {{0, 0, 1}, {0, 0, 1}, {0, 0, 1}}; /* of the penalties before this one, latest first */
@@ -318,7 +306,7 @@ static void VNAME(path_units)(void *context, int64_t begin, int64_t end, int thr
                 norms[0] *= now.sx;
                 norms[1] *= now.sb;
             } else { /* no groups: y is x */
-                double sums[5];
+                double sums[PATH_SUMS];
                 VNAME(path_pass)(blocks, count, &now, problem.l1, solution, sums);
                 norms[0] = norms[1] = 0;
             }

@@ -186,6 +186,12 @@ static inline int lns_is_past(const lns_sample *module, int64_t unit, int64_t *f
     return past;
 }
 
+/* A cost in nanoseconds that does not overflow, nor do sums of it. */
+static inline int64_t lns_cost(double cost)
+{
+    return cost < 1e15 ? (int64_t)cost : INT64_C(1000000000000000);
+}
+
 /* Rough cost in nanoseconds of sorting n * d values, to choose the number of threads. */
 static inline int64_t lns_sort_cost(int64_t n, int64_t d)
 {
@@ -193,8 +199,7 @@ static inline int64_t lns_sort_cost(int64_t n, int64_t d)
     while ((INT64_C(1) << bits) < n && bits < 30) {
         bits++;
     }
-    const double cost = 0.03 * (double)n * (double)d * bits * (bits + 1);
-    return cost < 1e15 ? (int64_t)cost : INT64_C(1000000000000000); /* sums of it do not overflow either */
+    return lns_cost(0.03 * (double)n * (double)d * bits * (bits + 1));
 }
 
 #endif
