@@ -214,14 +214,24 @@ def _fit_batches(pairs: Mapping[Any, tuple], method: str) -> dict[Any, AffineMap
     return fitted
 
 
+def moments_of(pairs: Mapping[Any, tuple]) -> list[NDArray]:
+    """The moments [5, d] of the modules' paired quantiles, as `paired_samples` gives the samples."""
+    moments: dict[Any, NDArray] = {}
+    for batch in by_working_type(pairs).values():
+        modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
+        out = _core.quantile_moments(us, vs, u_masses, v_masses, u_names, v_names, get_num_threads())
+        for module, one, name in zip(modules, out, u_names, strict=True):
+            if not np.isfinite(one).all():
+                raise ValueError(f"the squares of {name} or its target overflow float64")
+            moments[module] = one
+    return [moments[module] for module in pairs]
+
+
 def _fit_sparse(pairs: Mapping[Any, tuple], l1: float, group: float) -> dict[Any, AffineMap]:
     """One point of the sparse path by module."""
-    from .path import moments_of
-
-    moments = moments_of(pairs)
+    ratio, penalty = l1 / (l1 + group), np.array([l1 + group])
     fitted = {}
-    for module, one in zip(pairs, moments, strict=True):
-        ratio, penalty = l1 / (l1 + group), np.array([l1 + group])
+    for module, one in zip(pairs, moments_of(pairs), strict=True):
         largest = float(_core.largest_penalty([one], ratio)[0])
         is_double = pairs[module][0].dtype == np.float64
         weight, bias = _core.sparse_path([one], None, penalty, ratio, is_double, largest, get_num_threads())[:2]

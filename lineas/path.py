@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._arrays import as_int, as_positive, as_share
 from ._threads import get_num_threads
-from .local import Weights, paired_samples
+from .local import Weights, moments_of, paired_samples
 from .maps import AffineMap, SteeringMaps
 
 if TYPE_CHECKING:
@@ -412,21 +412,6 @@ def sparse_path(
         moments=moments,
         module_support=support.T,
     )
-
-
-def moments_of(pairs: Mapping[Any, tuple]) -> list[NDArray]:
-    """The moments [5, d] of the modules' paired quantiles, as `lineas.local.paired_samples` gives the samples."""
-    from .local import by_working_type
-
-    moments: dict[Any, NDArray] = {}
-    for batch in by_working_type(pairs).values():
-        modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
-        out = _core.quantile_moments(us, vs, u_masses, v_masses, u_names, v_names, get_num_threads())
-        for module, one, name in zip(modules, out, u_names, strict=True):
-            if not np.isfinite(one).all():
-                raise ValueError(f"the squares of {name} or its target overflow float64")
-            moments[module] = one
-    return [moments[module] for module in pairs]
 
 
 def _same_modules(pairs: Mapping[Any, tuple], names: list) -> dict[Any, tuple]:

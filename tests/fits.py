@@ -27,6 +27,23 @@ def snapshot(model):
     )
 
 
+class Trouble:
+    """A forward that meets with something at its n-th call."""
+
+    def __init__(self, at, act):
+        self.at, self.act, self.calls = at, act, 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        if self.calls == self.at:
+            self.act(model)
+        return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def interrupt(model):
+    raise KeyboardInterrupt
+
+
 def same_maps(a, b, **tolerance):
     assert list(a) == list(b)
     for name in a:

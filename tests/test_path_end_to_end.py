@@ -7,7 +7,7 @@ import models_zoo as zoo
 import numpy as np
 import pytest
 import torch
-from fits import QUIET, prompts, rows, same_maps, short_fit, snapshot
+from fits import QUIET, Trouble, interrupt, prompts, rows, same_maps, short_fit, snapshot
 
 import lineas
 from lineas import prox_sparse_group, sparse_path_end_to_end
@@ -234,23 +234,6 @@ def test_history(path):
 
 
 # --- early ends -------------------------------------------------------------------------------------------------------
-
-
-class Trouble:
-    """A forward that meets with something at its n-th call."""
-
-    def __init__(self, at, act):
-        self.at, self.act, self.calls = at, act, 0
-
-    def __call__(self, model, batch):
-        self.calls += 1
-        if self.calls == self.at:
-            self.act(model)
-        return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
-def interrupt(model):
-    raise KeyboardInterrupt
 
 
 # Calls: order, targets, held-out targets, start; then two steps, a held-out loss, two steps of the refit, a held-out

@@ -6,7 +6,7 @@ import models_zoo as zoo
 import numpy as np
 import pytest
 import torch
-from fits import QUIET, prompts, rows, same_maps, short_fit, snapshot
+from fits import QUIET, Trouble, interrupt, prompts, rows, same_maps, short_fit, snapshot
 from torch import nn
 
 from lineas import AffineMap, SteeringMaps, fit_end_to_end
@@ -24,23 +24,6 @@ def fit(llama):
 
 
 # --- early ends -------------------------------------------------------------------------------------------------------
-
-
-class Trouble:
-    """A forward that meets with something at its n-th call."""
-
-    def __init__(self, at, act):
-        self.at, self.act, self.calls = at, act, 0
-
-    def __call__(self, model, batch):
-        self.calls += 1
-        if self.calls == self.at:
-            self.act()
-        return model(**batch)
-
-
-def interrupt():
-    raise KeyboardInterrupt
 
 
 # Calls of the model: 1 finds the order, 2 takes the targets, then one a step; with held-out data 3 takes their
@@ -78,7 +61,7 @@ def test_an_interrupt_before_any_step_is_passed_on(fit, llama):
 
 
 def test_an_error_is_passed_on(fit, llama):
-    def fail():
+    def fail(model):
         raise RuntimeError("out of luck")
 
     before = snapshot(llama)
@@ -93,9 +76,7 @@ def poisoned():
     """A model and a forward that gives NaN from a call on."""
 
     def make(at):
-        model = zoo.mlp().double()
-        trouble = Trouble(at, lambda: model[2].weight.data.fill_(math.nan))
-        return model, lambda model, batch: trouble(model, {"input": batch})
+        return zoo.mlp().double(), Trouble(at, lambda model: model[2].weight.data.fill_(math.nan))
 
     return make
 

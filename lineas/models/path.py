@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import __version__
+from .. import __version__, _core
 from ..path import SparsePath
 from . import calling, sites
 from .collect import check_pooling
@@ -69,25 +69,14 @@ def largest_penalty(
     Friedman, Hastie and Tibshirani 2013, section 3).
     """
     ends = np.cumsum(widths)[:-1]
-    groups = [*np.split(grad_weight, ends), *np.split(grad_bias, ends)]
-    return max(_group_penalty(np.abs(group).astype(np.float64), l1_ratio) for group in groups)
-
-
-def _group_penalty(size: NDArray, l1_ratio: float) -> float:
-    """The same for one group whose gradient has the absolute values `size` [d]."""
-    bounds = []
-    if l1_ratio > 0:
-        bounds.append(size.max() / l1_ratio)
-    if l1_ratio < 1:
-        bounds.append(np.linalg.norm(size) / ((1 - l1_ratio) * math.sqrt(size.size)))
-    low, high = 0.0, float(min(bounds))
-    while (middle := (low + high) / 2) not in (low, high):  # until the two are neighbours
-        left = np.linalg.norm(np.maximum(size - middle * l1_ratio, 0))
-        if left > middle * (1 - l1_ratio) * math.sqrt(size.size):
-            low = middle
-        else:
-            high = middle
-    return high
+    # The engine's condition depends on the gradients alone. These moments (see `_core.quantile_moments`) are those of a
+    # source at zero: -2 cov are the gradients of its slopes, -2 mean v those of its shifts.
+    moments = []
+    for slopes, shifts in zip(np.split(grad_weight, ends), np.split(grad_bias, ends), strict=True):
+        module = np.zeros((5, len(slopes)))
+        module[1], module[3] = -shifts / 2, -slopes / 2
+        moments.append(module)
+    return float(_core.largest_penalty(moments, l1_ratio).max())
 
 
 class _Place:
