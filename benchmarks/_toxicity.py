@@ -114,20 +114,21 @@ class _Tokenizer:
     oov_token: str | None
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes the three classes that the pickle of the tokenizer needs, and refuses whatever else it might ask for."""
+_ALLOWED = {
+    ("keras.src.legacy.preprocessing.text", "Tokenizer"): _Tokenizer,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("builtins", "int"): int,
+}
 
-    ALLOWED = {
-        ("keras.src.legacy.preprocessing.text", "Tokenizer"): _Tokenizer,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("collections", "defaultdict"): defaultdict,
-        ("builtins", "int"): int,
-    }
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what the pickle of the tokenizer needs, and refuses whatever else it might ask for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"the tokenizer needs no {module}.{name}")
-        return self.ALLOWED[module, name]
+        return _ALLOWED[module, name]
 
 
 @functools.cache
