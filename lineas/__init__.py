@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from . import baselines
 from ._threads import get_num_threads, set_num_threads
 from .local import GaussianMap, bures_map, covariance, fit
 from .losses import prox_sparse_group, wasserstein, wasserstein_grad
@@ -43,6 +44,7 @@ __all__ = [
     "Moments",
     "SparsePath",
     "SteeringMaps",
+    "baselines",
     "bures_map",
     "collect",
     "covariance",

@@ -69,7 +69,7 @@ def test_the_surface_has_the_signatures_of_the_models_room(name, module):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("module", ["losses", "local", "maps", "moments"])
+@pytest.mark.parametrize("module", ["baselines", "losses", "local", "maps", "moments"])
 def test_the_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"lineas.{module}"))
     assert result.attempted > 0 and result.failed == 0
