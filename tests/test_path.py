@@ -89,6 +89,20 @@ def test_a_slope_that_would_be_negative_is_zero():
     np.testing.assert_allclose(bias[-1], slow[1], atol=1e-6)
 
 
+def test_constant_neurons_at_one_share_slope_and_shift_in_any_way():
+    # At |u| = 1 both cost the same: many solutions, of which rounding must not make none.
+    rng = np.random.default_rng(11)
+    for _ in range(100):
+        u = np.tile(rng.choice([1.0, -1.0, 0.3], 8), (3, 1))
+        v = 10 * rng.normal(size=(5, 8))
+        path = lineas.sparse_path(u, v, n_penalties=4, l1_ratio=1.0)
+        assert np.isfinite(path.weight).all() and np.isfinite(path.bias).all() and (path.weight >= 0).all()
+        gap = np.abs(path.weight * u[0] + path.bias - v.mean(axis=0))
+        limit = np.minimum(path.penalties[:, None] / 2 / np.maximum(np.abs(u[0]), 1), np.abs(u[0] - v.mean(axis=0)))
+        free = path.weight > 0
+        np.testing.assert_allclose(gap[free], limit[free], rtol=1e-9, atol=1e-12)
+
+
 def test_moments_are_those_of_the_pairs():
     rng = np.random.default_rng(4)
     for dtype in DTYPES:

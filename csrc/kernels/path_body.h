@@ -51,7 +51,10 @@ static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const
     const VNAME(reals) left_y = g1 * s - m2 * sb * VNAME(reals_soft)(g2, l1); /* times s */
     const VNAME(vec) c_on = (VNAME(vec))(VNAME(reals_abs)(left_c) > l1 * p);
     const VNAME(reals) pull = (VNAME(reals))(((VNAME(vec))left_y & c_on) | ((VNAME(vec))(g1 * s) & ~c_on));
-    const VNAME(vec) y_on = (VNAME(vec))(VNAME(reals_abs)(pull) > l1 * s);
+    VNAME(vec) y_on = (VNAME(vec))(VNAME(reals_abs)(pull) > l1 * s);
+    if (one == 0) { /* Slope and shift of a constant source do the same: where rounding takes both, one is enough. */
+        y_on &= ~(c_on & (VNAME(vec))(v4 <= a2 * 0x1p-100));
+    }
     const VNAME(reals) e1 = VNAME(reals_where)(y_on, g1 - VNAME(reals_sign)(l1, pull));
     const VNAME(reals) e2 = VNAME(reals_where)(c_on, g2 - VNAME(reals_sign)(l1, left_c));
     const VNAME(reals) x_scale = VNAME(reals_where)(y_on, (VNAME(reals)){0} + sx);
