@@ -159,6 +159,8 @@ def fit_end_to_end(
     max_length: int | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     held_out: tuple[Any, Any] | None = None,
+    batch_size: int | None = None,
+    mini_batch: int | None = None,
     pooling: str = "mean",
     l1: float = 0.0,
     group: float = 0.0,
@@ -196,6 +198,14 @@ def fit_end_to_end(
         As in `collect`.
     held_out : (source, target), optional
         Two more sets, on which the loss is recorded at every step and by which the best maps are chosen.
+    batch_size : int, optional
+        Prompts in a forward pass, in every set; default: those of `mini_batch`, without it all texts, or each batch as
+        it comes. The loss is always that of all prompts of a step together. Where these take several forward passes,
+        each is made twice and only one is kept at a time: memory for one of them is enough, and a step costs a third
+        more (see docs/decisions/0013).
+    mini_batch : int, optional
+        Prompts of the source in a step, at least 2; default: all of them. They are drawn without replacement until
+        fewer are left, then anew, by `seed` and the number of the step alone. The target is always the whole set.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask.
     l1, group : float, default 0.0
@@ -216,7 +226,8 @@ def fit_end_to_end(
     steps : int, default 20
         Number of steps.
     seed : int, default 0
-        Of torch's random numbers during the fit, for models that draw any. The state is restored afterwards.
+        Of torch's random numbers during the fit, for models that draw any, and of the mini-batches. The state is
+        restored afterwards.
     progress : bool, default True
         Show a progress bar.
 
@@ -248,6 +259,8 @@ def fit_end_to_end(
         max_length=max_length,
         forward=forward,
         held_out=held_out,
+        batch_size=batch_size,
+        mini_batch=mini_batch,
         pooling=pooling,
         l1=l1,
         group=group,
@@ -335,6 +348,7 @@ def sparse_path_end_to_end(
     max_length: int | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     held_out: tuple[Any, Any] | None = None,
+    batch_size: int | None = None,
     pooling: str = "mean",
     penalties: Sequence[float] | NDArray | None = None,
     n_penalties: int | None = None,
@@ -358,7 +372,7 @@ def sparse_path_end_to_end(
 
     Parameters
     ----------
-    model, source, target, layers, loss_layers, tokenizer, max_length, forward, pooling, scaling, seed
+    model, source, target, layers, loss_layers, tokenizer, max_length, forward, batch_size, pooling, scaling, seed
         As in `fit_end_to_end`.
     held_out : (source, target), optional
         Two more sets, whose loss is recorded for every point, before and after its refit. ``path.at(best=True)`` goes
@@ -410,6 +424,7 @@ def sparse_path_end_to_end(
         max_length=max_length,
         forward=forward,
         held_out=held_out,
+        batch_size=batch_size,
         pooling=pooling,
         penalties=penalties,
         n_penalties=n_penalties,

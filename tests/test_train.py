@@ -479,7 +479,8 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
         "pooling": "mean",
         "settings": {
             "scaling": "layer-mean", "optimizer": "sgd", "lr": 0.02, "betas": [0.9, 0.999], "steps": 4, "seed": 3,
-            "max_length": None, "l1": 0.1, "group": 0.0, "l1_bias": 0.1, "group_bias": 0.2,
+            "max_length": None, "batch_size": None, "mini_batch": None,
+            "l1": 0.1, "group": 0.0, "l1_bias": 0.1, "group_bias": 0.2,
         },
     }  # fmt: skip
     result.maps.save(tmp_path / "maps.safetensors")

@@ -31,11 +31,14 @@ class Batch:
         The model is called as ``model(*args, **kwargs)``.
     mask : Tensor [B, T] or None
         Nonzero where a token is real; None where every one is.
+    padded_here : bool
+        Whether the batch was made of texts, so that every tensor is [B, T] and columns of padding alone can go.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     mask: Tensor | None = None
+    padded_here: bool = False
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def _tokenize(
         # A tokenizer without a pad token pads with 0: any id will do under the mask.
         kwargs = {key: _pad(rows[part], fills.get(key) or 0, left) for key, rows in encoded.items()}
         mask = _pad([[1] * len(ids) for ids in encoded["input_ids"][part]], 0, left)
-        batches.append(Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask))
+        batches.append(Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, padded_here=True))
     return batches
 
 
@@ -281,14 +284,37 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def _fork_rng(stack: ExitStack, model: nn.Module) -> None:
+def _accelerators(model: nn.Module) -> dict[str, list[int]]:
+    """Indices of the accelerators that hold weights of the model and have random numbers of their own, by kind."""
     indices: dict[str, set[int]] = {}
     for parameter in model.parameters():
         if parameter.device.type in ("cuda", "xpu"):  # fork_rng knows no device indices elsewhere
             indices.setdefault(parameter.device.type, set()).add(parameter.device.index)
+    return {kind: sorted(devices) for kind, devices in indices.items()}
+
+
+def _fork_rng(stack: ExitStack, model: nn.Module) -> None:
     stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
-    for kind, devices in indices.items():
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices), device_type=kind))
+    for kind, devices in _accelerators(model).items():
+        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
+
+
+class RandomState:
+    """The state of torch's random numbers, on the CPU and on the accelerators of a model, as it is when made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._cpu = torch.get_rng_state()
+        self._others = [
+            (kind, device, torch.get_device_module(kind).get_rng_state(device))
+            for kind, devices in _accelerators(model).items()
+            for device in devices
+        ]
+
+    def restore(self) -> None:
+        """Put the state back, so that what is drawn next is drawn once more."""
+        torch.set_rng_state(self._cpu)
+        for kind, device, state in self._others:
+            torch.get_device_module(kind).set_rng_state(state, device)
 
 
 def _checkpointed(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,11 +11,17 @@ from torch import Tensor, nn
 
 from . import calling, sites
 from .autograd import affine, wasserstein, working_dtype
+from .batches import Sampler
 from .collect import pool_output
 
 SCALINGS = ("layer-mean", "paper", "reference")
 
 Leaves = Mapping[str, tuple[Tensor, Tensor]]
+
+# Gradients that go through a float16 model are scaled by a power of two so that the largest of those that enter it is
+# about 2 ** 6: a factor of 2 ** 9 below the overflow, and entries down to 2 ** -20 times that one keep all their bits.
+# Where that overflows, smaller ones are tried.
+HALF_EXPONENTS = (6, 2, -2, -6)
 
 
 class NonFinite(ValueError):
@@ -29,6 +36,17 @@ class Sets(NamedTuple):
     batches: Sequence[calling.Batch]
     targets: Sequence[Tensor]
     """Target activations [m, d_k] of every loss module, each column ascending."""
+    sampler: Sampler | None = None
+    """Where the prompts of a step come from, if they are not the same in each."""
+
+    def at(self, step: int) -> Sets:
+        """The sets of a step, counted from 0."""
+        return self if self.sampler is None else self._replace(batches=self.sampler.draw(step))
+
+    @property
+    def passes(self) -> int:
+        """What loss and gradient cost: one for each forward pass of the prompts, three with a backward pass."""
+        return 3 if len(self.batches) == 1 else 4
 
 
 def check_count(samples: Sequence[Tensor], argument: str) -> None:
@@ -70,6 +88,7 @@ class Objective:
         self.widths: dict[str, int] = {}
         self.dtype = torch.float64
         self.device = torch.device("cpu")
+        self.seen: set[torch.dtype] = set()
 
     def survey(self, batches: Sequence[calling.Batch]) -> list[Tensor]:
         """Run batches without maps: learn the mapped modules' widths, the working dtype and the device.
@@ -91,76 +110,49 @@ class Objective:
 
         self.dtype = torch.float64
         with torch.no_grad():
-            return self._responses(calling.Capture(), batches, look)
+            return self._join([self._pooled(calling.Capture(), batch, look) for batch in batches])
 
-    def _responses(
-        self, capture: calling.Capture, batches: Sequence[calling.Batch], act: calling.OnOutput
-    ) -> list[Tensor]:
-        """Pooled activations [n, d_k] of the loss modules, all batches one after the other.
+    def _join(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Pooled activations [n, d_k] of the loss modules, all batches one after the other."""
+        return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    def _pooled(self, capture: calling.Capture, batch: calling.Batch, act: calling.OnOutput) -> list[Tensor]:
+        """Pooled activations [n, d_k] of the loss modules for one batch.
 
         ``act`` is what happens to the outputs of the modules with maps, before they are pooled.
         """
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
-        mapped = frozenset(self.map_names)
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.loss_names}
-        for batch in batches:
-            pooled: dict[str, Tensor] = {}
+        mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
+        pooled: dict[str, Tensor] = {}
 
-            def on_output(name: str, module: nn.Module, tensor: Tensor, batch=batch, pooled=pooled) -> Tensor | None:
-                replaced = act(name, module, tensor) if name in mapped else None
-                if name in parts and name not in pooled:  # a module called twice counts with its first call
-                    seen = tensor if replaced is None else replaced
-                    pooled[name] = pool_output(name, module, seen, batch.mask, self.pooling)
-                return replaced
+        def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+            self.seen.add(tensor.dtype)
+            replaced = act(name, module, tensor) if name in mapped else None
+            if name in wanted and name not in pooled:  # a module called twice counts with its first call
+                seen = tensor if replaced is None else replaced
+                pooled[name] = pool_output(name, module, seen, batch.mask, self.pooling)
+            return replaced
 
-            capture.run(self.model, batch, names, on_output, last=self.loss_names[-1], forward=self.forward)
-            for name, value in pooled.items():
-                parts[name].append(value.to(self.device, self.dtype))
-        return [torch.cat(parts[name]) for name in self.loss_names]
+        capture.run(self.model, batch, names, on_output, last=self.loss_names[-1], forward=self.forward)
+        return [pooled[name].to(self.device, self.dtype) for name in self.loss_names]
 
-    def gradient(self, sets: Sets, maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
-        """The loss and its gradient.
+    @staticmethod
+    def _steer(maps: Leaves) -> calling.OnOutput:
+        """The maps, as what happens to the outputs of their modules."""
 
-        Returns
-        -------
-        loss : float
-        terms : Tensor [L]
-        grad_weight, grad_bias : Tensor [D]
-            Gradients in the slopes and shifts of all maps, one after the other.
+        def act(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
+            weight, bias = maps[name]
+            return affine(tensor, weight, bias, 1.0, sites.channel_axis(module, tensor))
 
-        Raises
-        ------
-        NonFinite
-            If the loss or a gradient is not finite; names the module.
-        ValueError
-            If a map has no influence on the loss.
-        """
-        weights, biases = zip(*maps.values(), strict=True)
-        leaves = [*weights, *biases]
-        with calling.Capture() as capture:  # checkpointed layers run again on the way back and need their maps
-            total, terms = self.loss(sets, maps, capture)
-            found = (
-                torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
-            )
-        names = [*maps, *maps]
-        grads = [grad for grad in found if grad is not None]
-        if len(grads) < len(names):
-            name = next(name for name, grad in zip(names, found, strict=True) if grad is None)
-            raise ValueError(f"layers: no gradient reaches module {name!r}: no loss module depends on its output")
-        grad_weight, grad_bias = torch.cat(grads[: len(maps)]), torch.cat(grads[len(maps) :])
-        if not (grad_weight.isfinite().all() and grad_bias.isfinite().all()):
-            # The last module in execution order: backwards, the first in which something went wrong.
-            bad = [name for name, grad in zip(names, grads, strict=True) if not grad.isfinite().all()]
-            raise NonFinite(f"{sets.argument}: {max(bad, key=self.map_names.index)}: the gradient is not finite")
-        return total.item(), terms, grad_weight, grad_bias
+        return act
 
-    def loss(self, sets: Sets, maps: Leaves, capture: calling.Capture | None = None) -> tuple[Tensor, Tensor]:
-        """The loss with the maps on; ``capture`` runs the model, and holds the hooks for a backward pass.
+    def loss(self, sets: Sets, maps: Leaves) -> tuple[Tensor, Tensor]:
+        """The loss with the maps on.
 
         Returns
         -------
         total : Tensor []
-            The loss in the chosen scaling, differentiable in ``maps``.
+            The loss in the chosen scaling, without a graph: see `gradient`.
         terms : Tensor [L]
             The term of every loss module: the loss is their mean, or their sum in the scaling "paper".
 
@@ -169,12 +161,13 @@ class Objective:
         NonFinite
             If an activation or a term is not finite.
         """
+        act = self._steer(maps)
+        with torch.no_grad():
+            us = self._join([self._pooled(calling.Capture(), batch, act) for batch in sets.batches])
+            return self._compare(sets, us)
 
-        def act(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-            weight, bias = maps[name]
-            return affine(tensor, weight, bias, 1.0, sites.channel_axis(module, tensor))
-
-        us = self._responses(capture or calling.Capture(), sets.batches, act)
+    def _compare(self, sets: Sets, us: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of pooled activations, differentiable in them, and its terms."""
         check_count(us, sets.argument)
         try:
             values = wasserstein(us, sets.targets, self.loss_names)
@@ -190,3 +183,112 @@ class Objective:
 
     def _scale(self, u: Tensor, target: Tensor) -> float:
         return min(len(u), len(target)) / u.shape[1] if self.scaling == "reference" else 1.0
+
+    def gradient(self, sets: Sets, maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
+        """The loss and its gradient.
+
+        One batch goes through the model once. Several go through it twice, so that only the graph of one is alive at a
+        time, however many there are: first without graphs, for the pooled activations of all, the loss and its
+        gradient in them; then each by itself, to take its part of that gradient back to the maps (the cached gradients
+        of Gao, Zhang, Han and Callan 2021, arXiv 2101.06983). Sums apart it is the gradient of one large batch.
+
+        Returns
+        -------
+        loss : float
+        terms : Tensor [L]
+        grad_weight, grad_bias : Tensor [D]
+            Gradients in the slopes and shifts of all maps, one after the other.
+
+        Raises
+        ------
+        NonFinite
+            If the loss or a gradient is not finite; names the module.
+        ValueError
+            If a map has no influence on the loss, or the model does not give the same activations twice.
+        """
+        act, single = self._steer(maps), len(sets.batches) == 1
+        states, parts = [], []
+        with calling.Capture() as capture:  # checkpointed layers run again on the way back and need their maps
+            with torch.set_grad_enabled(single):
+                for batch in sets.batches:
+                    states.append(calling.RandomState(self.model))
+                    parts.append(self._pooled(capture, batch, act))
+            us = [u.detach().requires_grad_() for u in self._join(parts)]
+            total, terms = self._compare(sets, us)
+            cached = torch.autograd.grad(total, us)
+            rows = zip(*([len(u) for u in part] for part in parts), strict=True)
+            shares = (grad.split(sizes) for grad, sizes in zip(cached, rows, strict=True))
+            pulls = list(zip(*shares, strict=True))
+            for exponent in self._exponents(cached):
+                found = self._pull_back(capture, sets, act, maps, states, parts, pulls, 2.0**exponent)
+                if all(grad.isfinite().all() for grad in found.values()):
+                    break
+                parts = [[u.detach() for u in part] for part in parts]  # their graph is used up
+        weights, biases = [found[name, 0] for name in maps], [found[name, 1] for name in maps]
+        bad = [name for (name, _), grad in found.items() if not grad.isfinite().all()]
+        if bad:
+            # The last module in execution order: backwards, the first in which something went wrong.
+            raise NonFinite(f"{sets.argument}: {max(bad, key=self.map_names.index)}: the gradient is not finite")
+        return total.item(), terms, torch.cat(weights), torch.cat(biases)
+
+    def _exponents(self, cached: Sequence[Tensor]) -> Sequence[int]:
+        """Powers of two to scale the gradients with on their way through the model, to be tried in this order."""
+        if torch.float16 not in self.seen:
+            return (0,)
+        largest = max(grad.abs().max().item() for grad in cached)
+        return [exponent - math.frexp(largest)[1] for exponent in HALF_EXPONENTS]
+
+    def _pull_back(
+        self,
+        capture: calling.Capture,
+        sets: Sets,
+        act: calling.OnOutput,
+        maps: Leaves,
+        states: Sequence[calling.RandomState],
+        parts: Sequence[Sequence[Tensor]],
+        pulls: Sequence[Sequence[Tensor]],
+        scale: float,
+    ) -> dict[tuple[str, int], Tensor]:
+        """Gradients of slopes (name, 0) and shifts (name, 1) from those of the pooled activations, batch by batch.
+
+        ``parts`` with a graph are used as they are; the others are made once more, from the same random numbers.
+        """
+        keys = [(name, k) for name in maps for k in (0, 1)]
+        leaves = [maps[name][k] for name, k in keys]
+        sums: dict[tuple[str, int], Tensor] = {}
+        for batch, state, before, pull in zip(sets.batches, states, parts, pulls, strict=True):
+            pooled = before
+            if not any(u.requires_grad for u in before):
+                state.restore()
+                pooled = self._pooled(capture, batch, act)
+                self._check_repeated(sets.argument, before, pooled)
+            reached = [k for k, u in enumerate(pooled) if u.requires_grad]
+            if not reached:
+                continue
+            found = torch.autograd.grad(
+                [pooled[k] for k in reached], leaves, [pull[k] * scale for k in reached], allow_unused=True
+            )
+            for key, grad in zip(keys, found, strict=True):
+                if grad is not None:
+                    sums[key] = sums[key] + grad if key in sums else grad
+        for name, k in keys:
+            if (name, k) not in sums:
+                raise ValueError(f"layers: no gradient reaches module {name!r}: no loss module depends on its output")
+        return {key: sums[key] / scale for key in keys}
+
+    def _check_repeated(self, argument: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """Raise ValueError where a second run gives other activations, by more than half of the digits of their dtype.
+
+        Then the gradients would be those of another loss.
+        """
+        tolerance = math.sqrt(max(torch.finfo(dtype).eps for dtype in self.seen))
+        with torch.no_grad():
+            same = torch.stack(
+                [(a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(before, after, strict=True)]
+            )
+        if not same.all():
+            name = self.loss_names[int((~same).nonzero()[0])]
+            raise ValueError(
+                f"{argument}: module {name!r} gave other activations when its batch was run a second time, so several "
+                "batches cannot form one step; random numbers must come from torch's global generators"
+            )

@@ -8,11 +8,11 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from . import calling, sites
 from .autograd import sort_columns
+from .batches import Sampler, split
 from .objective import Leaves, NonFinite, Objective, Sets, check_count
 from .optim import FlatMaps
 
@@ -48,14 +48,30 @@ def pose(
     forward: calling.Forward | None,
     pooling: str,
     scaling: str,
+    *,
+    batch_size: int | None = None,
+    mini_batch: int | None = None,
+    seed: int = 0,
 ) -> tuple[Objective, Sets, Sets | None]:
-    """The objective, the sets to fit and, where there are any, the held-out sets, each with its targets."""
-    objective = _objective(model, data["source"][0], map_names, loss_names, forward, pooling, scaling)
-    fitted = Sets("source", data["source"], _targets(objective, data["target"], "target"))
-    if "held_out source" not in data:
+    """The objective, the sets to fit and, where there are any, the held-out sets, each with its targets.
+
+    Every set is split into forward passes of at most ``batch_size`` prompts, without it of ``mini_batch`` prompts. With
+    ``mini_batch`` the steps draw so many prompts of the source; see `Sets.at`.
+    """
+    size = batch_size or mini_batch
+    sampler = None
+    if mini_batch is not None:
+        sampler = Sampler(data["source"], mini_batch, batch_size=batch_size, seed=seed, argument="source")
+    parts = {
+        name: split(batches, size, name) if sampler is None or name != "source" else sampler.draw(0)
+        for name, batches in data.items()
+    }
+    objective = _objective(model, parts["source"][0], map_names, loss_names, forward, pooling, scaling)
+    fitted = Sets("source", parts["source"], _targets(objective, parts["target"], "target"), sampler)
+    if "held_out source" not in parts:
         return objective, fitted, None
-    targets = _targets(objective, data["held_out target"], "held_out target")
-    return objective, fitted, Sets("held_out source", data["held_out source"], targets)
+    targets = _targets(objective, parts["held_out target"], "held_out target")
+    return objective, fitted, Sets("held_out source", parts["held_out source"], targets)
 
 
 def _objective(
@@ -96,8 +112,7 @@ def trial_loss(objective: Objective, trial: Sets | None, leaves: Leaves) -> floa
     """The loss on held-out sets, None without them."""
     if trial is None:
         return None
-    with torch.no_grad():
-        return objective.loss(trial, leaves)[0].item()
+    return objective.loss(trial, leaves)[0].item()
 
 
 def check_maps(maps: FlatMaps) -> None:
@@ -124,6 +139,11 @@ def check_integer(argument: str, value: Any, low: int) -> int:
     if value < low:
         raise ValueError(f"{argument} must be >= {low}, got {value}")
     return int(value)
+
+
+def check_size(argument: str, value: Any, low: int) -> int | None:
+    """An integer not below ``low``, or None."""
+    return None if value is None else check_integer(argument, value, low)
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:

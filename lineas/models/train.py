@@ -19,7 +19,7 @@ from . import calling, sites
 from .collect import check_pooling
 from .objective import SCALINGS, NonFinite, Objective, Sets
 from .optim import FlatMaps, ProximalOptimizer, cosine_rate
-from .problem import check_choice, check_integer, check_maps, check_real, find, pose, read, trial_loss
+from .problem import check_choice, check_integer, check_maps, check_real, check_size, find, pose, read, trial_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +37,8 @@ class FitResult:
         With held-out data the maps with the lowest held-out loss, otherwise the maps after the last step. After a
         loss that was not finite, the last maps whose loss was.
     history : dict of str to array
-        One entry for each step taken: "loss" [S], the value before the step, without penalties; "layer_loss" [S, L],
-        the term of every loss module; "held_out_loss" [S], before the step as well ([0] without held-out data);
+        One entry for each step taken: "loss" [S], the value before the step, without penalties, and of the step's own
+        prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S], before the step as well ([0] without held-out data);
         "lr" [S]; "penalty" [S], after the step and not multiplied by the rate; "support" [S], neurons with a slope
         other than 1 or a shift other than 0 after the step.
     best_step : int
@@ -120,6 +120,8 @@ def fit_end_to_end(
     max_length: int | None = None,
     forward: calling.Forward | None = None,
     held_out: tuple[Any, Any] | None = None,
+    batch_size: int | None = None,
+    mini_batch: int | None = None,
     pooling: str = "mean",
     l1: float = 0.0,
     group: float = 0.0,
@@ -137,7 +139,7 @@ def fit_end_to_end(
 
     The target activations are computed once, without maps. Every step runs the source through the model with the
     maps on, leaves it after the last loss module, and takes a gradient step on slopes and shifts followed by the
-    proximal operator of the penalties. The graphs of all source batches are kept until the step is taken.
+    proximal operator of the penalties. See `Objective.gradient` for what a step of several batches costs.
 
     Held-out data cost one more forward pass of their source a step, and one at the end, without gradients.
 
@@ -165,6 +167,7 @@ def fit_end_to_end(
     lr = check_real("lr", lr, 0.0, strict=True)
     betas = _check_betas(betas)
     steps, seed = check_integer("steps", steps, 1), check_integer("seed", seed, 0)
+    batch_size, mini_batch = check_size("batch_size", batch_size, 1), check_size("mini_batch", mini_batch, 2)
     if init is not None and not isinstance(init, Mapping):
         raise TypeError(f"init must be a SteeringMaps, got {type(init).__name__}")
     data = read(source, target, held_out, tokenizer, max_length)
@@ -172,7 +175,18 @@ def fit_end_to_end(
 
     with calling.frozen(model):
         torch.manual_seed(seed)
-        objective, fitted, trial = pose(model, data, map_names, loss_names, forward, pooling, scaling)
+        objective, fitted, trial = pose(
+            model,
+            data,
+            map_names,
+            loss_names,
+            forward,
+            pooling,
+            scaling,
+            batch_size=batch_size,
+            mini_batch=mini_batch,
+            seed=seed,
+        )
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
         if init is not None:
             maps.load(init)
@@ -195,6 +209,8 @@ def fit_end_to_end(
             "steps": steps,
             "seed": seed,
             "max_length": max_length,
+            "batch_size": batch_size,
+            "mini_batch": mini_batch,
             **penalties,
         },
         "history": {
@@ -224,7 +240,7 @@ def _run(
     try:
         for step in range(steps):
             leaves = maps.leaves()
-            loss, terms, grad_weight, grad_bias = objective.gradient(fitted, leaves)
+            loss, terms, grad_weight, grad_bias = objective.gradient(fitted.at(step), leaves)
             held_out_loss = trial_loss(objective, trial, leaves)
             course.keep(held_out_loss)
             rate = cosine_rate(lr, step, steps)
