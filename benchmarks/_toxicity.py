@@ -16,7 +16,7 @@ import functools
 import io
 import pickle
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,10 @@ def comments(part: str) -> dict[str, tuple[str, ...]]:
     return {label: tuple(texts) for label, texts in found.items()}
 
 
+def _short(texts: Sequence[str]) -> list[str]:
+    return [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
+
+
 def insults_sets(seed: int) -> dict[str, tuple[list[str], list[str]]]:
     """Insults and clean comments, drawn by `seed`, of 20 to 120 characters.
 
@@ -73,7 +77,7 @@ def insults_sets(seed: int) -> dict[str, tuple[list[str], list[str]]]:
     def draw(part: str, count: int) -> dict[str, list[str]]:
         drawn = {}
         for label, texts in comments(part).items():
-            short = [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
+            short = _short(texts)
             drawn[label] = [short[i] for i in rng.permutation(len(short))[:count]]
         return drawn
 
@@ -85,9 +89,9 @@ def insults_sets(seed: int) -> dict[str, tuple[list[str], list[str]]]:
     }
 
 
-def clean_texts(count: int, seed: int) -> list[str]:
-    """Clean comments of the test file, of 20 to 120 characters."""
-    short = [text for text in comments("test")["clean"] if LENGTHS[0] <= len(text) <= LENGTHS[1]]
+def clean_texts(part: str, count: int, seed: int, without: Collection[str] = ()) -> list[str]:
+    """Clean comments of the file "train" or "test", of 20 to 120 characters, drawn by `seed`; none of `without`."""
+    short = [text for text in _short(comments(part)["clean"]) if text not in without]
     return [short[i] for i in np.random.default_rng(seed).permutation(len(short))[:count]]
 
 

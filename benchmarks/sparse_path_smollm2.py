@@ -16,7 +16,6 @@ run that was cut off goes on where it was; remove that folder for a run of its o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _machine import cpu_name
+from _study import ROOT, Kept, spell, write_between
 from numpy.typing import NDArray
 
 import lineas
@@ -35,8 +35,6 @@ from lineas.models import path as internals
 from lineas.models.optim import FlatMaps
 from lineas.models.problem import find, pose, read
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "sparse-path"
 MARKS = "<!-- measured: python benchmarks/sparse_path_smollm2.py --write -->", "<!-- end -->"
 
 SENTENCES, TOKENS = 24, 16  # in each of the four sets; longest
@@ -81,6 +79,8 @@ The birthday of my aunt was
 Our new flat is
 The song on the radio
 At the end of the day I feel""".splitlines()
+
+kept = Kept("sparse-path")
 
 
 class Study:
@@ -200,20 +200,6 @@ class Study:
         names, _ = find(self.model, LAYERS, None)
         pairs = zip(np.split(weight, len(names)), np.split(bias, len(names)), strict=True)
         return {name: AffineMap(*pair) for name, pair in zip(names, pairs, strict=True)}
-
-
-def kept(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, NDArray]:
-    """What `compute` gives, out of the cache if it is there."""
-    file = CACHE / f"{name}.npz"
-    if not file.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        found = compute()
-        with open(file.with_suffix(".part"), "wb") as out:
-            np.savez(out, **found)
-        file.with_suffix(".part").rename(file)
-        print(f"  {name}", flush=True)
-    with np.load(file) as found:
-        return dict(found)
 
 
 # ---- tables and picture ----------------------------------------------------------------------------------------------
@@ -357,12 +343,6 @@ class Results:
         figure.savefig(path, dpi=130)
 
 
-def spell(difference: tuple[float, float, float]) -> str:
-    """A difference and its interval."""
-    middle, low, high = difference
-    return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
 def directions(study: Study, seed: int) -> list[str]:
     """Sparse to dense against dense to sparse, at the same penalties, before any refit."""
     up, down = study.path(seed), study.down(seed)
@@ -403,11 +383,7 @@ def main() -> None:
     lines += ["", f"Directions (seed {args.seeds[0]}, before any refit):", "", *directions(study, args.seeds[0])]
     print("\n".join(lines))
     if args.write:
-        page = ROOT / "docs" / "sparse-path.md"
-        before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1], 1)[1]
-        text = "\n".join([MARKS[0], "", *lines, "", MARKS[1]])
-        page.write_text(before + text + after, encoding="utf-8")
+        write_between(ROOT / "docs" / "sparse-path.md", MARKS, lines)
         results.draw(ROOT / "docs" / "sparse-path.png")
 
 

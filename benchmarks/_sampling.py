@@ -1,0 +1,105 @@
+"""Continuations and losses of a language model, in plain loops: the same random numbers whatever is steered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def nucleus(logits: Tensor, uniform: NDArray, top_p: float, first: int = 4096) -> Tensor:
+    """Sample one token a row [n] among the likeliest that together have at least the probability `top_p`.
+
+    The token is the one at which the distribution function, over tokens from the likeliest down, passes `uniform` [n]:
+    rows whose probabilities differ little get the same token. Sorting all tokens takes long, so the `first` likeliest
+    are tried before.
+    """
+    probabilities = logits.float().softmax(dim=-1).numpy()
+    size = probabilities.shape[1]
+    likely = np.partition(probabilities, size - first, axis=1)[:, -first:] if first < size else probabilities
+    if (likely.sum(axis=1) < top_p).any():
+        likely = probabilities
+    likely = np.sort(likely, axis=1)[:, ::-1]
+    mass = np.cumsum(likely, axis=1)
+    count = (mass - likely < top_p).sum(axis=1)
+    rows = np.arange(len(likely))
+    place = np.minimum((mass < (uniform * mass[rows, count - 1])[:, None]).sum(axis=1), count - 1)
+    value = likely[rows, place]
+    # Which of the tokens of this probability, should there be several.
+    rank = place - (likely > value[:, None]).sum(axis=1)
+    pairs = zip(probabilities, value, rank, strict=True)
+    return torch.tensor([np.flatnonzero(row == probability)[nth] for row, probability, nth in pairs])
+
+
+def _by_length(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Numbers of texts in groups of `size` of much the same length, so that little is padded."""
+    order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], prefix: str) -> tuple[list[list[int]], list[int]]:
+    first = tokenizer(prefix)["input_ids"] if prefix else []
+    return tokenizer(list(texts))["input_ids"], first
+
+
+@torch.inference_mode()
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], uniforms: NDArray, *, prefix: str = "", size: int = 100
+) -> list[str]:
+    """Sample a continuation of each prompt by top_p 0.9, of as many tokens as `uniforms` [prompts, tokens] says."""
+    texts, first = _tokens(tokenizer, prompts, prefix)
+    found = [""] * len(texts)
+    for group in _by_length(texts, size):
+        rows = [first + texts[k] for k in group]
+        longest = max(map(len, rows))
+        padding = [longest - len(row) for row in rows]
+        tokens = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache, new = None, []
+        for step in range(uniforms.shape[1]):
+            out = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            tokens = nucleus(out.logits[:, -1], uniforms[group, step], 0.9)[:, None]
+            new.append(tokens)
+            mask = torch.cat([mask, mask.new_ones(len(group), 1)], dim=1)
+            places = places[:, -1:] + 1
+        for k, row in zip(group, torch.cat(new, dim=1).tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            found[k] = tokenizer.decode(row[:end], skip_special_tokens=True)
+    return found
+
+
+@torch.inference_mode()
+def text_losses(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, prefix: str = "", size: int = 32
+) -> tuple[NDArray, NDArray]:
+    """Sum of the losses of each text's tokens but the first, in nats, and their number.
+
+    The tokens of `prefix` are not counted, and neither is the first one after it, so that it is the same tokens with
+    any prefix.
+    """
+    ids, first = _tokens(tokenizer, texts, prefix)
+    sums, counts = np.zeros(len(ids)), np.array([len(row) - 1 for row in ids])
+    for group in _by_length(ids, size):
+        longest = max(len(ids[k]) for k in group)
+        padding = [longest - len(ids[k]) for k in group]
+        tokens = torch.tensor([first + ids[k] + [0] * pad for k, pad in zip(group, padding, strict=True)])
+        mask = torch.tensor([[1] * (tokens.shape[1] - pad) + [0] * pad for pad in padding])
+        logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=longest).logits[:, :-1]
+        wanted = tokens[:, len(first) + 1 :]
+        loss = torch.nn.functional.cross_entropy(logits.float().mT, wanted, reduction="none")
+        sums[group] = (loss * mask[:, len(first) + 1 :]).sum(dim=1).numpy()
+    return sums, counts
