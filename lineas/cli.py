@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 # Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.
-END_TO_END_ONLY = ("steps", "lr", "l1", "group", "scaling", "optimizer", "seed", "held_out_fraction")
+END_TO_END_ONLY = (
+    "steps", "lr", "l1", "group", "scaling", "optimizer", "batch_size", "mini_batch", "seed", "held_out_fraction",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--group", type=float, metavar="X", help="group lasso penalty of each module (default: 0)")
     only.add_argument("--scaling", help="layer-mean, paper or reference (default: layer-mean)")
     only.add_argument("--optimizer", help="sgd or adam (default: sgd)")
+    only.add_argument("--batch-size", type=int, metavar="N", help="prompts in a forward pass (default: all at once)")
+    only.add_argument("--mini-batch", type=int, metavar="N", help="source prompts in a step (default: all)")
     only.add_argument("--seed", type=int, metavar="N", help="seed of the fit (default: 0)")
     only.add_argument(
         "--held-out-fraction",

@@ -76,6 +76,13 @@ def test_fit_end_to_end_equals_the_library(fit, folder, capsys):
     assert "held-out loss" in out and f"written to {path}" in out
 
 
+def test_fit_takes_prompts_in_parts(fit):
+    code, path = fit("--steps", "2", "--batch-size", "2", "--mini-batch", "4")
+    assert code == 0
+    settings = lineas.load(path).metadata["settings"]
+    assert (settings["batch_size"], settings["mini_batch"]) == (2, 4)
+
+
 @pytest.mark.parametrize("method", ["mean", "gaussian", "linear"])
 def test_fit_local_methods_equal_the_library(fit, folder, method):
     code, path = fit("--method", method, "--pooling", "last")

@@ -38,7 +38,8 @@ class FitResult:
         loss that was not finite, the last maps whose loss was.
     history : dict of str to array
         One entry for each step taken: "loss" [S], the value before the step, without penalties, and of the step's own
-        prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S], before the step as well ([0] without held-out data);
+        prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S],
+        before the step as well ([0] without held-out data);
         "lr" [S]; "penalty" [S], after the step and not multiplied by the rate; "support" [S], neurons with a slope
         other than 1 or a shift other than 0 after the step.
     best_step : int
