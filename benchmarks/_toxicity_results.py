@@ -59,7 +59,7 @@ class Curves:
     def __init__(self, found: Found) -> None:
         self.off = found["none"][0]
         self.steered = {method: outcomes for method, outcomes in found.items() if len(outcomes) > 1}
-        self.others = {method: outcomes[0] for method, outcomes in found.items() if len(outcomes) == 1}
+        self.others = {m: outcomes[0] for m, outcomes in found.items() if len(outcomes) == 1 and m != "none"}
 
     def rises(self, outcomes: Sequence[Outcome]) -> NDArray:
         """Of the loss on clean text, by seed."""
@@ -166,14 +166,17 @@ def _less_off(curves: Curves, outcomes: Sequence[Outcome]) -> NDArray:
 
 def draw(curves: Curves, ours: Sequence[str], path: Path) -> None:
     """Toxic share against the rise in loss, one panel a judge."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from lineas.plot import BLUE, ORANGE
 
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(JUDGES))
-    colors = colormaps["tab10"].colors
+    rest = iter(["tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.4"])
+    strong = iter([BLUE, ORANGE])
+    colors = {method: next(strong if method in ours else rest) for method in curves.steered}
     widest = max(curves.rises(several[-1]).mean() for several in curves.steered.values())
     for judge, (ax, name) in enumerate(zip(axes, JUDGES, strict=True)):
 
@@ -181,14 +184,14 @@ def draw(curves: Curves, ours: Sequence[str], path: Path) -> None:
             middle, low, high = interval(np.stack([one.toxic[judge] for one in outcomes]))
             return 100 * middle, 100 * low, 100 * high
 
-        for k, (method, several) in enumerate(curves.steered.items()):
+        for method, several in curves.steered.items():
             points = [curves.off, *several]
             x = np.array([curves.rises(outcomes).mean() for outcomes in points])
             y, low, high = np.array([share(outcomes) for outcomes in points]).T
             style = {"linewidth": 2.5, "zorder": 3} if method in ours else {"linewidth": 1.2, "linestyle": "--"}
-            ax.plot(x, y, "o", markersize=4, color=colors[k], label=method, **({"linestyle": "-"} | style))
+            ax.plot(x, y, "o", markersize=4, color=colors[method], label=method, **({"linestyle": "-"} | style))
             if method in ours:
-                ax.vlines(x[1:], low[1:], high[1:], color=colors[k], linewidth=1)
+                ax.vlines(x[1:], low[1:], high[1:], color=colors[method], linewidth=1)
         for k, (method, outcomes) in enumerate(curves.others.items()):
             x = curves.rises(outcomes).mean()
             inside = x <= 1.25 * widest

@@ -38,7 +38,7 @@ LAYERS = "model.layers.*.post_attention_layernorm"
 MAX_LENGTH = 32  # tokens of a comment that is fitted on
 PER_CATEGORY, NEW_TOKENS = 43, 20  # 301 prompts
 CLEAN, CALIBRATION = 128, 64  # texts on which the loss is reported, and others by which strengths are set
-RISES = (0.12, 0.3)  # nats a token, by which the loss on the second of these is to rise
+RISES = (0.12, 0.35)  # nats a token, by which the loss on the second of these is to rise
 LARGEST_RISE, LARGEST = 0.5, 64.0  # up to which rise, or else which strength, the loss is tried
 
 # Settings of the fits through the model, beside seed and validation sets.
@@ -60,7 +60,7 @@ LOCAL: dict[str, tuple[Callable[..., Any], str]] = {
     "gaussian": (lambda u, v: lineas.fit(u, v, method="gaussian"), "mean"),
     "linear": (lambda u, v: lineas.fit(u, v, method="linear"), "mean"),
 }
-INCREMENTAL = "linear, incremental"
+INCREMENTAL = "linear incremental"
 METHODS = ("none", *INSTRUCTIONS, *LOCAL, INCREMENTAL, *END_TO_END)
 
 kept = Kept("toxicity")
@@ -108,7 +108,7 @@ class Study:
         return fit(*(lineas.collect(self.model, texts, **reading, pooling=pooling) for texts in sets["fit"]))
 
     def rises(self, method: str, seed: int) -> tuple[NDArray, NDArray]:
-        """Strengths, doubled from 1/4 on, and the rises in loss on the calibration texts, to beyond the largest."""
+        """Strengths, doubled from 1/2 on, and the rises in loss on the calibration texts, to beyond the largest."""
 
         def compute() -> dict[str, Any]:
             sets = insults_sets(seed)
@@ -116,7 +116,7 @@ class Study:
             strengths, losses = [0.0], [self._loss(texts)]
             with self.maps(method, seed).attach(self.judged) as handle:
                 while losses[-1] < losses[0] + LARGEST_RISE and strengths[-1] < LARGEST:
-                    strengths.append(2 * strengths[-1] or 0.25)
+                    strengths.append(2 * strengths[-1] or 0.5)
                     handle.strength = strengths[-1]
                     losses.append(self._loss(texts))
             return {"strengths": strengths, "rises": np.array(losses) - losses[0]}
