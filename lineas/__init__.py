@@ -21,6 +21,7 @@ from .path import SparsePath, sparse_path
 from .storage import load
 
 if TYPE_CHECKING:
+    import os
     import re
     from collections.abc import Sequence
 
@@ -168,9 +169,12 @@ def fit_end_to_end(
     group_bias: float | None = None,
     scaling: str = "layer-mean",
     optimizer: str = "sgd",
-    lr: float = 0.3,
+    lr: float | str = "auto",
     betas: tuple[float, float] = (0.9, 0.999),
     steps: int = 20,
+    patience: int | None = 5,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -219,12 +223,25 @@ def fit_end_to_end(
         its rates and penalties fit.
     optimizer : {"sgd", "adam"}, default "sgd"
         Gradient descent without momentum, or Adam with bias correction.
-    lr : float, default 0.3
-        The first rate; it falls along a cosine to a thousandth of itself, and is the step of the prox too.
+    lr : "auto" or float, default "auto"
+        The rate, which is the step of the prox too. "auto" finds rates from the loss and its gradients, whatever the
+        model and the scale of its activations: the first step goes a quarter of the way to where a linear loss would
+        reach 0, the later ones half the inverse curvature met on the way (Barzilai and Borwein 1988), and a step after
+        which loss and penalties together are higher is taken back. It costs one more gradient than there are steps,
+        and is for "sgd". A number is the first rate; it falls along a cosine to a thousandth of itself.
     betas : (float, float), default (0.9, 0.999)
         Decay rates of Adam.
     steps : int, default 20
-        Number of steps.
+        The largest number of steps.
+    patience : int or None, default 5
+        With `held_out`: stop after so many steps without a lower held-out loss; None takes all steps.
+    checkpoint : path, optional
+        File to keep the fit in: written before the first step and after every one, as a whole or not at all. It must
+        not exist yet.
+    resume : path, optional
+        Go on with the fit of this checkpoint, whatever ended it, to the same bits as if nothing had (on the same
+        machine, with as many threads). All other arguments must be those of then; only `patience` and, at automatic
+        rates without mini-batches, `steps` may differ. It is also written to, unless `checkpoint` names another file.
     seed : int, default 0
         Of torch's random numbers during the fit, for models that draw any, and of the mini-batches. The state is
         restored afterwards.
@@ -236,15 +253,18 @@ def fit_end_to_end(
     FitResult
         ``maps`` (`SteeringMaps`: the best ones by held-out loss, without `held_out` those after the last step) and
         ``history`` (arrays "loss" [S] before each step, "layer_loss" [S, L], "held_out_loss", "lr", "penalty",
-        "support"). Ctrl-C and a loss that is not finite end the fit early and keep the best maps so far.
+        "support", "kept"), ``passes`` and ``held_out_passes``, what it cost. Ctrl-C and a loss that is not finite end
+        the fit early and keep the best maps so far.
 
     Raises
     ------
     TypeError
         If an argument is of a wrong type.
+    OSError
+        If a checkpoint cannot be read or written, FileExistsError if it is there already; what is on disk stays.
     ValueError
-        If a setting is out of range, no module matches, a set has fewer than 2 prompts, or a map could not influence
-        any loss; the message names the argument or the module.
+        If `resume` is no checkpoint, damaged or of another fit, a setting is out of range, no module matches, a set has
+        fewer than 2 prompts, or a map could not influence any loss; the message names the argument or the module.
     """
     from .models.train import fit_end_to_end
 
@@ -271,6 +291,9 @@ def fit_end_to_end(
         lr=lr,
         betas=betas,
         steps=steps,
+        patience=patience,
+        checkpoint=checkpoint,
+        resume=resume,
         seed=seed,
         progress=progress,
     )
@@ -358,7 +381,7 @@ def sparse_path_end_to_end(
     refit_steps: int = 0,
     refit_support: float = 0.5,
     scaling: str = "layer-mean",
-    lr: float = 0.3,
+    lr: float | str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> EndToEndPath:
@@ -393,8 +416,9 @@ def sparse_path_end_to_end(
         Steps of each refit; 0 for none.
     refit_support : float, default 0.5
         Points at which more than this share of the neurons is changed are not refitted: theirs is a small penalty.
-    lr : float, default 0.3
-        The rate of the first step. Later ones stay between a tenth and a hundred times it.
+    lr : "auto" or float, default "auto"
+        The rate of the first step; "auto" goes to where a linear loss would reach 0. Later ones stay between a tenth
+        and a hundred times it.
     progress : bool, default True
         Show a progress bar.
 

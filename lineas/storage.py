@@ -27,7 +27,7 @@ VERSION = 1
 _DTYPES = {"F32": np.float32, "F64": np.float64}
 
 
-def _write_atomically(path: str, data: bytes) -> None:
+def write_atomically(path: str, data: bytes) -> None:
     """Write a file so that at any moment `path` is the old file or the whole new one, and nothing else stays."""
     path = os.path.realpath(path)  # replace what a link points to, not the link
     folder, name = os.path.split(path)
@@ -88,7 +88,7 @@ def save(maps: SteeringMaps, path: str | PathLike[str]) -> None:
         "modules": json.dumps(list(maps)),
         "metadata": json.dumps(maps.metadata),
     }
-    _write_atomically(path, to_bytes(tensors, header))
+    write_atomically(path, to_bytes(tensors, header))
 
 
 def _parse(path: str, header: Mapping[str, str], key: str, kind: type) -> Any:

@@ -272,6 +272,7 @@ def test_history(fit):
     history = result.history
     assert {name: values.shape for name, values in history.items()} == {
         "loss": (6,), "layer_loss": (6, 3), "held_out_loss": (0,), "lr": (6,), "penalty": (6,), "support": (6,),
+        "kept": (6,),
     }  # fmt: skip
     np.testing.assert_allclose(history["layer_loss"].mean(axis=1), history["loss"])
     np.testing.assert_allclose(history["lr"], [cosine_rate(0.02, k, 6) for k in range(6)])
@@ -478,7 +479,8 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
         "loss_layers": zoo.NORMS["llama"],
         "pooling": "mean",
         "settings": {
-            "scaling": "layer-mean", "optimizer": "sgd", "lr": 0.02, "betas": [0.9, 0.999], "steps": 4, "seed": 3,
+            "scaling": "layer-mean", "optimizer": "sgd", "lr": 0.02, "betas": [0.9, 0.999], "steps": 4,
+            "patience": 5, "seed": 3,
             "max_length": None, "batch_size": None, "mini_batch": None,
             "l1": 0.1, "group": 0.0, "l1_bias": 0.1, "group_bias": 0.2,
         },

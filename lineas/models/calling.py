@@ -300,21 +300,28 @@ def _fork_rng(stack: ExitStack, model: nn.Module) -> None:
 
 
 class RandomState:
-    """The state of torch's random numbers, on the CPU and on the accelerators of a model, as it is when made."""
+    """The state of torch's random numbers, on the CPU and on the accelerators of a model.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        By device, as it was when this was made.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._cpu = torch.get_rng_state()
-        self._others = [
-            (kind, device, torch.get_device_module(kind).get_rng_state(device))
-            for kind, devices in _accelerators(model).items()
-            for device in devices
-        ]
+        self.tensors = {"cpu": torch.get_rng_state()}
+        for kind, devices in _accelerators(model).items():
+            for device in devices:
+                self.tensors[f"{kind}:{device}"] = torch.get_device_module(kind).get_rng_state(device)
 
     def restore(self) -> None:
         """Put the state back, so that what is drawn next is drawn once more."""
-        torch.set_rng_state(self._cpu)
-        for kind, device, state in self._others:
-            torch.get_device_module(kind).set_rng_state(state, device)
+        for name, state in self.tensors.items():
+            if name == "cpu":
+                torch.set_rng_state(state)
+            else:
+                device = torch.device(name)
+                torch.get_device_module(device.type).set_rng_state(state, device.index)
 
 
 def _checkpointed(model: nn.Module) -> list[nn.Module]:

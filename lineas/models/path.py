@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,11 @@ from .. import __version__, _core
 from ..path import SparsePath
 from . import calling, sites
 from .collect import check_pooling
-from .objective import SCALINGS, NonFinite, Objective, Sets
-from .optim import FlatMaps, ProximalOptimizer
-from .problem import check_choice, check_integer, check_maps, check_real, check_size, find, pose, read, trial_loss
+from .descent import Descent, Place
+from .objective import SCALINGS, NonFinite, Sets
+from .optim import FlatMaps
+from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose, read, trial_loss
 
-# A rate may leave the one that was asked for by so much, down and up.
-LEAST_RATE, MOST_RATE = 0.1, 100.0
-# What a rate is divided by after a step that made things worse.
-RETREAT = 4.0
 # Rounding must not keep a neuron at the penalty that is to leave none.
 ABOVE = 1 + 1e-5
 
@@ -80,120 +76,25 @@ def largest_penalty(
     return float(_core.largest_penalty(moments, l1_ratio).max())
 
 
-class _Place:
-    """Maps as they stood once, with the loss and the gradients there."""
-
-    def __init__(self, maps: FlatMaps, loss: float, grad_weight: Tensor, grad_bias: Tensor) -> None:
-        self.weight, self.bias = maps.weight.clone(), maps.bias.clone()
-        self.loss, self.grad_weight, self.grad_bias = loss, grad_weight, grad_bias
-
-    def support(self) -> Tensor:
-        """Which neurons are mapped: bool [D]."""
-        return (self.weight != 1) | (self.bias != 0)
-
-    def gradients(self) -> tuple[NDArray, NDArray]:
-        return self.grad_weight.numpy(force=True), self.grad_bias.numpy(force=True)
-
-    def difference(self, other: _Place) -> tuple[Tensor, Tensor]:
-        """Steps and changes of the gradient from `other`: float64 [2 D] each."""
-        steps = torch.cat([self.weight - other.weight, self.bias - other.bias])
-        changes = torch.cat([self.grad_weight - other.grad_weight, self.grad_bias - other.grad_bias])
-        return steps.double(), changes.double()
-
-
-class _Descent:
-    """Proximal gradient steps that go down, at rates that follow the curvature met on the way.
-
-    The rate of a step is <s, y> / <y, y>, with s the last change of the maps and y that of their gradient (Barzilai and
-    Borwein 1988): with few neurons in the support the curvature along s is small and steps can be long. A step after
-    which loss and penalty together are higher than before is taken back, and the next one is shorter. All this, the
-    continuation from penalty to penalty and the debiasing are as in SpaRSA (Wright, Nowak and Figueiredo 2009).
-    """
-
-    def __init__(self, objective: Objective, fitted: Sets, maps: FlatMaps, lr: float) -> None:
-        self.objective, self.fitted, self.maps = objective, fitted, maps
-        self.lr = self.rate = lr
-        self.stepper = ProximalOptimizer(
-            maps, optimizer="sgd", betas=(0.9, 0.999), l1=0.0, group=0.0, l1_bias=0.0, group_bias=0.0
-        )
-        self.passes = 0
-        self.place = self._look()
-
-    def _look(self) -> _Place:
-        loss, _, grad_weight, grad_bias = self.objective.gradient(self.fitted, self.maps.leaves())
-        self.passes += self.fitted.passes
-        return _Place(self.maps, loss, grad_weight, grad_bias)
-
-    def trial_loss(self, trial: Sets | None) -> float | None:
-        """The held-out loss of the maps as they stand; see `problem.trial_loss`."""
-        self.passes += trial is not None
-        return trial_loss(self.objective, trial, self.maps.leaves())
-
-    def go_to(self, place: _Place) -> None:
-        """Put the maps where they were once."""
-        self.maps.weight.copy_(place.weight)
-        self.maps.bias.copy_(place.bias)
-        self.place = place
-
-    def step(self, l1: float, group: float, support: Tensor | None = None) -> tuple[float, float, bool] | None:
-        """Take a step; with `support` [D], 1 or 0, only on its neurons.
-
-        Returns
-        -------
-        (rate, loss, kept) or None
-            The loss after the step, and whether it was kept; None where the maps do not move.
-        """
-        old, rate = self.place, self.rate
-        self.stepper.penalties = (l1, group, l1, group)
-        mask = 1 if support is None else support
-        self.stepper.step(old.grad_weight * mask, old.grad_bias * mask, rate)
-        check_maps(self.maps)
-        if torch.equal(self.maps.weight, old.weight) and torch.equal(self.maps.bias, old.bias):
-            return None
-        new = self._look()
-        steps, changes = new.difference(old)
-        if support is not None:
-            changes *= torch.cat([support, support])
-        along = float(steps @ changes)
-        if along > 0:
-            self.rate = min(max(along / float(changes @ changes), LEAST_RATE * self.lr), MOST_RATE * self.lr)
-        kept = new.loss + self._penalty(new, l1, group) <= old.loss + self._penalty(old, l1, group)
-        if kept:
-            self.place = new
-        else:
-            self.go_to(old)
-            self.rate = min(self.rate, rate / RETREAT)
-        return rate, new.loss, kept
-
-    def _penalty(self, place: _Place, l1: float, group: float) -> float:
-        """The penalty at a place; see `ProximalOptimizer`."""
-        total = 0.0
-        sizes = np.diff(self.maps.offsets).tolist()
-        for x in (place.weight.double() - 1, place.bias.double()):
-            total += l1 * float(x.abs().sum())
-            total += group * sum(math.sqrt(len(part)) * float(part.norm()) for part in x.split(sizes) if group)
-        return total
-
-
 class _Points:
     """The points found so far, and every step on the way."""
 
     def __init__(self) -> None:
-        self.places: list[_Place] = []
+        self.places: list[Place] = []
         self.held_out: list[float | None] = []
         self.penalized: list[tuple[float, float | None]] = []
         self.refitted: list[bool] = []
         self.records: list[tuple[int, float, bool, float, float, bool]] = []
         self.stopped = "finished"
 
-    def add(self, place: _Place, held_out: float | None) -> None:
+    def add(self, place: Place, held_out: float | None) -> None:
         """Add a point as its penalty leaves it."""
         self.places.append(place)
         self.held_out.append(held_out)
         self.penalized.append((place.loss, held_out))
         self.refitted.append(False)
 
-    def replace(self, place: _Place, held_out: float | None) -> None:
+    def replace(self, place: Place, held_out: float | None) -> None:
         """Take the refitted maps of the last point where they are better, by held-out loss if there is one."""
         before = self.held_out[-1]
         if place.loss < self.places[-1].loss if held_out is None or before is None else held_out < before:
@@ -234,7 +135,7 @@ def sparse_path_end_to_end(
     refit_steps: int = 0,
     refit_support: float = 0.5,
     scaling: str = "layer-mean",
-    lr: float = 0.3,
+    lr: float | str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> EndToEndPath:
@@ -254,7 +155,7 @@ def sparse_path_end_to_end(
         check_integer("refit_steps", refit_steps, 0),
         _check_share("refit_support", refit_support),
     )
-    lr, seed = check_real("lr", lr, 0.0, strict=True), check_integer("seed", seed, 0)
+    rate, seed = check_rate(lr), check_integer("seed", seed, 0)
     batch_size = check_size("batch_size", batch_size, 1)
     data = read(source, target, held_out, tokenizer, max_length)
     map_names, loss_names = find(model, layers, loss_layers)
@@ -265,7 +166,11 @@ def sparse_path_end_to_end(
             model, data, map_names, loss_names, forward, pooling, scaling, batch_size=batch_size
         )
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
-        descent = _start(objective, fitted, maps, lr)
+        descent = Descent(objective, maps, rate)
+        try:
+            descent.look(fitted)
+        except NonFinite as error:
+            raise ValueError(f"the loss is not finite before any step: {error}") from None
         descent.passes += 2 if trial is None else 3  # the run that finds the order, and those that took the targets
         if isinstance(chosen, int):
             most = ABOVE * largest_penalty(*descent.place.gradients(), np.diff(maps.offsets), l1_ratio)
@@ -283,7 +188,7 @@ def sparse_path_end_to_end(
         "steps": steps,
         "refit_steps": refit_steps,
         "refit_support": refit_support,
-        "lr": lr,
+        "lr": "auto" if rate is None else rate,
         "seed": seed,
         "max_length": max_length,
         "batch_size": batch_size,
@@ -336,15 +241,8 @@ def _path(
     )
 
 
-def _start(objective: Objective, fitted: Sets, maps: FlatMaps, lr: float) -> _Descent:
-    try:
-        return _Descent(objective, fitted, maps, lr)
-    except NonFinite as error:
-        raise ValueError(f"the loss is not finite before any step: {error}") from None
-
-
 def _walk(
-    descent: _Descent,
+    descent: Descent,
     trial: Sets | None,
     penalties: list[float],
     l1_ratio: float,
@@ -359,7 +257,7 @@ def _walk(
     try:
         for penalty in penalties:
             _descend(descent, points, penalty, l1_ratio, steps)
-            points.add(descent.place, descent.trial_loss(trial))
+            points.add(descent.place, _trial_loss(descent, trial))
             share = descent.place.support().double().mean().item()
             if refits[0] and 0 < share <= refits[1]:
                 _refit(descent, points, trial, penalty, refits[0])
@@ -384,7 +282,7 @@ def _walk(
 
 
 def _descend(
-    descent: _Descent,
+    descent: Descent,
     points: _Points,
     penalty: float,
     l1_ratio: float,
@@ -394,22 +292,28 @@ def _descend(
     """Take steps at one penalty or, with `support`, without any on the support of its point."""
     refit = support is not None
     point = len(points.places) - refit
-    strength = 0.0 if refit else penalty
+    l1, group = (0.0, 0.0) if refit else (penalty * l1_ratio, penalty * (1 - l1_ratio))
     for _ in range(steps):
-        taken = descent.step(strength * l1_ratio, strength * (1 - l1_ratio), support)
+        taken = descent.step((l1, group, l1, group), support)
         if taken is None:
             break
         points.records.append((point, penalty, refit, *taken))
 
 
-def _refit(descent: _Descent, points: _Points, trial: Sets | None, penalty: float, steps: int) -> None:
+def _refit(descent: Descent, points: _Points, trial: Sets | None, penalty: float, steps: int) -> None:
     """Refit the last point on its support without a penalty, and come back to where it was."""
     place, rate = descent.place, descent.rate
     _descend(descent, points, penalty, 0.0, steps, place.support().to(place.weight.dtype))
     if descent.place is not place:
-        points.replace(descent.place, descent.trial_loss(trial))
+        points.replace(descent.place, _trial_loss(descent, trial))
     descent.go_to(place)
     descent.rate = rate
+
+
+def _trial_loss(descent: Descent, trial: Sets | None) -> float | None:
+    """The held-out loss of the maps as they stand, counted among the passes."""
+    descent.passes += trial is not None
+    return trial_loss(descent.objective, trial, descent.maps.leaves())
 
 
 def _check_penalties(penalties: Any, n_penalties: Any) -> list[float] | int:

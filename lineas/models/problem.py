@@ -133,6 +133,15 @@ def check_real(argument: str, value: Any, low: float, *, strict: bool = False) -
     return value
 
 
+def check_rate(lr: Any) -> float | None:
+    """A number above 0, or None for "auto"."""
+    if isinstance(lr, str):
+        if lr != "auto":
+            raise ValueError(f"lr must be 'auto' or a number, got {lr!r}")
+        return None
+    return check_real("lr", lr, 0.0, strict=True)
+
+
 def check_integer(argument: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{argument} must be an integer, got {type(value).__name__}")

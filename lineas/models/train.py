@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from .. import __version__
 from ..maps import SteeringMaps
 from . import calling, sites
+from .checkpoint import digest
 from .collect import check_pooling
-from .objective import SCALINGS, NonFinite, Objective, Sets
-from .optim import FlatMaps, ProximalOptimizer, cosine_rate
-from .problem import check_choice, check_integer, check_maps, check_real, check_size, find, pose, read, trial_loss
+from .course import AutomaticSteps, Course, Keeper, ScheduledSteps, run
+from .objective import SCALINGS
+from .optim import FlatMaps, ProximalOptimizer
+from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +39,17 @@ class FitResult:
     history : dict of str to array
         One entry for each step taken: "loss" [S], the value before the step, without penalties, and of the step's own
         prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S],
-        before the step as well ([0] without held-out data);
-        "lr" [S]; "penalty" [S], after the step and not multiplied by the rate; "support" [S], neurons with a slope
-        other than 1 or a shift other than 0 after the step.
+        before the step as well ([0] without held-out data); "lr" [S]; "penalty" [S], after the step and not multiplied
+        by the rate; "support" [S], neurons with a slope other than 1 or a shift other than 0 after the step; "kept"
+        [S], False where ``lr="auto"`` took the step back because it made things worse.
     best_step : int
         How many steps ``maps`` had taken: 0 are the maps that the fit started from.
     stopped : str
-        "finished", "interrupted", or "not finite at step k: ..." with the module and the value.
+        "finished", "interrupted", "no lower held-out loss in k steps", "no step lowers the loss", or "not finite at
+        step k: ..." with the module and the value.
+    passes, held_out_passes : int
+        What the steps cost: 1 for each forward pass of the source prompts, 3 for one with its backward pass (4 where
+        they are split into several); and the forward passes of the held-out source prompts.
     held_out_loss : float or None
         The held-out loss of ``maps``.
     """
@@ -55,6 +59,8 @@ class FitResult:
     best_step: int
     stopped: str
     held_out_loss: float | None = None
+    passes: int = 0
+    held_out_passes: int = 0
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the loss over the steps; see `lineas.plot.history`."""
@@ -70,43 +76,6 @@ class FitResult:
             f"FitResult({len(self.maps)} maps, {course} in {len(losses)} steps{held_out}, "
             f"best_step={self.best_step}, stopped={self.stopped!r})"
         )
-
-
-class _Course:
-    """What a running fit has gone through, and the best maps that it has seen."""
-
-    def __init__(self, maps: FlatMaps) -> None:
-        self.maps = maps
-        self.records: list[tuple[float, NDArray, float | None, float, float, int]] = []
-        self.best: tuple[Tensor, Tensor] | None = None
-        self.best_step = 0
-        self.best_loss: float | None = None
-        self.stopped = "finished"
-
-    def keep(self, held_out_loss: float | None) -> None:
-        """Keep the maps as they stand, unless a lower held-out loss was seen."""
-        if held_out_loss is None or self.best_loss is None or held_out_loss < self.best_loss:
-            self.best = (self.maps.weight.clone(), self.maps.bias.clone())
-            self.best_step, self.best_loss = len(self.records), held_out_loss
-
-    def restore(self) -> None:
-        """Put the best maps back in place."""
-        if self.best is not None:
-            self.maps.weight.copy_(self.best[0])
-            self.maps.bias.copy_(self.best[1])
-
-    def history(self, modules: int, held_out: bool) -> dict[str, NDArray]:
-        """The arrays of `FitResult.history`."""
-        columns = zip(*self.records, strict=True) if self.records else [()] * 6
-        losses, terms, trials, rates, penalties, supports = columns
-        return {
-            "loss": np.array(losses, dtype=np.float64),
-            "layer_loss": np.array(terms, dtype=np.float64).reshape(len(losses), modules),
-            "held_out_loss": np.array(trials if held_out else (), dtype=np.float64),
-            "lr": np.array(rates, dtype=np.float64),
-            "penalty": np.array(penalties, dtype=np.float64),
-            "support": np.array(supports, dtype=np.int64),
-        }
 
 
 def fit_end_to_end(
@@ -130,9 +99,12 @@ def fit_end_to_end(
     group_bias: float | None = None,
     scaling: str = "layer-mean",
     optimizer: str = "sgd",
-    lr: float = 0.3,
+    lr: float | str = "auto",
     betas: tuple[float, float] = (0.9, 0.999),
     steps: int = 20,
+    patience: int | None = 5,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -165,12 +137,29 @@ def fit_end_to_end(
     check_pooling(pooling)
     check_choice("scaling", scaling, SCALINGS)
     check_choice("optimizer", optimizer, OPTIMIZERS)
-    lr = check_real("lr", lr, 0.0, strict=True)
+    rate = check_rate(lr)
+    if rate is None and optimizer != "sgd":
+        raise ValueError(f"lr must be a number for optimizer {optimizer!r}: 'auto' is for 'sgd'")
     betas = _check_betas(betas)
     steps, seed = check_integer("steps", steps, 1), check_integer("seed", seed, 0)
     batch_size, mini_batch = check_size("batch_size", batch_size, 1), check_size("mini_batch", mini_batch, 2)
+    patience = check_size("patience", patience, 1)
+    checkpoint, resume = _check_files(checkpoint, resume)
     if init is not None and not isinstance(init, Mapping):
         raise TypeError(f"init must be a SteeringMaps, got {type(init).__name__}")
+    settings = {
+        "scaling": scaling,
+        "optimizer": optimizer,
+        "lr": "auto" if rate is None else rate,
+        "betas": list(betas),
+        "steps": steps,
+        "patience": patience,
+        "seed": seed,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "mini_batch": mini_batch,
+        **penalties,
+    }
     data = read(source, target, held_out, tokenizer, max_length)
     map_names, loss_names = find(model, layers, loss_layers)
 
@@ -191,8 +180,29 @@ def fit_end_to_end(
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
         if init is not None:
             maps.load(init)
-        stepper = ProximalOptimizer(maps, optimizer=optimizer, betas=betas, **penalties)
-        course = _run(objective, fitted, trial, stepper, lr, steps, progress)
+        takers: ScheduledSteps | AutomaticSteps
+        if rate is None:
+            weights = penalties["l1"], penalties["group"], penalties["l1_bias"], penalties["group_bias"]
+            takers = AutomaticSteps(objective, fitted, maps, weights, steps)
+        else:
+            stepper = ProximalOptimizer(maps, optimizer=optimizer, betas=betas, **penalties)
+            takers = ScheduledSteps(objective, fitted, stepper, rate, steps)
+        course = Course(maps)
+        # Where rates do not depend on the number of steps, a fit may go on for more of them, or be more patient.
+        free = ("steps", "patience") if rate is None and mini_batch is None else ("patience",)
+        identity = {
+            **{key: value for key, value in settings.items() if key not in free},
+            "pooling": pooling,
+            "modules": objective.widths,
+            "loss modules": objective.loss_names,
+            "dtype": str(objective.dtype),
+            "digest of the prompts": digest([[batch.args, batch.kwargs] for part in data.values() for batch in part]),
+            "digest of init": digest(maps.weight, maps.bias),
+        }
+        keeper = Keeper(course, takers, checkpoint, identity)
+        if resume is not None:
+            keeper.resume(resume)
+        run(takers, course, keeper, trial, patience, progress)
 
     history = course.history(len(loss_names), held_out is not None)
     metadata = {
@@ -202,18 +212,7 @@ def fit_end_to_end(
         "layers": sites.spell(layers),
         "loss_layers": sites.spell(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
-        "settings": {
-            "scaling": scaling,
-            "optimizer": optimizer,
-            "lr": lr,
-            "betas": list(betas),
-            "steps": steps,
-            "seed": seed,
-            "max_length": max_length,
-            "batch_size": batch_size,
-            "mini_batch": mini_batch,
-            **penalties,
-        },
+        "settings": settings,
         "history": {
             "loss": history["loss"].tolist(),
             "held_out_loss": history["held_out_loss"].tolist(),
@@ -222,52 +221,31 @@ def fit_end_to_end(
         },
     }
     found = SteeringMaps(maps.snapshot(), metadata)
-    return FitResult(found, history, course.best_step, course.stopped, course.best_loss)
+    return FitResult(
+        found,
+        history,
+        course.best_step,
+        course.stopped,
+        course.best_loss,
+        takers.passes,
+        course.held_out_passes,
+    )
 
 
-def _run(
-    objective: Objective,
-    fitted: Sets,
-    trial: Sets | None,
-    stepper: ProximalOptimizer,
-    lr: float,
-    steps: int,
-    progress: bool,
-) -> _Course:
-    """Take the steps until they are done, the user interrupts or a value is not finite; leave the best maps."""
-    maps = stepper.maps
-    course = _Course(maps)
-    bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
-    try:
-        for step in range(steps):
-            leaves = maps.leaves()
-            loss, terms, grad_weight, grad_bias = objective.gradient(fitted.at(step), leaves)
-            held_out_loss = trial_loss(objective, trial, leaves)
-            course.keep(held_out_loss)
-            rate = cosine_rate(lr, step, steps)
-            penalty, support = stepper.step(grad_weight, grad_bias, rate)
-            course.records.append((loss, terms.numpy(force=True), held_out_loss, rate, penalty, support))
-            check_maps(maps)
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            bar.update()
-        course.keep(trial_loss(objective, trial, maps.leaves()))
-    except NonFinite as error:
-        if course.best is None:
-            raise ValueError(f"the loss is not finite before any step: {error}") from None
-        course.stopped = f"not finite at step {len(course.records)}: {error}"
-        warnings.warn(
-            f"fit_end_to_end stopped, {course.stopped}; the maps after {course.best_step} steps are kept",
-            RuntimeWarning,
-            stacklevel=4,
+def _check_files(checkpoint: Any, resume: Any) -> tuple[str | None, str | None]:
+    """Where a fit is kept, and where it goes on from."""
+    for name, value in (("checkpoint", checkpoint), ("resume", resume)):
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name} must be a path, got {type(value).__name__}")
+    kept = None if checkpoint is None else os.fspath(checkpoint)
+    begun = None if resume is None else os.fspath(resume)
+    if kept is None:
+        return begun, begun
+    if os.path.exists(kept) and not (begun is not None and os.path.exists(begun) and os.path.samefile(kept, begun)):
+        raise FileExistsError(
+            f"checkpoint: {kept} exists: pass it as resume= to go on with that fit, or remove it to begin again"
         )
-    except KeyboardInterrupt:
-        course.stopped = "interrupted"
-        if trial is None or course.best is None:
-            course.keep(None)
-    finally:
-        bar.close()
-    course.restore()
-    return course
+    return kept, begun
 
 
 def _check_betas(betas: Any) -> tuple[float, float]:
