@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.
 END_TO_END_ONLY = (
-    "steps", "lr", "l1", "group", "scaling", "optimizer", "batch_size", "mini_batch", "seed", "held_out_fraction",
+    "steps", "lr", "l1", "group", "scaling", "optimizer", "batch_size", "mini_batch", "patience", "checkpoint",
+    "resume", "seed", "held_out_fraction",
 )  # fmt: skip
 
 
@@ -79,13 +80,20 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--max-length", type=int, metavar="N", help="cut prompts to N tokens")
     only = fit.add_argument_group("end-to-end fits only")
     only.add_argument("--steps", type=int, metavar="N", help="steps (default: 20)")
-    only.add_argument("--lr", type=float, metavar="RATE", help="first learning rate (default: 0.3)")
+    only.add_argument(
+        "--lr", type=_rate, metavar="RATE", help="learning rate; auto finds it from the loss (default: auto)"
+    )
     only.add_argument("--l1", type=float, metavar="X", help="lasso penalty (default: 0)")
     only.add_argument("--group", type=float, metavar="X", help="group lasso penalty of each module (default: 0)")
     only.add_argument("--scaling", help="layer-mean, paper or reference (default: layer-mean)")
     only.add_argument("--optimizer", help="sgd or adam (default: sgd)")
     only.add_argument("--batch-size", type=int, metavar="N", help="prompts in a forward pass (default: all at once)")
     only.add_argument("--mini-batch", type=int, metavar="N", help="source prompts in a step (default: all)")
+    only.add_argument(
+        "--patience", type=int, metavar="N", help="steps without a lower held-out loss that end the fit (default: 5)"
+    )
+    only.add_argument("--checkpoint", metavar="FILE", help="keep the fit in a new file, written after every step")
+    only.add_argument("--resume", metavar="FILE", help="go on with the fit of a checkpoint, all else being the same")
     only.add_argument("--seed", type=int, metavar="N", help="seed of the fit (default: 0)")
     only.add_argument(
         "--held-out-fraction",
@@ -129,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="fewer sentences and samples: only shows that it works")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _rate(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -117,6 +117,25 @@ def test_fit_takes_several_globs_and_a_dtype(fit):
     assert list(lineas.load(path)) == ["model.layers.0.input_layernorm", "model.norm"]
 
 
+def test_a_fit_is_kept_and_goes_on(fit, folder, tmp_path, capsys):
+    kept = tmp_path / "kept.safetensors"
+    assert fit("--steps", "2", "--checkpoint", str(kept))[0] == 0
+    code, path = fit("--steps", "4", "--lr", "auto", "--patience", "3", "--resume", str(kept))
+    assert code == 0
+    expected = lineas.fit_end_to_end(
+        models_zoo.llama(),
+        read(folder / "source.txt"),
+        read(folder / "target.txt"),
+        layers=NORMS,
+        tokenizer=models_zoo.tokenizer(),
+        steps=4,
+        progress=False,
+    )
+    assert lineas.load(path) == expected.maps
+    code, path = fit("--checkpoint", str(kept))
+    assert code == 2 and "kept.safetensors exists" in capsys.readouterr().err
+
+
 def test_an_interrupted_fit_saves_what_it_has_and_returns_130(fit, monkeypatch, capsys):
     fitted = lineas.fit_end_to_end
 
@@ -160,6 +179,7 @@ def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
         ({}, ("--held-out-fraction", "0.9"), "at least 2 prompts on each side, got 1 fitted and 7 held out of"),
         ({}, ("--pooling", "median"), "pooling must be one of"),
         ({}, ("--steps", "0"), "steps must be >= 1, got 0"),
+        ({}, ("--resume", str(tmp_path / "none")), "No such file or directory"),
         ({}, ("--device", "nowhere"), "--device: expected a device of this machine, got 'nowhere'"),
     ]
     for files, options, message in cases:
