@@ -180,7 +180,7 @@ def test_one_batch_runs_once_and_several_twice():
     x = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
     for size, lengths in ((None, [5]), (2, [2, 2, 1])):
         calls.clear()
-        fit_end_to_end(zoo.mlp(), x, x + 1, layers="[02]", forward=forward, batch_size=size, steps=1, **QUIET)
+        fit_end_to_end(zoo.mlp(), x, x + 1, layers="[02]", forward=forward, batch_size=size, lr=0.1, steps=1, **QUIET)
         # the search for the order, the targets, and the step
         expected = [(n, False) for n in [lengths[0], *lengths, *(lengths if size else [])]] + [
             (n, True) for n in lengths
@@ -245,7 +245,8 @@ def test_a_loss_that_is_not_finite_in_parts_keeps_the_maps():
     # 1 + 3 calls, then six a step
     forward = Trouble(4 + 6 + 1, lambda model: model[2].weight.data.fill_(math.nan))
     with pytest.warns(RuntimeWarning, match="not finite at step 1: source: 2: nan at row 0"):
-        result = fit_end_to_end(zoo.mlp().double(), x, x**2, layers="[02]", forward=forward, batch_size=2, **QUIET)
+        settings = {"layers": "[02]", "forward": forward, "batch_size": 2, "lr": 0.1, **QUIET}
+        result = fit_end_to_end(zoo.mlp().double(), x, x**2, **settings)
     assert result.best_step == 0 and len(result.history["loss"]) == 1
 
 
