@@ -205,8 +205,8 @@ def fit_end_to_end(
     batch_size : int, optional
         Prompts in a forward pass, in every set; default: those of `mini_batch`, without it all texts, or each batch as
         it comes. The loss is always that of all prompts of a step together. Where these take several forward passes,
-        each is made twice and only one is kept at a time: memory for one of them is enough, and a step costs a third
-        more (see docs/decisions/0013).
+        all but the last are made twice and one is kept at a time: memory for one of them is enough, and a step takes
+        up to half as long again (docs/decisions/0013).
     mini_batch : int, optional
         Prompts of the source in a step, at least 2; default: all of them. They are drawn without replacement until
         fewer are left, then anew, by `seed` and the number of the step alone. The target is always the whole set.

@@ -45,7 +45,7 @@ class Sets(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """What loss and gradient cost: one for each forward pass of the prompts, three with a backward pass."""
+        """What a gradient costs: one for each forward pass of the prompts, in part or whole, and two backward."""
         return 3 if len(self.batches) == 1 else 4
 
 
@@ -187,10 +187,10 @@ class Objective:
     def gradient(self, sets: Sets, maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
         """The loss and its gradient.
 
-        One batch goes through the model once. Several go through it twice, so that only the graph of one is alive at a
-        time, however many there are: first without graphs, for the pooled activations of all, the loss and its
-        gradient in them; then each by itself, to take its part of that gradient back to the maps (the cached gradients
-        of Gao, Zhang, Han and Callan 2021, arXiv 2101.06983). Sums apart it is the gradient of one large batch.
+        Several batches go through the model twice, all but the last, so that only the graph of one is alive at a time,
+        however many there are: first without graphs, for the pooled activations of all, the loss and its gradient in
+        them; then each by itself, to take its part of that gradient back to the maps (the cached gradients of Gao,
+        Zhang, Han and Callan 2021, arXiv 2101.06983). Up to the order of sums it is the gradient of one large batch.
 
         Returns
         -------
@@ -206,13 +206,14 @@ class Objective:
         ValueError
             If a map has no influence on the loss, or the model does not give the same activations twice.
         """
-        act, single = self._steer(maps), len(sets.batches) == 1
+        act = self._steer(maps)
         states, parts = [], []
         with calling.Capture() as capture:  # checkpointed layers run again on the way back and need their maps
-            with torch.set_grad_enabled(single):
-                for batch in sets.batches:
-                    states.append(calling.RandomState(self.model))
+            for k, batch in enumerate(sets.batches, start=1):
+                states.append(calling.RandomState(self.model))
+                with torch.set_grad_enabled(k == len(sets.batches)):
                     parts.append(self._pooled(capture, batch, act))
+            after = calling.RandomState(self.model)
             us = [u.detach().requires_grad_() for u in self._join(parts)]
             total, terms = self._compare(sets, us)
             cached = torch.autograd.grad(total, us)
@@ -223,7 +224,8 @@ class Objective:
                 found = self._pull_back(capture, sets, act, maps, states, parts, pulls, 2.0**exponent)
                 if all(grad.isfinite().all() for grad in found.values()):
                     break
-                parts = [[u.detach() for u in part] for part in parts]  # their graph is used up
+                parts = [[u.detach() for u in part] for part in parts]  # the last one's graph is used up
+            after.restore()
         weights, biases = [found[name, 0] for name in maps], [found[name, 1] for name in maps]
         bad = [name for (name, _), grad in found.items() if not grad.isfinite().all()]
         if bad:
@@ -251,12 +253,13 @@ class Objective:
     ) -> dict[tuple[str, int], Tensor]:
         """Gradients of slopes (name, 0) and shifts (name, 1) from those of the pooled activations, batch by batch.
 
-        ``parts`` with a graph are used as they are; the others are made once more, from the same random numbers.
+        The last of ``parts`` comes first, since it may have a graph. The others are made once more, from the same
+        random numbers.
         """
         keys = [(name, k) for name in maps for k in (0, 1)]
         leaves = [maps[name][k] for name, k in keys]
         sums: dict[tuple[str, int], Tensor] = {}
-        for batch, state, before, pull in zip(sets.batches, states, parts, pulls, strict=True):
+        for batch, state, before, pull in reversed(list(zip(sets.batches, states, parts, pulls, strict=True))):
             pooled = before
             if not any(u.requires_grad for u in before):
                 state.restore()

@@ -43,7 +43,7 @@ class EndToEndPath(SparsePath):
         the step and without penalties; "kept", False where the step made things worse and was taken back.
     passes : int
         What the path cost: one for each forward pass of a set of prompts, three for one with its backward pass, four
-        where the set is split.
+        where the set is split and runs a second time in part.
     stopped : str
         "finished", "interrupted", or "not finite at penalty p: ..." with the module and the value.
     """
