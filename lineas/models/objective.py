@@ -222,15 +222,16 @@ class Objective:
             pulls = list(zip(*shares, strict=True))
             for exponent in self._exponents(cached):
                 found = self._pull_back(capture, sets, act, maps, states, parts, pulls, 2.0**exponent)
-                if all(grad.isfinite().all() for grad in found.values()):
+                if torch.cat(list(found.values())).isfinite().all():
                     break
                 parts = [[u.detach() for u in part] for part in parts]  # the last one's graph is used up
+            else:
+                # The last module in execution order: backwards, the first in which something went wrong.
+                bad = [name for (name, _), grad in found.items() if not grad.isfinite().all()]
+                name = max(bad, key=self.map_names.index)
+                raise NonFinite(f"{sets.argument}: {name}: the gradient is not finite")
             after.restore()
         weights, biases = [found[name, 0] for name in maps], [found[name, 1] for name in maps]
-        bad = [name for (name, _), grad in found.items() if not grad.isfinite().all()]
-        if bad:
-            # The last module in execution order: backwards, the first in which something went wrong.
-            raise NonFinite(f"{sets.argument}: {max(bad, key=self.map_names.index)}: the gradient is not finite")
         return total.item(), terms, torch.cat(weights), torch.cat(biases)
 
     def _exponents(self, cached: Sequence[Tensor]) -> Sequence[int]:
