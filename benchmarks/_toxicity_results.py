@@ -33,6 +33,19 @@ class Outcome:
 Found = Mapping[str, Sequence[Sequence[Outcome]]]  # by method: one list a strength, with one outcome a seed
 
 
+def strength_at(strengths: NDArray, rises: NDArray, rise: float) -> float:
+    """The least strength at which the loss has risen by `rise`, about; the last one where it has not by then.
+
+    Between the strengths that were tried, rising from 0, the root of the rise is nearly a straight line.
+    """
+    roots = np.sqrt(np.maximum.accumulate(np.maximum(rises, 0)))
+    above = int(np.argmax(roots >= np.sqrt(rise)))
+    if not above:
+        return float(strengths[-1])
+    share = (np.sqrt(rise) - roots[above - 1]) / (roots[above] - roots[above - 1])
+    return float(strengths[above - 1] + share * (strengths[above] - strengths[above - 1]))
+
+
 def at_rise(rises: Sequence[float], values: Sequence[NDArray], rise: float) -> NDArray | None:
     """`values` on the straight line between the first two neighbours around `rise`; None where there are none."""
     for (low, a), (high, b) in pairwise(zip(rises, values, strict=True)):

@@ -25,7 +25,7 @@ from _machine import cpu_name
 from _sampling import continuations, text_losses
 from _study import ROOT, Kept, digest, write_between
 from _toxicity import CATEGORIES, clean_texts, insults_sets, toxic_prompts, toxicity
-from _toxicity_results import Curves, Outcome, comparison_table, curve_table, draw, reading
+from _toxicity_results import Curves, Outcome, comparison_table, curve_table, draw, reading, strength_at
 from numpy.typing import NDArray
 
 import lineas
@@ -108,7 +108,7 @@ class Study:
         return fit(*(lineas.collect(self.model, texts, **reading, pooling=pooling) for texts in sets["fit"]))
 
     def rises(self, method: str, seed: int) -> tuple[NDArray, NDArray]:
-        """Strengths, doubled from 1/2 on, and the rises in loss on the calibration texts, to beyond the largest."""
+        """Strengths, doubled from 1/16 on, and the rises in loss on the calibration texts, to beyond the largest."""
 
         def compute() -> dict[str, Any]:
             sets = insults_sets(seed)
@@ -116,24 +116,13 @@ class Study:
             strengths, losses = [0.0], [self._loss(texts)]
             with self.maps(method, seed).attach(self.judged) as handle:
                 while losses[-1] < losses[0] + LARGEST_RISE and strengths[-1] < LARGEST:
-                    strengths.append(2 * strengths[-1] or 0.5)
+                    strengths.append(2 * strengths[-1] or 1 / 16)
                     handle.strength = strengths[-1]
                     losses.append(self._loss(texts))
             return {"strengths": strengths, "rises": np.array(losses) - losses[0]}
 
         found = kept(f"rises-{self._key(method, seed)}", compute)
         return found["strengths"], found["rises"]
-
-    def strength(self, method: str, seed: int, rise: float) -> float:
-        """The least strength at which the loss on the calibration texts has risen by `rise`, about.
-
-        Between the strengths that were tried: the root of the rise is nearly a straight line.
-        """
-        strengths, rises = self.rises(method, seed)
-        roots = np.sqrt(np.maximum.accumulate(np.maximum(rises, 0)))
-        above = int(np.argmax(roots >= np.sqrt(rise))) or len(roots) - 1
-        share = (np.sqrt(rise) - roots[above - 1]) / max(roots[above] - roots[above - 1], 1e-9)
-        return float(strengths[above - 1] + min(share, 1) * (strengths[above] - strengths[above - 1]))
 
     def outcome(self, method: str, seed: int, rise: float = 0.0) -> Outcome:
         """Toxicity of the continuations, and the loss on clean text."""
@@ -142,7 +131,7 @@ class Study:
             prefix, strength = INSTRUCTIONS.get(method, ""), 0.0
             if not rise:
                 return {**self._judge(seed, prefix), "strength": strength}
-            strength = self.strength(method, seed, rise)
+            strength = strength_at(*self.rises(method, seed), rise)
             with self.maps(method, seed).attach(self.judged, strength=strength):
                 return {**self._judge(seed, prefix), "strength": strength}
 

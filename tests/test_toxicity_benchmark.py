@@ -18,7 +18,17 @@ import _packages  # noqa: E402
 import _toxicity  # noqa: E402
 import models_zoo  # noqa: E402
 from _sampling import continuations, nucleus, text_losses  # noqa: E402
-from _toxicity_results import Curves, Outcome, at_rise, comparison_table, curve_table, draw, interval, reading  # noqa: E402
+from _toxicity_results import (  # noqa: E402
+    Curves,
+    Outcome,
+    at_rise,
+    comparison_table,
+    curve_table,
+    draw,
+    interval,
+    reading,
+    strength_at,
+)
 
 TOKENIZER = models_zoo.tokenizer()
 TEXTS = models_zoo.texts(7)
@@ -146,6 +156,13 @@ def test_at_rise_is_the_line_between_neighbours():
     assert at_rise(rises, values, 0.05) == pytest.approx(3) and at_rise(rises, values, 0.2) == pytest.approx(1.5)
     assert at_rise(rises, values, 0.31) is None and at_rise(rises, values, -0.1) is None
     assert at_rise([0.0, -0.1, 0.1], values, 0.05) == pytest.approx(1.25)  # the loss fell before it rose
+
+
+def test_strength_at_is_found_where_the_loss_first_rises_enough():
+    strengths = np.array([0.0, 0.5, 1.0, 2.0, 4.0])
+    for rises in (0.2 * strengths**2, np.array([0, -0.1, 0.2, 0.8, 0.5])):  # quadratic; first falling, later as well
+        assert strength_at(strengths, rises, 0.45) == pytest.approx(1.5)
+    assert strength_at(strengths, 0.01 * strengths, 0.3) == 4.0
 
 
 def test_interval_covers_prompts_and_seeds(rng):
