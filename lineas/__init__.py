@@ -308,6 +308,7 @@ def fit_incremental(
     method: str = "linear",
     tokenizer: Any = None,
     max_length: int | None = None,
+    batch_size: int | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     pooling: str = "mean",
     progress: bool = True,
@@ -329,6 +330,8 @@ def fit_incremental(
         As in `fit`.
     tokenizer, max_length, forward
         As in `collect`.
+    batch_size : int, optional
+        Texts in a forward pass; default: all of a set, so that one pass of the source fits every module.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask.
     progress : bool, default True
@@ -354,6 +357,7 @@ def fit_incremental(
         method=method,
         tokenizer=tokenizer,
         max_length=max_length,
+        batch_size=batch_size,
         forward=forward,
         pooling=pooling,
         progress=progress,

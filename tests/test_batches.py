@@ -494,6 +494,16 @@ def test_float16_gradients_are_scaled_out_of_the_underflow(monkeypatch):
     assert errors[0] > 3 * errors[1]
 
 
+def test_scales_go_by_the_largest_gradient():
+    objective = Objective(zoo.mlp(), ["0"], ["0"], forward=None, pooling="mean", scaling="paper")
+    grads = [torch.tensor([0.1, -0.6]), torch.tensor([0.0])]
+    assert list(objective._exponents(grads)) == [0]
+    objective.seen = {torch.float32, torch.float16}
+    assert [math.ldexp(0.6, k) for k in objective._exponents(grads)] == [38.4, 2.4, 0.15, 0.6 / 64]
+    for factor, exponent in ((1e-40, 120), (1e38, -120), (0.0, 6)):
+        assert objective._exponents([factor * grads[0]])[0] == exponent
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_a_scale_that_overflows_is_lowered(monkeypatch, batch_size):
     data = zoo.texts(6, seed=1), zoo.texts(5, seed=2), zoo.NORMS["llama"]

@@ -69,6 +69,17 @@ def test_several_batches_equal_one(pooling):
     assert_same(several, one)
 
 
+def test_texts_are_taken_apart():
+    model = models_zoo.llama()
+    lengths = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(len(output)))
+    one = lineas.fit_incremental(model, SOURCE, TARGET, progress=False, **settings_of("llama"))
+    assert lengths == [11, 8]
+    several = lineas.fit_incremental(model, SOURCE, TARGET, progress=False, batch_size=5, **settings_of("llama"))
+    assert lengths == [11, 8] + [5, 5, 1] + models_zoo.LAYERS * [5, 3]
+    assert_same(several, one)
+
+
 def test_forward_passes_are_one_of_a_single_source_batch_and_else_one_a_module():
     model = models_zoo.llama()
     calls = []
@@ -145,7 +156,7 @@ def test_metadata_says_where_the_maps_come_from():
         "model": "tiny/llama",
         "layers": models_zoo.NORMS["llama"],
         "pooling": "mean",
-        "settings": {"local_method": "gaussian", "max_length": 5},
+        "settings": {"local_method": "gaussian", "max_length": 5, "batch_size": None},
     }
 
 
@@ -166,6 +177,7 @@ def test_the_model_is_left_as_it_was_also_after_errors():
         ("method", "sparse", "^method must be one of 'mean', 'gaussian', 'linear', got 'sparse'"),
         ("pooling", "median", "^pooling must be one of .*, got 'median'"),
         ("tokenizer", None, "^source holds texts: pass tokenizer="),
+        ("batch_size", 0, "^batch_size must be at least 1, got 0"),
         ("layers", "layers.*", "^layers: no module matches 'layers.*'"),
     ],
 )

@@ -26,6 +26,7 @@ def fit_incremental(
     method: str = "linear",
     tokenizer: Callable[..., Any] | None = None,
     max_length: int | None = None,
+    batch_size: int | None = None,
     forward: calling.Forward | None = None,
     pooling: str = "mean",
     progress: bool = True,
@@ -34,8 +35,9 @@ def fit_incremental(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     check_pooling(pooling)
-    sources = calling.as_batches(source, tokenizer=tokenizer, max_length=max_length, argument="source")
-    targets = calling.as_batches(target, tokenizer=tokenizer, max_length=max_length, argument="target")
+    how: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "batch_size": batch_size}
+    sources = calling.as_batches(source, **how, argument="source")
+    targets = calling.as_batches(target, **how, argument="target")
     names = sites.resolve(model, layers)
     with calling.frozen(model, gradients=False):
         wanted = collect_batches(model, targets, names, forward=forward, pooling=pooling)
@@ -51,7 +53,7 @@ def fit_incremental(
         "model": sites.model_name(model),
         "layers": sites.spell(layers),
         "pooling": pooling,
-        "settings": {"local_method": method, "max_length": max_length},
+        "settings": {"local_method": method, "max_length": max_length, "batch_size": batch_size},
     }
     return SteeringMaps(walk.maps, metadata)
 

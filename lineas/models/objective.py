@@ -239,7 +239,8 @@ class Objective:
         if torch.float16 not in self.seen:
             return (0,)
         largest = max(grad.abs().max().item() for grad in cached)
-        return [exponent - math.frexp(largest)[1] for exponent in HALF_EXPONENTS]
+        # Powers that float32 has, and not only its subnormal ones.
+        return [min(max(exponent - math.frexp(largest)[1], -120), 120) for exponent in HALF_EXPONENTS]
 
     def _pull_back(
         self,
