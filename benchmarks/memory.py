@@ -42,6 +42,7 @@ TOKENS = 64
 CASES = {
     "bare, 32 prompts": ("bare", 32, None, "float32", None),
     "step, 32 prompts": ("step", 32, None, "float32", "bare, 32 prompts"),
+    "step, 32 prompts, gradient checkpointing": ("checkpointed", 32, None, "float32", "bare, 32 prompts"),
     "bare, 8 prompts": ("bare", 8, None, "float32", None),
     "step, 8 prompts": ("step", 8, None, "float32", "bare, 8 prompts"),
     "step, 4 x 8 prompts": ("step", 32, 8, "float32", "bare, 8 prompts"),
@@ -93,6 +94,9 @@ def measure(model_name: str, case: str) -> float:
     lineas.set_num_threads(1)
     disable_progress_bar()
     model = load(model_name).to(getattr(torch, dtype))
+    if kind == "checkpointed":
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randint(model.config.vocab_size, (2, prompts, TOKENS), generator=generator)
     mask = torch.ones(prompts, TOKENS, dtype=torch.long)
