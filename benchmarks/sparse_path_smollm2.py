@@ -32,14 +32,23 @@ from lineas._demo_model import load_smollm2
 from lineas.demo import LAYERS, bootstrap_interval, sample, sentences, text_loss
 from lineas.models import calling
 from lineas.models import path as internals
+from lineas.models.descent import Descent
 from lineas.models.optim import FlatMaps
 from lineas.models.problem import find, pose, read
 
 MARKS = "<!-- measured: python benchmarks/sparse_path_smollm2.py --write -->", "<!-- end -->"
 
 SENTENCES, TOKENS = 24, 16  # in each of the four sets; longest
-DENSE = {"steps": 12, "lr": 0.3}  # the demo's rate and steps, without its penalty
-PATH = {"n_penalties": 12, "min_ratio": 1e-3, "l1_ratio": 1.0, "steps": 2, "refit_steps": 3, "refit_support": 0.5}
+DENSE = {"steps": 12, "lr": 0.3, "patience": None}  # the demo's rate and steps, without its penalty
+PATH = {
+    "n_penalties": 12,
+    "min_ratio": 1e-3,
+    "l1_ratio": 1.0,
+    "steps": 2,
+    "refit_steps": 3,
+    "refit_support": 0.5,
+    "lr": 0.3,
+}
 NEW_TOKENS = 20
 FEW = 0.10  # the share of neurons at which the effect is to be kept
 MORE_PROMPTS = """\
@@ -168,13 +177,14 @@ class Study:
                 objective, fitted, trial = pose(self.model, batches, names, names, None, "mean", "layer-mean")
                 maps = FlatMaps(objective.widths, objective.dtype, objective.device)
                 maps.load(self.maps(dense["weight"], dense["bias"]))
-                descent = internals._Descent(objective, fitted, maps, DENSE["lr"])
+                descent = Descent(objective, maps, DENSE["lr"])
+                descent.look(fitted)
                 rows = []
                 for penalty in penalties[:0:-1]:
                     for _ in range(PATH["steps"]):
-                        descent.step(float(penalty), 0.0)
+                        descent.step((float(penalty), 0.0, float(penalty), 0.0))
                     support = int(descent.place.support().sum())
-                    rows.append((penalty, support, descent.place.loss, descent.trial_loss(trial)))
+                    rows.append((penalty, support, descent.place.loss, internals._trial_loss(descent, trial)))
             keys = ("penalties", "support", "loss", "held_out")
             columns = (np.array(column[::-1]) for column in zip(*rows, strict=True))
             return {**dict(zip(keys, columns, strict=True)), "passes": descent.passes + int(dense["passes"])}

@@ -99,7 +99,7 @@ class Study:
         if method in END_TO_END:
             settings = {**reading, **END_TO_END[method], "seed": seed, "held_out": sets["validation"]}
             result = lineas.fit_end_to_end(self.model, *sets["fit"], **settings)
-            if result.stopped != "finished":
+            if result.stopped == "interrupted" or result.stopped.startswith("not finite"):
                 raise SystemExit(result.stopped)
             return result.maps
         if method == INCREMENTAL:
