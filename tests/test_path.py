@@ -89,6 +89,16 @@ def test_a_slope_that_would_be_negative_is_zero():
     np.testing.assert_allclose(bias[-1], slow[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [180, 384])
+def test_slopes_and_shifts_that_do_nearly_the_same(seed):
+    # Means of fifty standard deviations: Newton's steps get stuck on the way from changed slopes to changed shifts.
+    rng = np.random.default_rng(seed)
+    u = 1.03 + 0.005 * rng.normal(size=(1, 38)) + 0.02 * rng.normal(size=(28, 38))
+    v = 0.07 * rng.normal(size=(1, 38)) + 0.28 * rng.normal(size=(17, 38))
+    path = lineas.sparse_path(u, v, n_penalties=6, min_ratio=10**-2.5, l1_ratio=1e-9)
+    assert path.kkt_residual.max() <= 1e-8
+
+
 def test_constant_neurons_at_one_share_slope_and_shift_in_any_way():
     # At |u| = 1 both cost the same: many solutions, of which rounding must not make none.
     rng = np.random.default_rng(11)

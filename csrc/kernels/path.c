@@ -85,16 +85,29 @@ static path_scale path_step(const path_problem *problem, const path_scale *scale
     return to;
 }
 
-/* The scale of one group at which its norm is tau, the other's given: the norm falls with the scale. */
-static double path_root(const path_problem *problem, path_scale scale, int group)
+static double path_root(const path_problem *problem, path_scale *scale, int group);
+
+/* How far the norm of a group is above tau; for x with b optimal. */
+static double path_left(const path_problem *problem, path_scale *scale, int group)
 {
-    double *const at = group == 0 ? &scale.sx : &scale.sb;
+    if (group == 0) {
+        scale->sb = path_root(problem, scale, 1);
+    }
+    return path_evaluate(problem, scale).left[group];
+}
+
+/* The scale of a group at which its norm is tau: for b with that of x given, for x with b optimal, which is then in
+ * place. The norm falls with the scale: what the scales minimise is convex, in both and in one with the other optimal.
+ */
+static double path_root(const path_problem *problem, path_scale *scale, int group)
+{
+    double *const at = group == 0 ? &scale->sx : &scale->sb;
     double low = 0, high = *at > 0 ? *at : 1;
     *at = 0;
-    if (path_evaluate(problem, &scale).left[group] <= 0) {
+    if (path_left(problem, scale, group) <= 0) {
         return 0;
     }
-    for (*at = high; path_evaluate(problem, &scale).left[group] > 0 && high < 1e200; *at = high) {
+    for (*at = high; path_left(problem, scale, group) > 0 && high < 1e200; *at = high) {
         low = high;
         high *= 4;
     }
@@ -103,11 +116,15 @@ static double path_root(const path_problem *problem, path_scale scale, int group
         if (!(*at > low && *at < high)) {
             break;
         }
-        if (path_evaluate(problem, &scale).left[group] > 0) {
+        if (path_left(problem, scale, group) > 0) {
             low = *at;
         } else {
             high = *at;
         }
+    }
+    *at = high;
+    if (group == 0) {
+        scale->sb = path_root(problem, scale, 1);
     }
     return high;
 }
@@ -116,7 +133,7 @@ static double path_root(const path_problem *problem, path_scale scale, int group
  */
 static path_scale path_scales(const path_problem *problem, path_scale scale, double *norms)
 {
-    enum { STEPS = 60, HALVINGS = 6, ROUNDS = 100 };
+    enum { STEPS = 60, HALVINGS = 6 };
     path_state now = path_evaluate(problem, &scale);
     for (int k = 0; k < STEPS && now.size > problem->tolerance; k++) {
         path_scale to = path_step(problem, &scale, &now);
@@ -131,15 +148,12 @@ static path_scale path_scales(const path_problem *problem, path_scale scale, dou
         scale = to;
         now = next;
     }
-    /* Where Newton's method got stuck, one group at a time: slow, and certain, the function being convex. */
-    for (int k = 0; k < ROUNDS && now.size > problem->tolerance; k++) {
-        const double size = now.size;
-        scale.sx = path_root(problem, scale, 0);
-        scale.sb = path_root(problem, scale, 1);
+    /* Where Newton's method got stuck, bisection: slow, and certain. */
+    if (now.size > problem->tolerance) {
+        path_scale to = scale;
+        path_root(problem, &to, 0);
+        scale = path_evaluate(problem, &to).size < now.size ? to : scale;
         now = path_evaluate(problem, &scale);
-        if (k > 2 && !(now.size < size)) {
-            break; /* as good as rounding lets it be */
-        }
     }
     memcpy(norms, now.norms, sizeof now.norms);
     return scale;
