@@ -151,19 +151,28 @@ def reading(curves: Curves, ours: Sequence[str]) -> list[str]:
             )
         lines.append(f"- By {name}, {off:.1%} of the unsteered continuations are toxic; {'; '.join(parts)}.")
     for method in ours:
+        lowest: dict[str, list[str]] = {"share": [], "interval": []}
         for rise in RISES:
-            verdicts: dict[str, list[str]] = {"below": [], "above": [], "not told apart from": []}
-            for other in curves.steered:
-                found = None if other in ours else curves.difference(method, other, rise)
-                if found is not None:
-                    signs = {int(np.sign(low)) if np.sign(low) == np.sign(high) else 0 for _, low, high in found}
-                    both = {frozenset({-1}): "below", frozenset({1}): "above"}.get(frozenset(signs))
-                    verdicts[both or "not told apart from"].append(other)
-            told = [f"{kind} {', '.join(others)}" for kind, others in verdicts.items() if others]
-            if told:
-                lines.append(f"- {method} at +{rise:g} nats, by both judges' intervals: {'; '.join(told)}.")
-            else:
+            found = {o: curves.difference(method, o, rise) for o in curves.steered if o not in ours}
+            reached = {other: both for other, both in found.items() if both is not None}
+            if not reached:
                 lines.append(f"- {method} at +{rise:g} nats: no other method reaches this rise, or it does not itself.")
+                continue
+            verdicts: dict[str, list[str]] = {"below": [], "above": [], "not told apart from": []}
+            for other, both in reached.items():
+                below, above = all(high < 0 for _, _, high in both), all(low > 0 for _, low, _ in both)
+                verdicts["below" if below else "above" if above else "not told apart from"].append(other)
+            told = "; ".join(f"{kind} {', '.join(others)}" for kind, others in verdicts.items() if others)
+            lines.append(f"- {method} at +{rise:g} nats, by both judges' intervals: {told}.")
+            if all(middle < 0 for both in reached.values() for middle, _, _ in both):
+                lowest["share"].append(f"+{rise:g}")
+            if len(verdicts["below"]) == len(reached):
+                lowest["interval"].append(f"+{rise:g}")
+        measured, told_apart = (" and ".join(at) + " nats" if at else "no rise" for at in lowest.values())
+        lines.append(
+            f"- {method} is below every method that is no LinEAS and reaches the rise, by both judges: in the measured "
+            f"shares at {measured}, beyond the intervals at {told_apart}."
+        )
     for method, outcomes in curves.others.items():
         shares = ", ".join(_points(interval(d)) for d in _less_off(curves, outcomes))
         lines.append(

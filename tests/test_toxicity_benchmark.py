@@ -199,6 +199,7 @@ def test_the_tables_say_what_is_below_what(curves):
     assert compared[2].split(" | ")[1].startswith("-15.8 [") and compared[3].count("|  |") == 2
     text = "\n".join(reading(curves, ["ours"]))
     assert "ours at +0.1 nats, by both judges' intervals: below weak." in text
+    assert "both judges: in the measured shares at +0.1 and +0.25 nats, beyond the intervals at +0.1 and +0.25" in text
     assert "30.0% of the unsteered continuations are toxic; at +0.1 nats the order is ours 13.3%, weak 29.2%" in text
     assert "system prompt: the loss changes by +4.00 nats" in text
 
