@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 LAYERS = "model.layers.*.post_attention_layernorm"
 STRENGTHS = (0.0, 0.5, 1.0)
-LEARNING_RATE = 0.3
 LASSO = 1e-3  # leaves about a quarter of the neurons alone, and the effect as it is
 
 
@@ -94,7 +93,6 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
         layers=LAYERS,
         tokenizer=tokenizer,
         l1=LASSO,
-        lr=LEARNING_RATE,
         steps=steps,
         seed=seed,
     )

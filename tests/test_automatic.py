@@ -6,6 +6,7 @@ import pytest
 import torch
 from fits import Trouble, interrupt, prompts, same_maps, short_fit, snapshot
 
+import lineas
 from lineas import fit_end_to_end, sparse_path_end_to_end
 from lineas.models.course import MOST_RETREATS
 
@@ -62,17 +63,32 @@ def test_rates_are_inverse_to_the_scale_of_the_loss(fit):
     same_maps(thrice.maps, lasso.maps, atol=1e-5)
 
 
+def near_the_minimum(shift):
+    """A fit of one module whose least loss is far above 0, from its closed-form solution, shifted a little."""
+    source, target = zoo.images(40, seed=5)[:, 0, 0, 1:].double(), (zoo.images(30, seed=6)[:, 0, 0, 1:] ** 3).double()
+    model = zoo.mlp().double()
+    before, after = (lineas.collect(model, data, layers="0") for data in (source, target))
+    best = lineas.fit(before, after)["0"]
+    init = lineas.SteeringMaps({"0": lineas.AffineMap(best.weight, best.bias + np.float32(shift))})
+    return {"model": model, "source": source, "target": target, "layers": "0", "init": init}
+
+
 def test_a_step_that_makes_things_worse_is_taken_back(fit):
-    """Rates of the first steps on kinks of the absolute value, where the loss is not a quadratic."""
-    result = fit(l1=0.3, steps=60)
-    history = result.history
-    total = history["loss"] + np.concatenate([[0], history["penalty"][:-1]])
-    assert not history["kept"].all()
-    assert (np.diff(total) <= 1e-12).all()
-    back = np.flatnonzero(~history["kept"][:-1])
-    assert (history["loss"][back + 1] == history["loss"][back]).all()
-    assert (history["lr"][back + 1] < history["lr"][back]).all()
-    assert result.best_step == len(history["loss"])
+    """Near a minimum that is above 0 the first step, towards 0, is far too long."""
+    result = fit(**near_the_minimum(0.01), steps=12)
+    loss, kept, rates = (result.history[name] for name in ("loss", "kept", "lr"))
+    assert not kept[0] and kept[1:].all()  # the step taken back tells the curvature
+    assert loss[1] == loss[0] and (np.diff(loss[1:]) < 0).all()
+    assert rates[1] < rates[0] / 4
+    exact = fit(**near_the_minimum(0.0), steps=1, lr=1e-9).history["loss"][0]
+    assert loss[0] - exact > 1e-4 and loss[-1] - exact < 0.1 * (loss[0] - exact)
+
+
+def test_a_fit_that_cannot_get_better_says_so(fit):
+    settings = near_the_minimum(0.0)
+    result = fit(**settings, steps=200)
+    assert result.stopped == "no step lowers the loss" and len(result.history["loss"]) < 100
+    same_maps(result.maps, settings["init"], atol=1e-3)
 
 
 def test_a_fit_ends_where_no_step_leads_on(fit):
@@ -123,8 +139,10 @@ def test_passes_are_counted(fit):
     assert (given.passes, given.held_out_passes) == (3 * 5, 6)
     split = fit(steps=5, batch_size=2)
     assert split.passes == 4 * (5 + 1)
-    worse = fit(l1=0.3, steps=60, held_out=HELD_OUT, patience=None)
-    assert worse.held_out_passes == worse.history["kept"].sum() + 1  # no new maps, no new loss
+    near = near_the_minimum(0.01)
+    held_out = near["source"][:9], near["target"][:9]
+    worse = fit(**near, steps=6, held_out=held_out, patience=None)
+    assert worse.held_out_passes == worse.history["kept"].sum() + 1 == 6  # no new maps, no new loss
 
 
 def test_a_fit_stops_where_held_out_prompts_gain_nothing(fit):

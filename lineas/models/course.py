@@ -19,9 +19,6 @@ from .objective import NonFinite, Objective, Sets
 from .optim import FlatMaps, ProximalOptimizer, cosine_rate
 from .problem import check_maps, trial_loss
 
-# What automatic rates are divided by: short steps go where gradient flow would, which held-out prompts gain more from
-# (docs/decisions/0012).
-CAUTION = 2.0
 # After so many steps in a row that lower nothing, each a quarter of the one before, none will.
 MOST_RETREATS = 6
 
@@ -88,7 +85,7 @@ class AutomaticSteps:
     """
 
     def __init__(self, objective: Objective, fitted: Sets, maps: FlatMaps, penalties: Penalties, steps: int) -> None:
-        self.objective, self.descent = objective, Descent(objective, maps, caution=CAUTION)
+        self.objective, self.descent = objective, Descent(objective, maps, steady=True)
         self.fitted, self.penalties, self.count = fitted, penalties, steps
         self.retreats = 0
 
@@ -131,7 +128,8 @@ class AutomaticSteps:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What it takes to go on, beside the maps."""
         descent = self.descent
-        state = {"lr": descent.lr, "rate": descent.rate, "moved": descent.moved, "retreats": self.retreats}
+        state = {"lr": descent.lr, "rate": descent.rate, "smallest": descent.smallest, "moved": descent.moved}
+        state |= {"retreats": self.retreats}
         if not descent.started or self.fitted.sampler is not None:
             return {}, state
         place = descent.place
@@ -142,6 +140,7 @@ class AutomaticSteps:
         """Go on from `state`, at maps that are in place again."""
         descent = self.descent
         descent.lr, descent.rate, descent.moved = state["lr"], state["rate"], state["moved"]
+        descent.smallest = state["smallest"]
         self.retreats = state["retreats"]
         if "loss" in state:
             descent.sets = self.fitted

@@ -69,17 +69,19 @@ class Descent:
         Where to start; every step updates them in place.
     lr : float, optional
         The first rate.
-    caution : float, default 1.0
-        What the rates are divided by; the first by its square, since it knows least, unless it is given.
+    steady : bool, default False
+        Whether rates stay at half of the smallest of those so far, and the first one, unless it is given, at a quarter
+        of its own: so short that no direction is overshot.
     """
 
-    def __init__(self, objective: Objective, maps: FlatMaps, lr: float | None = None, caution: float = 1.0) -> None:
-        self.objective, self.maps, self.caution = objective, maps, caution
+    def __init__(self, objective: Objective, maps: FlatMaps, lr: float | None = None, *, steady: bool = False) -> None:
+        self.objective, self.maps, self.steady = objective, maps, steady
         self.widths: list[int] = np.diff(maps.offsets).tolist()
         self.stepper = ProximalOptimizer(
             maps, optimizer="sgd", betas=(0.9, 0.999), l1=0.0, group=0.0, l1_bias=0.0, group_bias=0.0
         )
         self.lr, self.rate = lr, lr or 0.0
+        self.smallest = math.inf
         self.moved = False
         self.passes = 0
         self._place: Place | None = None
@@ -111,7 +113,7 @@ class Descent:
         self.sets = sets
         self.place = self._evaluate()
         if self.lr is None:
-            self.lr = self.rate = self.place.first_rate() / self.caution**2
+            self.lr = self.rate = self.place.first_rate() / (4 if self.steady else 1)
 
     def _evaluate(self) -> Place:
         loss, terms, grad_weight, grad_bias = self.objective.gradient(self.sets, self.maps.leaves())
@@ -180,9 +182,11 @@ class Descent:
             changes *= torch.cat([support, support])
         along = float(steps @ changes)
         if along > 0:
-            first = self.lr or 1.0
-            rate = along / float(changes @ changes) / self.caution
-            self.rate = min(max(rate, LEAST_RATE * first), MOST_RATE * first)
+            rate = along / float(changes @ changes)
+            self.smallest = min(self.smallest, rate)
+            self.rate = self.smallest / 2 if self.steady else rate
+            if self.moved and self.lr:  # a first rate that led nowhere is no measure
+                self.rate = min(max(self.rate, LEAST_RATE * self.lr), MOST_RATE * self.lr)
 
     def _retreat(self, old: Place, rate: float) -> None:
         """Go back, and take a shorter step next; before any step was kept, shorter ones ever after."""
