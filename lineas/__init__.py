@@ -1,7 +1,7 @@
 """Steering maps for generative models: sparse affine maps of activations, learnt end to end from unpaired prompts.
 
-Arrays need only NumPy; `collect`, `fit_end_to_end`, `fit_incremental` and ``SteeringMaps.attach`` import torch when
-they are called, and `AffineTransport` imports scikit-learn when it is asked for.
+Arrays need only NumPy; `collect`, the fits through a model and ``SteeringMaps.attach`` import torch when they are
+called, and `AffineTransport` imports scikit-learn when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import baselines
-from ._fits import collect, fit_end_to_end, fit_incremental, sparse_path_end_to_end
+from ._fits import collect, fit_end_to_end, fit_incremental, fit_jointly, sparse_path_end_to_end
 from ._threads import get_num_threads, set_num_threads
 from .local import GaussianMap, bures_map, covariance, fit
 from .losses import prox_sparse_group, wasserstein, wasserstein_grad
@@ -45,6 +45,7 @@ __all__ = [
     "fit",
     "fit_end_to_end",
     "fit_incremental",
+    "fit_jointly",
     "get_num_threads",
     "load",
     "moments",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import os
     import re
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -209,6 +209,107 @@ def fit_end_to_end(
         model,
         source,
         target,
+        layers=layers,
+        loss_layers=loss_layers,
+        init=init,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        forward=forward,
+        held_out=held_out,
+        batch_size=batch_size,
+        mini_batch=mini_batch,
+        pooling=pooling,
+        l1=l1,
+        group=group,
+        l1_bias=l1_bias,
+        group_bias=group_bias,
+        scaling=scaling,
+        optimizer=optimizer,
+        lr=lr,
+        betas=betas,
+        steps=steps,
+        patience=patience,
+        checkpoint=checkpoint,
+        resume=resume,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def fit_jointly(
+    model: Any,
+    tasks: Mapping[str, tuple[Any, Any]],
+    *,
+    layers: str | list[str] | re.Pattern[str],
+    loss_layers: str | list[str] | re.Pattern[str] | None = None,
+    init: SteeringMaps | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    held_out: Mapping[str, tuple[Any, Any]] | None = None,
+    batch_size: int | None = None,
+    mini_batch: int | None = None,
+    pooling: str = "mean",
+    l1: float = 0.0,
+    group: float = 0.0,
+    l1_bias: float | None = None,
+    group_bias: float | None = None,
+    scaling: str = "layer-mean",
+    optimizer: str = "sgd",
+    lr: float | str = "auto",
+    betas: tuple[float, float] = (0.9, 0.999),
+    steps: int = 20,
+    patience: int | None = 5,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FitResult:
+    """Fit one set of maps for several concepts at once: as `fit_end_to_end`, of the mean of the tasks' losses.
+
+    Maps that were fitted one by one can be composed (``second @ first``), but each was fitted to a model without the
+    others. Here one set of maps is to serve all tasks: the source of each comes to be distributed like its target.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    tasks : dict of str to (source, target)
+        At least two, each with the prompts to move and those to move them to, as in `fit_end_to_end`. All count alike,
+        whatever the number of their prompts.
+    held_out : dict of str to (source, target), optional
+        Two more sets for each task. The mean of their losses is recorded and chooses the best maps.
+    batch_size : int, optional
+        As in `fit_end_to_end`; tasks take forward passes of their own in any case.
+    mini_batch : int, optional
+        Prompts of the source of each task in a step.
+    steps : int, default 20
+        The largest number of steps, each of which costs the gradient of every task.
+    layers, loss_layers, init, tokenizer, max_length, forward, pooling, l1, group, l1_bias, group_bias, scaling
+        As in `fit_end_to_end`.
+    optimizer, lr, betas, patience, checkpoint, resume, seed, progress
+        As in `fit_end_to_end`. A fit goes on with the same tasks in the same order.
+
+    Returns
+    -------
+    FitResult
+        As of `fit_end_to_end`. In ``history`` "loss" and "held_out_loss" are the means over the T tasks, "layer_loss"
+        is [S, T, L], and "task_loss" and "held_out_task_loss" are [S, T]; ``held_out_task_loss`` are the losses of
+        ``maps`` by task. The metadata of the maps name the tasks.
+
+    Raises
+    ------
+    TypeError, OSError
+        As `fit_end_to_end`; TypeError as well if `tasks` or `held_out` does not map names to pairs.
+    ValueError
+        As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, or `held_out` has others. The
+        message names the task.
+    """
+    from .models.joint import fit_jointly
+
+    return fit_jointly(
+        model,
+        tasks,
         layers=layers,
         loss_layers=loss_layers,
         init=init,

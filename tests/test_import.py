@@ -57,7 +57,13 @@ def test_every_kernel_has_a_twin():
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("collect", "collect"), ("fit_end_to_end", "train"), ("fit_incremental", "incremental")]
+    ("name", "module"),
+    [
+        ("collect", "collect"),
+        ("fit_end_to_end", "train"),
+        ("fit_jointly", "joint"),
+        ("fit_incremental", "incremental"),
+    ],
 )
 def test_the_surface_has_the_signatures_of_the_models_room(name, module):
     pytest.importorskip("torch")

@@ -17,7 +17,8 @@ from .calling import RandomState
 from .descent import Descent, Penalties, Place, penalty_of
 from .objective import NonFinite, Objective, Sets
 from .optim import FlatMaps, ProximalOptimizer, cosine_rate
-from .problem import check_maps, trial_loss
+from .problem import check_maps
+from .tasks import Tasks, gradient, loss
 
 # After so many steps in a row that lower nothing, each a quarter of the one before, none will.
 MOST_RETREATS = 6
@@ -39,7 +40,7 @@ class ScheduledSteps:
     Parameters
     ----------
     objective : Objective
-    fitted : Sets
+    fitted : Sets or Tasks
     stepper : ProximalOptimizer
     lr : float
         The first rate.
@@ -47,7 +48,9 @@ class ScheduledSteps:
         How many there will be.
     """
 
-    def __init__(self, objective: Objective, fitted: Sets, stepper: ProximalOptimizer, lr: float, steps: int) -> None:
+    def __init__(
+        self, objective: Objective, fitted: Sets | Tasks, stepper: ProximalOptimizer, lr: float, steps: int
+    ) -> None:
         self.objective, self.fitted, self.stepper = objective, fitted, stepper
         self.lr, self.count = lr, steps
         self.passes = 0
@@ -55,10 +58,10 @@ class ScheduledSteps:
     def measure(self, step: int) -> tuple[float, Tensor]:
         """Loss and terms at the maps as they stand, of the prompts of a step."""
         sets = self.fitted.at(step)
-        loss, terms, grad_weight, grad_bias = self.objective.gradient(sets, self.stepper.maps.leaves())
+        total, terms, grad_weight, grad_bias = gradient(self.objective, sets, self.stepper.maps.leaves())
         self.gradients = grad_weight, grad_bias
         self.passes += sets.passes
-        return loss, terms
+        return total, terms
 
     def move(self, step: int) -> Move:
         """Take the step."""
@@ -84,7 +87,9 @@ class AutomaticSteps:
     multiplied by a falling half cosine.
     """
 
-    def __init__(self, objective: Objective, fitted: Sets, maps: FlatMaps, penalties: Penalties, steps: int) -> None:
+    def __init__(
+        self, objective: Objective, fitted: Sets | Tasks, maps: FlatMaps, penalties: Penalties, steps: int
+    ) -> None:
         self.objective, self.descent = objective, Descent(objective, maps, steady=True)
         self.fitted, self.penalties, self.count = fitted, penalties, steps
         self.retreats = 0
@@ -157,14 +162,15 @@ class Course:
         self.best: tuple[Tensor, Tensor] | None = None
         self.best_step = 0
         self.best_loss: float | None = None
+        self.best_terms: Any = None
         self.stopped = "finished"
         self.held_out_passes = 0
 
-    def keep(self, held_out_loss: float | None) -> None:
-        """Keep the maps as they stand, unless a lower held-out loss was seen."""
+    def keep(self, held_out_loss: float | None, terms: Any = None) -> None:
+        """Keep the maps as they stand, unless a lower held-out loss was seen; `terms` are what it is the mean of."""
         if held_out_loss is None or self.best_loss is None or held_out_loss < self.best_loss:
             self.best = (self.maps.weight.clone(), self.maps.bias.clone())
-            self.best_step, self.best_loss = len(self.records), held_out_loss
+            self.best_step, self.best_loss, self.best_terms = len(self.records), held_out_loss, terms
 
     def restore(self) -> None:
         """Put the best maps back in place."""
@@ -172,19 +178,23 @@ class Course:
             self.maps.weight.copy_(self.best[0])
             self.maps.bias.copy_(self.best[1])
 
-    def history(self, modules: int, held_out: bool) -> dict[str, NDArray]:
-        """The arrays of `FitResult.history`."""
+    def history(self, shape: tuple[int, ...], held_out: bool) -> dict[str, NDArray]:
+        """The arrays of `FitResult.history`, and "held_out_layer_loss"; `shape` is that of a step's terms."""
         types: dict[str, Any] = {"loss": np.float64, "lr": np.float64, "penalty": np.float64, "support": np.int64}
         arrays: dict[str, NDArray] = {
             name: np.array([record[name] for record in self.records], kind)
             for name, kind in {**types, "kept": np.bool_}.items()
         }
-        layers = np.array([record["layer_loss"] for record in self.records], np.float64)
-        trials = [record["held_out_loss"] for record in self.records] if held_out else []
+        trials = self.records if held_out else []
+        layers, held_out_layers = (
+            np.array([record[name] for record in records], np.float64).reshape(len(records), *shape)
+            for name, records in (("layer_loss", self.records), ("held_out_layer_loss", trials))
+        )
         return {
             **arrays,
-            "layer_loss": layers.reshape(len(self.records), modules),
-            "held_out_loss": np.array(trials, np.float64),
+            "layer_loss": layers,
+            "held_out_loss": np.array([record["held_out_loss"] for record in trials], np.float64),
+            "held_out_layer_loss": held_out_layers,
         }
 
 
@@ -244,6 +254,8 @@ class Keeper:
             device = course.maps.weight.device
             course.best = tensors["best weight"].to(device), tensors["best bias"].to(device)
         course.records, course.best_step, course.best_loss = state["records"], state["best_step"], state["best_loss"]
+        if course.best is not None:
+            course.best_terms = course.records[course.best_step]["held_out_layer_loss"]
         course.held_out_passes = state["held_out_passes"]
         self.steps.resume(tensors, state["steps"])
         self.steps.passes = state["passes"]
@@ -255,30 +267,34 @@ def run(
     steps: ScheduledSteps | AutomaticSteps,
     course: Course,
     keeper: Keeper,
-    trial: Sets | None,
+    trial: Sets | Tasks | None,
     patience: int | None,
     progress: bool,
+    caller: str,
 ) -> None:
     """Take the steps until they are done, nothing gets better, the user interrupts or a value is not finite.
 
-    Leaves the best maps in place, and why it ended in ``course.stopped``.
+    Leaves the best maps in place, and why it ended in ``course.stopped``. `caller` is who warnings say has stopped.
     """
     objective, maps = steps.objective, course.maps
     bar = tqdm(total=steps.count, initial=len(course.records), disable=not progress, desc="fit", unit="step")
 
-    def held_out_loss() -> float | None:
+    def held_out() -> tuple[float | None, Any]:
         last = course.records[-1] if course.records else None
-        if trial is None or (last is not None and not last["kept"]):  # the maps are those of the last time
-            return None if last is None else last["held_out_loss"]
-        course.held_out_passes += 1
-        return trial_loss(objective, trial, maps.leaves())
+        if trial is None:
+            return None, None
+        if last is not None and not last["kept"]:  # the maps are those of the last time
+            return last["held_out_loss"], last["held_out_layer_loss"]
+        course.held_out_passes += 1 if isinstance(trial, Sets) else len(trial.parts)
+        total, terms = loss(objective, trial, maps.leaves())
+        return total.item(), terms.tolist()
 
     try:
         keeper.save()  # a path that cannot be written to is to be known before anything is computed
         for step in range(len(course.records), steps.count):
-            loss, terms = steps.measure(step)
-            found = held_out_loss()
-            course.keep(found)
+            total, terms = steps.measure(step)
+            trial_loss, trial_terms = held_out()
+            course.keep(trial_loss, trial_terms)
             if trial is not None and patience is not None and step - course.best_step >= patience:
                 course.stopped = f"no lower held-out loss in {patience} steps"
                 break
@@ -286,19 +302,27 @@ def run(
             if move is None:
                 course.stopped = "no step lowers the loss"
                 break
-            course.records.append({"loss": loss, "layer_loss": terms.tolist(), "held_out_loss": found, **vars(move)})
+            course.records.append(
+                {
+                    "loss": total,
+                    "layer_loss": terms.tolist(),
+                    "held_out_loss": trial_loss,
+                    "held_out_layer_loss": trial_terms,
+                    **vars(move),
+                }
+            )
             check_maps(maps)
             keeper.save()
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.set_postfix(loss=f"{total:.4g}", refresh=False)
             bar.update()
         else:
-            course.keep(held_out_loss())
+            course.keep(*held_out())
     except NonFinite as error:
         if course.best is None:
             raise ValueError(f"the loss is not finite before any step: {error}") from None
         course.stopped = f"not finite at step {len(course.records)}: {error}"
         warnings.warn(
-            f"fit_end_to_end stopped, {course.stopped}; the maps after {course.best_step} steps are kept",
+            f"{caller} stopped, {course.stopped}; the maps after {course.best_step} steps are kept",
             RuntimeWarning,
             stacklevel=5,
         )

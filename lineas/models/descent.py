@@ -13,6 +13,7 @@ from torch import Tensor
 from .objective import NonFinite, Objective, Sets
 from .optim import FlatMaps, ProximalOptimizer
 from .problem import check_maps
+from .tasks import Tasks, gradient
 
 # A rate may leave the first one by so much, down and up.
 LEAST_RATE, MOST_RATE = 0.1, 100.0
@@ -102,7 +103,7 @@ class Descent:
         """Whether loss and gradients were taken anywhere yet."""
         return self._place is not None
 
-    def look(self, sets: Sets) -> None:
+    def look(self, sets: Sets | Tasks) -> None:
         """Take loss and gradients of the sets at the maps as they stand: before the first step, or to change the sets.
 
         Raises
@@ -116,7 +117,7 @@ class Descent:
             self.lr = self.rate = self.place.first_rate() / (4 if self.steady else 1)
 
     def _evaluate(self) -> Place:
-        loss, terms, grad_weight, grad_bias = self.objective.gradient(self.sets, self.maps.leaves())
+        loss, terms, grad_weight, grad_bias = gradient(self.objective, self.sets, self.maps.leaves())
         self.passes += self.sets.passes
         return Place(self.maps, loss, terms, grad_weight, grad_bias)
 

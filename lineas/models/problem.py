@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,20 +18,34 @@ from .optim import FlatMaps
 
 
 def read(
-    source: Any, target: Any, held_out: Any, tokenizer: Any, max_length: int | None
+    source: Any, target: Any, held_out: Any, tokenizer: Any, max_length: int | None, task: str | None = None
 ) -> dict[str, list[calling.Batch]]:
     """Batches of "source" and "target" and, where there are held-out sets, "held_out source" and "held_out target"."""
     sets = {"source": source, "target": target}
     if held_out is not None:
-        if not isinstance(held_out, tuple | list):
-            raise TypeError(f"held_out must be a pair (source, target), got {type(held_out).__name__}")
-        if len(held_out) != 2:
-            raise ValueError(f"held_out must be a pair (source, target), got {len(held_out)} entries")
-        sets |= {"held_out source": held_out[0], "held_out target": held_out[1]}
+        argument = "held_out" if task is None else f"held_out[{task!r}]"
+        sets |= dict(zip(("held_out source", "held_out target"), check_pair(argument, held_out), strict=True))
     return {
-        name: calling.as_batches(data, tokenizer=tokenizer, max_length=max_length, argument=name)
+        name: calling.as_batches(data, tokenizer=tokenizer, max_length=max_length, argument=called(name, task))
         for name, data in sets.items()
     }
+
+
+def called(name: str, task: str | None) -> str:
+    """What error messages call a set, "source" or "held_out target", of one of several tasks or of the only one."""
+    if task is None:
+        return name
+    side = name.removeprefix("held_out ")
+    return f"{'tasks' if side == name else 'held_out'}[{task!r}] {side}"
+
+
+def check_pair(argument: str, value: Any) -> tuple[Any, Any]:
+    """A pair (source, target)."""
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{argument} must be a pair (source, target), got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"{argument} must be a pair (source, target), got {len(value)} entries")
+    return value[0], value[1]
 
 
 def find(model: nn.Module, layers: sites.Layers, loss_layers: sites.Layers | None) -> tuple[list[str], list[str]]:
@@ -58,20 +72,61 @@ def pose(
     Every set is split into forward passes of at most ``batch_size`` prompts, without it of ``mini_batch`` prompts. With
     ``mini_batch`` the steps draw so many prompts of the source; see `Sets.at`.
     """
-    size = batch_size or mini_batch
-    sampler = None
-    if mini_batch is not None:
-        sampler = Sampler(data["source"], mini_batch, batch_size=batch_size, seed=seed, argument="source")
-    parts = {
-        name: split(batches, size, name) if sampler is None or name != "source" else sampler.draw(0)
-        for name, batches in data.items()
-    }
-    objective = _objective(model, parts["source"][0], map_names, loss_names, forward, pooling, scaling)
-    fitted = Sets("source", parts["source"], _targets(objective, parts["target"], "target"), sampler)
-    if "held_out source" not in parts:
-        return objective, fitted, None
-    targets = _targets(objective, parts["held_out target"], "held_out target")
-    return objective, fitted, Sets("held_out source", parts["held_out source"], targets)
+    objective, [(fitted, trial)] = pose_tasks(
+        model,
+        {None: data},
+        map_names,
+        loss_names,
+        forward,
+        pooling,
+        scaling,
+        batch_size=batch_size,
+        mini_batch=mini_batch,
+        seed=seed,
+    )
+    return objective, fitted, trial
+
+
+def pose_tasks(
+    model: nn.Module,
+    tasks: Mapping[str | None, dict[str, list[calling.Batch]]],
+    map_names: list[str],
+    loss_names: list[str],
+    forward: calling.Forward | None,
+    pooling: str,
+    scaling: str,
+    *,
+    batch_size: int | None,
+    mini_batch: int | None,
+    seed: int,
+) -> tuple[Objective, list[tuple[Sets, Sets | None]]]:
+    """One objective for several tasks, and the sets of each, as in `pose`; None is the name of an only one."""
+    samplers: dict[str | None, Sampler | None] = dict.fromkeys(tasks)
+    parts = {}
+    for task, data in tasks.items():
+        if mini_batch is not None:
+            argument = called("source", task)
+            samplers[task] = Sampler(data["source"], mini_batch, batch_size=batch_size, seed=seed, argument=argument)
+        sampler = samplers[task]
+        parts[task] = {
+            name: split(batches, batch_size or mini_batch, called(name, task))
+            if sampler is None or name != "source"
+            else sampler.draw(0)
+            for name, batches in data.items()
+        }
+    first = next(iter(parts.values()))["source"][0]
+    objective = _objective(model, first, map_names, loss_names, forward, pooling, scaling)
+
+    def sets(task: str | None, kind: str, sampler: Sampler | None) -> Sets:
+        source, target = f"{kind}source", f"{kind}target"
+        targets = _targets(objective, parts[task][target], called(target, task))
+        return Sets(called(source, task), parts[task][source], targets, sampler)
+
+    posed = []
+    for task, data in tasks.items():
+        fitted = sets(task, "", samplers[task])
+        posed.append((fitted, sets(task, "held_out ", None) if "held_out source" in data else None))
+    return objective, posed
 
 
 def _objective(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -17,9 +18,10 @@ from . import calling, sites
 from .checkpoint import digest
 from .collect import check_pooling
 from .course import AutomaticSteps, Course, Keeper, ScheduledSteps, run
-from .objective import SCALINGS
+from .objective import SCALINGS, Sets
 from .optim import FlatMaps, ProximalOptimizer
-from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose, read
+from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose_tasks, read
+from .tasks import Tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +43,8 @@ class FitResult:
         prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S],
         before the step as well ([0] without held-out data); "lr" [S]; "penalty" [S], after the step and not multiplied
         by the rate; "support" [S], neurons with a slope other than 1 or a shift other than 0 after the step; "kept"
-        [S], False where ``lr="auto"`` took the step back because it made things worse.
+        [S], False where ``lr="auto"`` took the step back because it made things worse. Of `lineas.fit_jointly`
+        "layer_loss" is [S, T, L], and "task_loss" [S, T] and "held_out_task_loss" [S, T] are the losses of the T tasks.
     best_step : int
         How many steps ``maps`` had taken: 0 are the maps that the fit started from.
     stopped : str
@@ -52,6 +55,8 @@ class FitResult:
         they are split into several); and the forward passes of the held-out source prompts.
     held_out_loss : float or None
         The held-out loss of ``maps``.
+    held_out_task_loss : dict of str to float, or None
+        The same of each task, where there are several.
     """
 
     maps: SteeringMaps
@@ -61,6 +66,7 @@ class FitResult:
     held_out_loss: float | None = None
     passes: int = 0
     held_out_passes: int = 0
+    held_out_task_loss: dict[str, float] | None = None
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the loss over the steps; see `lineas.plot.history`."""
@@ -128,6 +134,69 @@ def fit_end_to_end(
         If an argument is not as described, no module matches, a module that carries a map gets no gradient, or the
         model's activations are not finite before any step.
     """
+    return fit_tasks(
+        model,
+        {None: (source, target, held_out)},
+        caller="fit_end_to_end",
+        layers=layers,
+        loss_layers=loss_layers,
+        init=init,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        forward=forward,
+        batch_size=batch_size,
+        mini_batch=mini_batch,
+        pooling=pooling,
+        l1=l1,
+        group=group,
+        l1_bias=l1_bias,
+        group_bias=group_bias,
+        scaling=scaling,
+        optimizer=optimizer,
+        lr=lr,
+        betas=betas,
+        steps=steps,
+        patience=patience,
+        checkpoint=checkpoint,
+        resume=resume,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def fit_tasks(
+    model: nn.Module,
+    tasks: Mapping[str | None, tuple[Any, Any, Any]],
+    *,
+    caller: str,
+    layers: sites.Layers,
+    loss_layers: sites.Layers | None,
+    init: SteeringMaps | None,
+    tokenizer: Any,
+    max_length: int | None,
+    forward: calling.Forward | None,
+    batch_size: int | None,
+    mini_batch: int | None,
+    pooling: str,
+    l1: float,
+    group: float,
+    l1_bias: float | None,
+    group_bias: float | None,
+    scaling: str,
+    optimizer: str,
+    lr: float | str,
+    betas: tuple[float, float],
+    steps: int,
+    patience: int | None,
+    checkpoint: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | None,
+    seed: int,
+    progress: bool,
+) -> FitResult:
+    """Fit the maps of all modules for all tasks: their source, target and held-out sets (or None), by name.
+
+    An only task has the name None. `caller` is who warnings say has stopped; they point at the code that called it.
+    """
     penalties = {
         "l1": check_real("l1", l1, 0.0),
         "group": check_real("group", group, 0.0),
@@ -160,12 +229,14 @@ def fit_end_to_end(
         "mini_batch": mini_batch,
         **penalties,
     }
-    data = read(source, target, held_out, tokenizer, max_length)
+    data = {task: read(*sets, tokenizer, max_length, task) for task, sets in tasks.items()}
     map_names, loss_names = find(model, layers, loss_layers)
+    single = None in tasks
+    shape = (len(loss_names),) if single else (len(tasks), len(loss_names))
 
     with calling.frozen(model):
         torch.manual_seed(seed)
-        objective, fitted, trial = pose(
+        objective, posed = pose_tasks(
             model,
             data,
             map_names,
@@ -177,6 +248,7 @@ def fit_end_to_end(
             mini_batch=mini_batch,
             seed=seed,
         )
+        fitted, trial = _join(posed, single)
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
         if init is not None:
             maps.load(init)
@@ -196,22 +268,35 @@ def fit_end_to_end(
             "modules": objective.widths,
             "loss modules": objective.loss_names,
             "dtype": str(objective.dtype),
-            "digest of the prompts": digest([[batch.args, batch.kwargs] for part in data.values() for batch in part]),
+            "tasks": None if single else list(tasks),
+            "digest of the prompts": digest(
+                [[batch.args, batch.kwargs] for sets in data.values() for part in sets.values() for batch in part]
+            ),
             "digest of init": digest(maps.weight, maps.bias),
         }
         keeper = Keeper(course, takers, checkpoint, identity)
         if resume is not None:
             keeper.resume(resume)
-        run(takers, course, keeper, trial, patience, progress)
+        run(takers, course, keeper, trial, patience, progress, caller)
 
-    history = course.history(len(loss_names), held_out is not None)
+    history = course.history(shape, trial is not None)
+    held_out_layer_loss = history.pop("held_out_layer_loss")
+    held_out_task_loss: dict[str, float] | None = None
+    if not single:
+        total = np.sum if scaling == "paper" else np.mean
+        history["task_loss"] = total(history["layer_loss"], axis=-1)
+        history["held_out_task_loss"] = total(held_out_layer_loss, axis=-1)
+        if course.best_terms is not None:
+            best = total(course.best_terms, axis=-1).tolist()
+            held_out_task_loss = {str(task): value for task, value in zip(data, best, strict=True)}
     metadata = {
-        "method": "end-to-end",
+        "method": "end-to-end" if single else "joint end-to-end",
         "version": __version__,
         "model": sites.model_name(model),
         "layers": sites.spell(layers),
         "loss_layers": sites.spell(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
+        **({} if single else {"tasks": list(tasks)}),
         "settings": settings,
         "history": {
             "loss": history["loss"].tolist(),
@@ -229,7 +314,16 @@ def fit_end_to_end(
         course.best_loss,
         takers.passes,
         course.held_out_passes,
+        held_out_task_loss,
     )
+
+
+def _join(posed: list[tuple[Sets, Sets | None]], single: bool) -> tuple[Sets | Tasks, Sets | Tasks | None]:
+    """The sets to fit and the held-out sets, if there are any, of all tasks."""
+    if single:
+        return posed[0]
+    trials = [trial for _, trial in posed if trial is not None]
+    return Tasks([fitted for fitted, _ in posed]), Tasks(trials) if trials else None
 
 
 def _check_files(checkpoint: Any, resume: Any) -> tuple[str | None, str | None]:
