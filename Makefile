@@ -76,8 +76,9 @@ venv: .venv-test/stamp
 demo: .venv-demo/stamp
 	.venv-demo/bin/lineas demo $(DEMO_ARGS)
 
+# One thread of torch in each of the two processes: more than there are cores make tiny models many times as slow.
 test: .venv-test/stamp
-	.venv-test/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Chromium comes from the system, where apt-get can bring it; without it the tests skip themselves and say so.
 browser: .venv-test/stamp
