@@ -133,7 +133,7 @@ class AutomaticSteps:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What it takes to go on, beside the maps."""
         descent = self.descent
-        state = {"lr": descent.lr, "rate": descent.rate, "smallest": descent.smallest, "moved": descent.moved}
+        state = {"lr": descent.lr, "rate": descent.rate, "recent": descent.recent, "moved": descent.moved}
         state |= {"retreats": self.retreats}
         if not descent.started or self.fitted.sampler is not None:
             return {}, state
@@ -145,7 +145,7 @@ class AutomaticSteps:
         """Go on from `state`, at maps that are in place again."""
         descent = self.descent
         descent.lr, descent.rate, descent.moved = state["lr"], state["rate"], state["moved"]
-        descent.smallest = state["smallest"]
+        descent.recent = state["recent"]
         self.retreats = state["retreats"]
         if "loss" in state:
             descent.sets = self.fitted

@@ -17,6 +17,8 @@ from .tasks import Tasks, gradient
 
 # A rate may leave the first one by so much, down and up.
 LEAST_RATE, MOST_RATE = 0.1, 100.0
+# Steady rates look back so many steps, and so recover from one that rounding or a change of ranks made short.
+WINDOW = 10
 # What a rate is divided by after a step that made things worse.
 RETREAT = 4.0
 
@@ -71,7 +73,7 @@ class Descent:
     lr : float, optional
         The first rate.
     steady : bool, default False
-        Whether rates stay at half of the smallest of those so far, and the first one, unless it is given, at a quarter
+        Whether rates are half of the smallest of the last ten such ratios, and the first, unless it is given, a quarter
         of its own: so short that no direction is overshot.
     """
 
@@ -82,7 +84,7 @@ class Descent:
             maps, optimizer="sgd", betas=(0.9, 0.999), l1=0.0, group=0.0, l1_bias=0.0, group_bias=0.0
         )
         self.lr, self.rate = lr, lr or 0.0
-        self.smallest = math.inf
+        self.recent: list[float] = []
         self.moved = False
         self.passes = 0
         self._place: Place | None = None
@@ -183,9 +185,8 @@ class Descent:
             changes *= torch.cat([support, support])
         along = float(steps @ changes)
         if along > 0:
-            rate = along / float(changes @ changes)
-            self.smallest = min(self.smallest, rate)
-            self.rate = self.smallest / 2 if self.steady else rate
+            self.recent = [*self.recent, along / float(changes @ changes)][-WINDOW:]
+            self.rate = min(self.recent) / 2 if self.steady else self.recent[-1]
             if self.moved and self.lr:  # a first rate that led nowhere is no measure
                 self.rate = min(max(self.rate, LEAST_RATE * self.lr), MOST_RATE * self.lr)
 
