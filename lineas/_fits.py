@@ -163,9 +163,10 @@ def fit_end_to_end(
     lr : "auto" or float, default "auto"
         The rate, which is the step of the prox too. "auto" finds rates from the loss and its gradients, whatever the
         model and the scale of its activations: the first step goes a quarter of the way to where a linear loss would
-        reach 0, the later ones half the inverse curvature met on the way (Barzilai and Borwein 1988), and a step after
-        which loss and penalties together are higher is taken back. It costs one more gradient than there are steps,
-        and is for "sgd". A number is the first rate; it falls along a cosine to a thousandth of itself.
+        reach 0, later rates are half of the smallest inverse curvature (Barzilai and Borwein 1988) of the last ten
+        steps, and a step after which loss and penalties together are higher is taken back. It costs one more gradient
+        than there are steps, and is for "sgd". A number is the first rate; it falls along a cosine to a thousandth of
+        itself.
     betas : (float, float), default (0.9, 0.999)
         Decay rates of Adam.
     steps : int, default 20
