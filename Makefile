@@ -78,7 +78,7 @@ demo: .venv-demo/stamp
 
 # One thread of torch in each of the two processes: more than there are cores make tiny models many times as slow.
 test: .venv-test/stamp
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 # Chromium comes from the system, where apt-get can bring it; without it the tests skip themselves and say so.
 browser: .venv-test/stamp

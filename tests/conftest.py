@@ -26,3 +26,15 @@ def golden():
             return dict(file)
 
     return load
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group: tests of one group run in one process, one after the other")
+
+
+def pytest_collection_modifyitems(items):
+    """A file is run by one process, but for the notebooks: these take minutes each, and so come first."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    for item in items:
+        alone = item.path.name == "test_notebooks.py"
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
