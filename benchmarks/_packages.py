@@ -33,6 +33,11 @@ ARCHIVES = {
         "cccb8ce072306bac21188670777a25cfb1de978aa8c7a93c8e4a43c03b3945c3",
         ["alt-profanity-check==1.9.1"],
     ),
+    "empath": (
+        "empath-0.89.tar.gz",
+        "91283d9b0233e0cb32c765b9f6274228d20dba9758fae1875e0fb83e4871c40b",
+        ["empath==0.89", "--no-binary", ":all:"],
+    ),
 }
 
 
