@@ -269,7 +269,8 @@ def fit_jointly(
     """Fit one set of maps for several concepts at once: as `fit_end_to_end`, of the mean of the tasks' losses.
 
     Maps that were fitted one by one can be composed (``second @ first``), but each was fitted to a model without the
-    others. Here one set of maps is to serve all tasks: the source of each comes to be distributed like its target.
+    others. Here one set of maps is to serve all tasks: the source of each comes to be distributed like its target. See
+    docs/two-concepts.md for what each is better at.
 
     Parameters
     ----------
