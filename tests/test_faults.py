@@ -105,6 +105,8 @@ def sweep(shim, name, make):
                 # Of what is updated in place nothing is, but for a step whose two numbers find no room afterwards.
                 if bits(arguments) != before and not (name == "step" and bits(arguments) == after):
                     wrong.append(f"request {first}, {count}: arguments changed")
+            elif isinstance(expected, Exception) and type(result) is type(expected) and not result.args:
+                pass  # the refusal found no room for its text, and CPython 3.11.2 then passes it on without
             elif type(result) is not type(expected) or bits(result) != bits(expected):
                 wrong.append(f"request {first}, {count}: {result!r:.200}")
     return points, wrong
