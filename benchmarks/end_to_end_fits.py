@@ -1,0 +1,323 @@
+"""How far end-to-end fits on SmolLM2-135M get, and at what cost: insults to clean comments, or the demo's sentences.
+
+For each seed 32 + 32 comments are fitted, 32 + 32 choose settings and numbers of steps (validation), and 64 + 64 are
+looked at afterwards (test). Losses are means over the 30 modules of the sum over neurons of squared W2. The cost is
+counted in forward passes of 32 prompts: a forward and a backward pass are 3. Passes of the validation set come on top,
+one a step.
+
+    python benchmarks/end_to_end_fits.py [--write] [--seeds 0 1 2] [--threads 2] [--reference-steps 1000]
+                                         [--concepts insults sentiment]
+
+"reference" is the setting of the published code: its scaling, gradient descent at rate 0.1, 1000 steps of a cosine. The
+first seed takes them all, or as many as are asked for, the others the first 200. With --write the tables go into
+docs/end-to-end-fits.md and the picture into docs/end-to-end-fits.png. What is finished is kept in
+build/end-to-end-fits; remove that folder for a run of its own. Products of matrices round their factors to bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from _machine import cpu_name
+from _study import ROOT, Kept, digest, write_between
+from _toxicity import insults_sets
+from numpy.typing import NDArray
+
+import lineas
+from lineas._demo_model import load_smollm2
+from lineas.demo import LAYERS, sentences
+from lineas.models import calling
+from lineas.models.course import AutomaticSteps, ScheduledSteps
+from lineas.models.optim import FlatMaps, ProximalOptimizer
+from lineas.models.problem import find, pose, read, trial_loss
+
+kept = Kept("end-to-end-fits")
+MARKS = "<!-- measured: python benchmarks/end_to_end_fits.py --write -->", "<!-- end -->"
+
+MAX_LENGTH = 32
+BUDGET = 75  # units within which the minimum of the reference is to be reached
+STEPS = 24  # 75 units with the gradient at the start
+BEYOND = 8
+REFERENCE_STEPS = 1000
+SHORTER = 200  # steps of the reference for all seeds but the first
+# Penalties beside the dense fit.
+REGULARISED: dict[str, dict[str, float]] = {
+    "l1 2e-3": {"l1": 2e-3},
+    "group 5e-4": {"group": 5e-4},
+    "group 1e-3": {"group": 1e-3},
+}
+ADAM = {"Adam 1e-2": 1e-2}
+CONCEPTS = ("insults", "sentiment")
+DRAWN = ("reference", "dense", "l1 2e-3", "group 1e-3", "Adam 1e-2", "incremental")
+
+
+def sets(concept: str, seed: int) -> dict[str, tuple[list[str], list[str]]]:
+    """ "fit", "validation" and "test" of a concept, each a pair (source, target)."""
+    if concept == "insults":
+        return insults_sets(seed)
+    rng = np.random.default_rng(seed)
+    shuffled = []
+    for name in ("negative.txt", "positive.txt"):
+        texts = sentences(name)
+        shuffled.append([texts[i] for i in rng.permutation(len(texts))])
+    parts = {"fit": slice(0, 32), "validation": slice(32, 64), "test": slice(64, None)}
+    return {name: (shuffled[0][part], shuffled[1][part]) for name, part in parts.items()}
+
+
+class Problem:
+    """A model, the three sets of a concept and a seed, and maps to be fitted; a block that freezes the model."""
+
+    def __init__(self, model: Any, tokenizer: Any, concept: str, seed: int) -> None:
+        self.model = model
+        parts = sets(concept, seed)
+        self.names, _ = find(model, LAYERS, None)
+        self.batches = read(*parts["fit"], parts["validation"], tokenizer, MAX_LENGTH)
+        self.test_batches = read(*parts["fit"], parts["test"], tokenizer, MAX_LENGTH)
+
+    def __enter__(self) -> Problem:
+        self.frozen = calling.frozen(self.model)
+        self.frozen.__enter__()
+        torch.manual_seed(0)
+        shared = (self.names, self.names, None, "mean")
+        self.objective, self.fitted, self.validation = pose(self.model, self.batches, *shared, "layer-mean")
+        _, _, self.test = pose(self.model, self.test_batches, *shared, "layer-mean")
+        self.published, self.published_sets, _ = pose(self.model, self.batches, *shared, "reference")
+        self.maps = FlatMaps(self.objective.widths, self.objective.dtype, self.objective.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.frozen.__exit__(*error)
+
+    def automatic(self, l1: float = 0.0, group: float = 0.0, l1_bias: float | None = None) -> AutomaticSteps:
+        """Steps at automatic rates."""
+        penalties = l1, group, l1 if l1_bias is None else l1_bias, group
+        return AutomaticSteps(self.objective, self.fitted, self.maps, penalties, STEPS)
+
+    def scheduled(self, optimizer: str, lr: float, steps: int, published: bool = False) -> ScheduledSteps:
+        """Steps at a rate that falls along a cosine; in the published code's scaling or the default one."""
+        none = {"l1": 0.0, "group": 0.0, "l1_bias": 0.0, "group_bias": 0.0}
+        stepper = ProximalOptimizer(self.maps, optimizer=optimizer, betas=(0.9, 0.999), **none)
+        objective, fitted = (self.published, self.published_sets) if published else (self.objective, self.fitted)
+        return ScheduledSteps(objective, fitted, stepper, lr, steps)
+
+    def losses(self) -> tuple[float, float]:
+        """Validation and test loss of the maps as they stand."""
+        leaves = self.maps.leaves()
+        found = [trial_loss(self.objective, part, leaves) for part in (self.validation, self.test)]
+        return found[0] or 0.0, found[1] or 0.0
+
+    def support(self) -> float:
+        """The share of neurons that are mapped."""
+        return float(((self.maps.weight != 1) | (self.maps.bias != 0)).double().mean())
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def curve(problem: Problem, steps: AutomaticSteps | ScheduledSteps, looks: Iterable[int]) -> dict[str, NDArray]:
+    """Train, validation and test loss before the steps `looks`, at what cost, and the support.
+
+    Ends `BEYOND` looks after the lowest validation loss.
+    """
+    rows: list[tuple[float, ...]] = []
+    looks = set(looks)
+    for step in range(max(looks) + 1):
+        loss, _ = steps.measure(step)
+        if step in looks:
+            rows.append((step, steps.passes, loss, *problem.losses(), problem.support()))
+        lowest = min(range(len(rows)), key=lambda k: rows[k][3])
+        if len(rows) - lowest > BEYOND or (step < max(looks) and steps.move(step) is None):
+            break
+    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array(rows).T, strict=True))
+
+
+def reference(model: Any, tokenizer: Any, concept: str, seed: int, steps: int) -> dict[str, NDArray]:
+    """The published setting, at every step to the 20th and every tenth after. Goes on where it was cut off."""
+    path = kept.folder / f"reference-{concept}-{seed}-{steps}.part.npz"
+    rows: list[tuple[float, ...]] = []
+    with Problem(model, tokenizer, concept, seed) as problem:
+        walk, first, maps = problem.scheduled("sgd", 0.1, REFERENCE_STEPS, published=True), 0, problem.maps
+        if path.exists():
+            with np.load(path) as found:
+                first, rows = int(found["step"]), [tuple(row) for row in found["rows"]]
+                maps.weight.copy_(torch.from_numpy(found["weight"]))
+                maps.bias.copy_(torch.from_numpy(found["bias"]))
+        for step in range(first, steps + 1):
+            loss, _ = walk.measure(step)
+            if step < 20 or step % 10 == 0:
+                # Its loss divided by what its scaling multiplies: samples over neurons, the same for all modules.
+                rows.append((step, 3 * (step + 1), loss * 576 / 32, *problem.losses(), 1.0))
+            if step < steps:
+                walk.move(step)
+            if step % 20 == 19:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path.with_suffix(".new"), "wb") as file:
+                    np.savez(
+                        file, step=step + 1, rows=np.array(rows), weight=maps.weight.numpy(), bias=maps.bias.numpy()
+                    )
+                os.replace(path.with_suffix(".new"), path)
+    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array(rows).T, strict=True))
+
+
+def incremental(model: Any, tokenizer: Any, concept: str, seed: int) -> dict[str, NDArray]:
+    """Linear maps fitted in one pass; the targets take another."""
+    parts = sets(concept, seed)
+    found = lineas.fit_incremental(
+        model, *parts["fit"], layers=LAYERS, tokenizer=tokenizer, max_length=MAX_LENGTH, progress=False
+    )
+    with Problem(model, tokenizer, concept, seed) as problem:
+        problem.maps.load(found)
+        train = trial_loss(problem.objective, problem.fitted, problem.maps.leaves())
+        row = (0, 1, train, *problem.losses(), problem.support())
+    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array([row]).T, strict=True))
+
+
+def curves(model: Any, tokenizer: Any, concept: str, seed: int, reference_steps: int) -> dict[str, dict[str, NDArray]]:
+    """The curves of all settings, by name."""
+
+    def fit(take: Any) -> dict[str, NDArray]:
+        with Problem(model, tokenizer, concept, seed) as problem:
+            return curve(problem, take(problem), range(STEPS + 1))
+
+    found = {"reference": kept(
+        f"reference-{concept}-{seed}-{reference_steps}",
+        lambda: reference(model, tokenizer, concept, seed, reference_steps),
+    )}  # fmt: skip
+    for name, penalties in {"dense": {}, **REGULARISED}.items():
+        key = f"automatic-{concept}-{seed}-{digest([penalties, STEPS])}"
+        found[name] = kept(key, lambda penalties=penalties: fit(lambda problem: problem.automatic(**penalties)))
+    for name, lr in ADAM.items():
+        key = f"adam-{concept}-{seed}-{digest([lr, STEPS])}"
+        found[name] = kept(key, lambda lr=lr: fit(lambda problem: problem.scheduled("adam", lr, STEPS)))
+    found["incremental"] = kept(f"incremental-{concept}-{seed}", lambda: incremental(model, tokenizer, concept, seed))
+    return found
+
+
+# ---- tables and picture ----------------------------------------------------------------------------------------------
+
+
+def best(found: dict[str, NDArray]) -> int:
+    """The entry with the lowest validation loss: where early stopping would stop."""
+    return int(np.argmin(found["validation"]))
+
+
+def table(results: dict[int, dict[str, dict[str, NDArray]]]) -> list[str]:
+    """What each setting reaches where its validation loss is lowest, for every seed, and its mean over the seeds."""
+    seeds = list(results)
+    lines = [
+        "| setting | " + " | ".join(f"validation, seed {seed}" for seed in seeds) + " | mean | less reference "
+        "| test, mean | less reference | support | units |",
+        "| --- |" + " ---: |" * (len(seeds) + 6),
+    ]
+
+    def at_best(name: str, key: str) -> NDArray:
+        return np.array([results[seed][name][key][best(results[seed][name])] for seed in seeds])
+
+    starts = {key: np.mean([results[seed]["dense"][key][0] for seed in seeds]) for key in ("validation", "test")}
+    lines.append("| identity |" + "".join(f" {results[seed]['dense']['validation'][0]:.4f} |" for seed in seeds)
+                 + f" {starts['validation']:.4f} | | {starts['test']:.4f} | | 0 % | |")  # fmt: skip
+    for name in results[seeds[0]]:
+        validation, test = at_best(name, "validation"), at_best(name, "test")
+        units = [results[seed][name]["units"][best(results[seed][name])] for seed in seeds]
+        less = [spell_seeds(values - at_best("reference", key)) if name != "reference" else ""
+                for values, key in ((validation, "validation"), (test, "test"))]  # fmt: skip
+        spread = f"{min(units):.0f}" if min(units) == max(units) else f"{min(units):.0f}-{max(units):.0f}"
+        lines.append(
+            f"| {name} |" + "".join(f" {value:.4f} |" for value in validation)
+            + f" {validation.mean():.4f} | {less[0]} | {test.mean():.4f} | {less[1]} "
+            f"| {at_best(name, 'support').mean():.0%} | {spread} |"
+        )  # fmt: skip
+    return lines
+
+
+def spell_seeds(differences: NDArray) -> str:
+    """The mean of differences seed by seed and, for more than one, its standard error."""
+    error = f" ± {differences.std(ddof=1) / np.sqrt(len(differences)):.4f}" if len(differences) > 1 else ""
+    return f"{differences.mean():+.4f}{error}"
+
+
+def reading(results: dict[int, dict[str, dict[str, NDArray]]]) -> list[str]:
+    """Within what cost each setting reaches the minimum of the reference, in sentences that follow from the curves."""
+    lines = []
+    for name in next(iter(results.values())):
+        if name in ("reference", "incremental"):
+            continue
+        reached = []
+        for seed, found in results.items():
+            goal = found["reference"]["validation"].min()
+            hits = np.flatnonzero(found[name]["validation"] <= goal)
+            reached.append(f"seed {seed} " + (f"after {found[name]['units'][hits[0]]:.0f}" if len(hits) else
+                           f"never (closest {found[name]['validation'].min() - goal:+.4f})"))  # fmt: skip
+        lines.append(f"- {name} reaches the lowest validation loss of the reference: {', '.join(reached)} units.")
+    for seed, found in results.items():
+        curve = found["reference"]
+        k = best(curve)
+        lines.append(
+            f"- The reference, seed {seed}: lowest validation loss {curve['validation'][k]:.4f} after "
+            f"{curve['step'][k]:.0f} steps ({curve['units'][k]:.0f} units), {curve['validation'][-1]:.4f} after "
+            f"{curve['step'][-1]:.0f}."
+        )
+    return lines
+
+
+def draw(results: dict[int, dict[str, dict[str, NDArray]]], names: list[str], path: Any) -> None:
+    """Train, validation and test loss against the cost, for the first seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lineas.plot import BLUE, GREY, ORANGE
+
+    figure = Figure(figsize=(12, 4.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    seed, found = next(iter(results.items()))
+    colors = [GREY, BLUE, ORANGE, "#2a9d8f", "#8d5fd3", "#d1495b"]
+    for ax, key in zip(figure.subplots(1, 3), ("train", "validation", "test"), strict=True):
+        for name, color in zip(names, colors, strict=True):
+            if len(found[name][key]) > 1:
+                ax.plot(found[name]["units"], found[name][key], color=color, label=name, linewidth=1.6)
+            else:
+                ax.plot(found[name]["units"], found[name][key], "s", color=color, label=name)
+        ax.set(title=f"{key} loss, seed {seed}", xscale="log", xlabel="cost (forward passes of 32 prompts)")
+        ax.set_ylim(top=1.05 * found["reference"][key][0])
+    figure.axes[0].set_ylabel("squared W2, mean over modules")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/end-to-end-fits.md and .png")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--concepts", nargs="+", default=["insults"], choices=CONCEPTS, help="default insults")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
+    parser.add_argument("--reference-steps", type=int, default=REFERENCE_STEPS, help="for the first seed of insults")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lineas.set_num_threads(args.threads)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    model, tokenizer = load_smollm2()
+    # For prompts this short torch's fused attention takes more than half of a step's time on a CPU.
+    model.set_attn_implementation("eager")
+
+    lines = [f"{cpu_name()}, torch {torch.__version__}, float32, products of bfloat16 factors."]
+    for concept in args.concepts:
+        results = {}
+        for k, seed in enumerate(args.seeds):
+            steps = args.reference_steps if k == 0 and concept == "insults" else SHORTER
+            results[seed] = curves(model, tokenizer, concept, seed, steps)
+        lines += ["", f"### {concept}", "", *table(results), "", *reading(results)]
+        if args.write and concept == "insults":
+            names = ["reference", "dense", *REGULARISED, *ADAM, "incremental"]
+            draw(results, [name for name in names if name in DRAWN], ROOT / "docs" / "end-to-end-fits.png")
+    print("\n".join(lines))
+    if args.write:
+        write_between(ROOT / "docs" / "end-to-end-fits.md", MARKS, lines)
+
+
+if __name__ == "__main__":
+    main()
