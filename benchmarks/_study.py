@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+import lineas
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +35,14 @@ class Kept:
             print(f"  {name}", flush=True)
         with np.load(file) as found:
             return dict(found)
+
+
+def set_up(threads: int, bf16: bool) -> None:
+    """Threads of torch and of the engine, and whether products of matrices round their factors to bfloat16."""
+    torch.set_num_threads(threads)
+    lineas.set_num_threads(threads)
+    if bf16:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 def digest(settings: Any) -> str:

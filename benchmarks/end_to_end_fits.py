@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from _machine import cpu_name
-from _study import ROOT, Kept, digest, write_between
+from _study import ROOT, Kept, digest, set_up, write_between
 from _toxicity import insults_sets
 from numpy.typing import NDArray
 
@@ -119,6 +119,11 @@ class Problem:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
+def columns(rows: Sequence[tuple[float, ...]]) -> dict[str, NDArray]:
+    """Rows of a curve by what they hold; "units" is the cost."""
+    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array(rows).T, strict=True))
+
+
 def curve(problem: Problem, steps: AutomaticSteps | ScheduledSteps, looks: Iterable[int]) -> dict[str, NDArray]:
     """Train, validation and test loss before the steps `looks`, at what cost, and the support.
 
@@ -133,7 +138,7 @@ def curve(problem: Problem, steps: AutomaticSteps | ScheduledSteps, looks: Itera
         lowest = min(range(len(rows)), key=lambda k: rows[k][3])
         if len(rows) - lowest > BEYOND or (step < max(looks) and steps.move(step) is None):
             break
-    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array(rows).T, strict=True))
+    return columns(rows)
 
 
 def reference(model: Any, tokenizer: Any, concept: str, seed: int, steps: int) -> dict[str, NDArray]:
@@ -161,7 +166,7 @@ def reference(model: Any, tokenizer: Any, concept: str, seed: int, steps: int) -
                         file, step=step + 1, rows=np.array(rows), weight=maps.weight.numpy(), bias=maps.bias.numpy()
                     )
                 os.replace(path.with_suffix(".new"), path)
-    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array(rows).T, strict=True))
+    return columns(rows)
 
 
 def incremental(model: Any, tokenizer: Any, concept: str, seed: int) -> dict[str, NDArray]:
@@ -173,8 +178,7 @@ def incremental(model: Any, tokenizer: Any, concept: str, seed: int) -> dict[str
     with Problem(model, tokenizer, concept, seed) as problem:
         problem.maps.load(found)
         train = trial_loss(problem.objective, problem.fitted, problem.maps.leaves())
-        row = (0, 1, train, *problem.losses(), problem.support())
-    return dict(zip(("step", "units", "train", "validation", "test", "support"), np.array([row]).T, strict=True))
+        return columns([(0, 1, train, *problem.losses(), problem.support())])
 
 
 def curves(model: Any, tokenizer: Any, concept: str, seed: int, reference_steps: int) -> dict[str, dict[str, NDArray]]:
@@ -297,9 +301,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     parser.add_argument("--reference-steps", type=int, default=REFERENCE_STEPS, help="for the first seed of insults")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    lineas.set_num_threads(args.threads)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    set_up(args.threads, bf16=True)
     model, tokenizer = load_smollm2()
     # For prompts this short torch's fused attention takes more than half of a step's time on a CPU.
     model.set_attn_implementation("eager")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from _machine import cpu_name
 from _sampling import continuations, text_losses
-from _study import ROOT, Kept, digest, write_between
+from _study import ROOT, Kept, digest, set_up, write_between
 from _toxicity import CATEGORIES, clean_texts, insults_sets, toxic_prompts, toxicity
 from _toxicity_results import Curves, Outcome, comparison_table, curve_table, draw, reading, strength_at
 from numpy.typing import NDArray
@@ -164,10 +164,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     parser.add_argument("--bf16", action="store_true", help="fit with factors rounded to bfloat16, judge in bfloat16")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    lineas.set_num_threads(args.threads)
-    if args.bf16:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    set_up(args.threads, args.bf16)
 
     study = Study(args.bf16)
     found: dict[str, list[list[Outcome]]] = {}  # by method: for each rise one outcome a seed

@@ -25,7 +25,7 @@ import torch
 from _machine import cpu_name
 from _packages import member
 from _sampling import continuations, text_losses
-from _study import ROOT, Kept, spell, write_between
+from _study import ROOT, Kept, set_up, spell, write_between
 from numpy.typing import NDArray
 from sparse_path_smollm2 import MORE_PROMPTS
 
@@ -268,10 +268,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     parser.add_argument("--bf16", action="store_true", help="round the factors of matrix products to bfloat16: faster")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    lineas.set_num_threads(args.threads)
-    if args.bf16:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    set_up(args.threads, args.bf16)
 
     study = Study()
     results = Results(study, args.seeds, args.strengths)
