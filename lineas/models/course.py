@@ -180,11 +180,14 @@ class Course:
 
     def history(self, shape: tuple[int, ...], held_out: bool) -> dict[str, NDArray]:
         """The arrays of `FitResult.history`, and "held_out_layer_loss"; `shape` is that of a step's terms."""
-        types: dict[str, Any] = {"loss": np.float64, "lr": np.float64, "penalty": np.float64, "support": np.int64}
-        arrays: dict[str, NDArray] = {
-            name: np.array([record[name] for record in self.records], kind)
-            for name, kind in {**types, "kept": np.bool_}.items()
+        types: dict[str, Any] = {
+            "loss": np.float64,
+            "lr": np.float64,
+            "penalty": np.float64,
+            "support": np.int64,
+            "kept": np.bool_,
         }
+        arrays = {name: np.array([record[name] for record in self.records], kind) for name, kind in types.items()}
         trials = self.records if held_out else []
         layers, held_out_layers = (
             np.array([record[name] for record in records], np.float64).reshape(len(records), *shape)
