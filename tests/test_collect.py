@@ -99,6 +99,18 @@ def test_a_mask_of_another_length_than_the_activation_is_an_error_that_names_the
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_an_output_without_a_row_for_each_prompt_is_an_error_without_a_mask_too():
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+
+    def flattened(model, batch):  # as the experts of a mixture see tokens
+        return model(torch.ones(6, 5))
+
+    with pytest.raises(
+        ValueError, match=r"^0: the output must have a row for each of the 2 prompts .* got 6 rows\. Rout"
+    ):
+        lineas.collect(models_zoo.mlp(), batch, layers="0", forward=flattened)
+
+
 def test_a_prompt_without_real_tokens_is_an_error():
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
     with pytest.raises(ValueError, match=r"^data\[0\]: row 1 of 'attention_mask' has no real token"):

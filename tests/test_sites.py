@@ -193,6 +193,60 @@ def test_channels_are_on_the_last_axis_otherwise(module, shape):
     assert tokens.is_contiguous()
 
 
+class AdaLayerNorm(nn.Module):
+    """The norm of a diffusion transformer, which tells its width by the norm inside."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(d, 2 * d), nn.LayerNorm(d, elementwise_affine=False)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.movedim(1, -1)
+
+
+class Block(nn.Module):
+    """Convolutions in a block, as in UNets and ResNets."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, x):
+        return self.parts(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axis"),
+    [
+        (Block(nn.Conv2d(3, 5, 1), nn.ReLU()), (2, 3, 4, 4), 1),
+        (Block(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4)), (2, 3, 4, 4), 1),  # pixels as many as channels
+        (Block(nn.Linear(3, 5), nn.ReLU()), (2, 4, 4, 3), -1),
+        (Block(nn.Conv2d(3, 5, 1), ChannelsLast()), (2, 3, 4, 4), -1),  # patches of a vision transformer
+        (nn.MaxPool2d(2), (2, 3, 4, 4), 1),
+        (nn.AdaptiveAvgPool2d(1), (2, 3, 4, 4), 1),
+        (nn.Upsample(scale_factor=2), (2, 3, 4, 4), 1),
+        (models_zoo.llama().model.norm, (2, 4, 2, models_zoo.WIDTH), -1),  # norms of queries and keys, by head
+        (Block(nn.Conv1d(3, 3, 1)), (2, 3, 4), -1),  # three axes: a state space model also holds convolutions
+    ],
+    ids=["conv block", "square images", "linear block", "patches", "max", "average", "upsample", "heads", "3 axes"],
+)
+def test_blocks_of_images_have_their_channels_where_their_convolutions_have_them(module, shape, axis):
+    output = module(torch.randn(shape))
+    assert sites.channel_axis(module, output) == axis
+    d = output.shape[axis]
+    assert torch.equal(sites.to_tokens(module, output), output.movedim(axis, -1).reshape(2, -1, d))
+
+
+def test_a_module_that_does_not_tell_its_channels_is_refused():
+    match = (
+        r"^act: the output of ReLU has shape \(2, 3, 4, 4\), and the module does not tell whether its channels are on"
+    )
+    with pytest.raises(ValueError, match=match):
+        sites.to_tokens(nn.ReLU(), torch.ones(2, 3, 4, 4), "act")
+
+
 def test_tokens_of_a_transposed_output_are_contiguous():
     output = torch.randn(2, 3, 4).transpose(1, 2)
     tokens = sites.to_tokens(nn.Identity(), output)
@@ -228,6 +282,7 @@ def test_an_output_without_tokens_and_channels_is_refused():
         (Conv1D(5, 3), 5),
         (models_zoo.llama().model.norm, models_zoo.WIDTH),
         (models_zoo.gemma2().model.norm, models_zoo.WIDTH),
+        (AdaLayerNorm(7), 7),
         (nn.PReLU(), None),  # one weight for all channels
         (nn.LazyLinear(4), 4),
         (nn.LazyBatchNorm1d(), None),

@@ -39,7 +39,7 @@ class _Hook:
         if self.strength.value == 0:
             return None
         tensor = sites.take(output, self.name)
-        axis = sites.channel_axis(module, tensor)
+        axis = sites.channel_axis(module, tensor, self.name)
         if tensor.shape[axis] != self.map.d:
             raise ValueError(
                 f"{self.name}: the map is for {self.map.d} neurons, the output has {tensor.shape[axis]} "

@@ -5,6 +5,7 @@ A model is called as it is. Once the last module of interest has fired, its hook
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from . import sites
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 OnOutput: TypeAlias = Callable[[str, nn.Module, Tensor], Tensor | None]
+
+# How transformers call the decoder of an encoder-decoder, and what in it sees the encoder's tokens.
+_ENCODER_DECODER = re.compile(r"(^|\.)decoder\.")
+_CROSS = re.compile(r"\.(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(.*\.)?(k|v|key|value|[kv]_proj)$")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,28 @@ class Batch:
     kwargs: dict[str, Any] = field(default_factory=dict)
     mask: Tensor | None = None
     padded_here: bool = False
+
+    def mask_of(self, name: str, model: nn.Module) -> Tensor | None:
+        """The mask [B, T] of the tokens that module `name` of `model` sees.
+
+        In an encoder-decoder that is ``attention_mask`` for the encoder and the keys and values of the decoder's
+        attention to it, and ``decoder_attention_mask``, where there is one, for the rest of the decoder.
+        """
+        if not _ENCODER_DECODER.search(name) or _CROSS.search(name):
+            return self.mask
+        two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if two is True or any(key.startswith("decoder_") for key in self.kwargs):
+            mask = self.kwargs.get("decoder_attention_mask")
+            return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        return self.mask
+
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts there are, where mask or token ids tell."""
+        for tensor in (self.mask, self.kwargs.get("input_ids"), self.kwargs.get("inputs_embeds")):
+            if isinstance(tensor, Tensor):
+                return len(tensor)
+        return None
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

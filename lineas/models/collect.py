@@ -13,7 +13,9 @@ from . import calling, sites
 from .autograd import POOLINGS, pool
 
 
-def pool_output(name: str, module: nn.Module, tensor: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+def pool_output(
+    name: str, module: nn.Module, tensor: Tensor, mask: Tensor | None, pooling: str, prompts: int | None = None
+) -> Tensor:
     """Pool the output `tensor` of a module over its tokens, or pixels, to one row a prompt.
 
     Parameters
@@ -23,9 +25,12 @@ def pool_output(name: str, module: nn.Module, tensor: Tensor, mask: Tensor | Non
     tensor : Tensor
         Its output: [B, T, d], [B, d], or with further axes of positions; see `sites.to_tokens`.
     mask : Tensor [B, T] or None
-        The batch's attention mask. Outputs without an axis of tokens, [B, d] and images, are pooled without it.
+        The attention mask of the module's tokens. Outputs without an axis of tokens, [B, d] and images, are pooled
+        without it.
     pooling : str
         See `lineas.models.autograd.pool`.
+    prompts : int, optional
+        B, where it is known. An output [B, d] must have as many rows.
 
     Returns
     -------
@@ -34,20 +39,20 @@ def pool_output(name: str, module: nn.Module, tensor: Tensor, mask: Tensor | Non
     Raises
     ------
     ValueError
-        When the mask is of another length than the output; names the module.
+        When the mask is of another length than the output, or the output has no row for each prompt; names the module.
     """
-    tokens = sites.to_tokens(module, tensor)
-    if mask is not None:
-        if tensor.ndim == 3 and mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"{name}: the attention mask must have the shape {list(tokens.shape[:2])} of the output's tokens, "
-                f"got {list(mask.shape)}"
-            )
-        if tensor.ndim == 2 and len(mask) != len(tensor):
-            raise ValueError(
-                f"{name}: the output must have a row for each of the {len(mask)} prompts of the attention mask, "
-                f"got {len(tensor)} rows"
-            )
+    tokens = sites.to_tokens(module, tensor, name)
+    if tensor.ndim == 3 and mask is not None and mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"{name}: the attention mask must have the shape {list(tokens.shape[:2])} of the output's tokens, "
+            f"got {list(mask.shape)}"
+        )
+    if tensor.ndim == 2 and prompts is not None and prompts != len(tensor):
+        raise ValueError(
+            f"{name}: the output must have a row for each of the {prompts} prompts to be pooled, got {len(tensor)} "
+            "rows. Routers and experts of mixtures see the tokens of all prompts in one axis: choose the module "
+            "around them"
+        )
     return pool(tokens, mask if tensor.ndim == 3 else None, pooling)
 
 
@@ -107,7 +112,8 @@ def _pooled(
 
     def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
         if name not in found:  # a module called twice counts with its first call
-            found[name] = to_numpy(pool_output(name, module, tensor, batch.mask, pooling))
+            mask = batch.mask_of(name, model)
+            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, batch.prompts))
 
     calling.Capture().run(model, batch, names, on_output, forward=forward)
     return found

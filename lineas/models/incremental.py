@@ -105,7 +105,8 @@ class _Walk:
         return found[0]
 
     def _rows(self, name: str, module: nn.Module, tensor: Tensor, batch: calling.Batch) -> NDArray[np.float32]:
-        return to_numpy(pool_output(name, module, tensor, batch.mask, self.pooling))
+        mask = batch.mask_of(name, self.model)
+        return to_numpy(pool_output(name, module, tensor, mask, self.pooling, batch.prompts))
 
     def _fit(self, name: str, rows: NDArray[np.float32]) -> None:
         # As a mapping of one, so that errors name the module.
@@ -113,4 +114,4 @@ class _Walk:
 
     def _mapped(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
         weight, bias = parameters(self.maps[name], 1.0, tensor.device, working_dtype(tensor.dtype))
-        return apply(tensor, weight, bias, sites.channel_axis(module, tensor))
+        return apply(tensor, weight, bias, sites.channel_axis(module, tensor, name))

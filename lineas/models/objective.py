@@ -100,7 +100,7 @@ class Objective:
         """
 
         def look(name: str, module: nn.Module, tensor: Tensor) -> None:
-            width = tensor.shape[sites.channel_axis(module, tensor)]
+            width = tensor.shape[sites.channel_axis(module, tensor, name)]
             if self.widths.setdefault(name, width) != width:
                 raise ValueError(f"module {name!r} has {width} neurons in one call and {self.widths[name]} in another")
             if working_dtype(tensor.dtype) == torch.float32:
@@ -130,7 +130,8 @@ class Objective:
             replaced = act(name, module, tensor) if name in mapped else None
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
                 seen = tensor if replaced is None else replaced
-                pooled[name] = pool_output(name, module, seen, batch.mask, self.pooling)
+                mask = batch.mask_of(name, self.model)
+                pooled[name] = pool_output(name, module, seen, mask, self.pooling, batch.prompts)
             return replaced
 
         capture.run(self.model, batch, names, on_output, last=self.loss_names[-1], forward=self.forward)
@@ -142,7 +143,7 @@ class Objective:
 
         def act(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
             weight, bias = maps[name]
-            return affine(tensor, weight, bias, 1.0, sites.channel_axis(module, tensor))
+            return affine(tensor, weight, bias, 1.0, sites.channel_axis(module, tensor, name))
 
         return act
 

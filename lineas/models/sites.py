@@ -17,6 +17,15 @@ _CHANNELS_SECOND = (
     nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
     nn.GroupNorm,
 )
+_OVER_PIXELS = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+)
 # Where modules tell how many channels their output has; `nf` is transformers' Conv1D (GPT-2).
 _WIDTH_ATTRIBUTES = ("out_features", "out_channels", "num_channels", "num_features", "embedding_dim", "nf")
 
@@ -92,10 +101,14 @@ def width(module: nn.Module) -> int | None:
     if isinstance(shape, Sequence) and shape:
         return int(shape[-1])
     weight = getattr(module, "weight", None)
+    if "norm" not in type(module).__name__.lower():
+        return None
     # Language models bring RMSNorm classes of their own, whose gain alone tells the width.
-    if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and not is_lazy(weight):
+    if isinstance(weight, Tensor) and not is_lazy(weight):
         return weight.shape[0] if weight.ndim == 1 else None
-    return None
+    # Those of diffusion transformers scale and shift what a norm inside of them gives.
+    inner = [child for child in module.children() if "norm" in type(child).__name__.lower()]
+    return width(inner[0]) if len(inner) == 1 else None
 
 
 def _is_model_output(output: Any) -> bool:
@@ -144,26 +157,48 @@ def put(output: Any, tensor: Tensor) -> Any:
     return type(output)((tensor, *output[1:]))
 
 
-def channel_axis(module: nn.Module, tensor: Tensor) -> int:
-    """Axis of the channels in the output `tensor` of `module`.
+def channel_axis(module: nn.Module, tensor: Tensor, name: str = "") -> int:
+    """Axis of the channels in the output `tensor` of `module`, which error messages call `name`.
 
-    1 for convolutions, BatchNorm, GroupNorm and InstanceNorm at any number of dimensions, else -1.
+    1 for convolutions, BatchNorm, GroupNorm and InstanceNorm at any number of dimensions, and in outputs of four and
+    more axes also for pooling layers and for modules that hold convolutions or such norms of that width; else -1.
 
     Raises
     ------
     ValueError
-        When a convolution was called without a batch axis.
+        When a convolution was called without a batch axis, or an output of four or more axes comes from a module that
+        does not tell where its channels are, such as an activation function.
     """
     if not isinstance(module, _CHANNELS_SECOND):
-        return -1
+        return -1 if tensor.ndim < 4 else _channel_axis_of_images(module, tensor, name)
     if isinstance(module, nn.modules.conv._ConvNd) and tensor.ndim != len(module.kernel_size) + 2:
-        raise ValueError(
-            f"the output of {type(module).__name__} must have a batch axis, got shape {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{_called(module, name)} must have a batch axis, got shape {tuple(tensor.shape)}")
     return 1
 
 
-def to_tokens(module: nn.Module, tensor: Tensor) -> Tensor:
+def _channel_axis_of_images(module: nn.Module, tensor: Tensor, name: str) -> int:
+    """`channel_axis` of what may be [B, C, H, W] or [B, H, W, C]; the sizes of images are no evidence."""
+    if isinstance(module, _OVER_PIXELS) or getattr(module, "data_format", None) == "channels_first":
+        return 1
+    if width(module) == tensor.shape[-1]:
+        return -1
+    parts = list(module.modules())
+    second = {width(part) for part in parts if isinstance(part, _CHANNELS_SECOND)}
+    if tensor.shape[1] in second:
+        return 1
+    if tensor.shape[-1] in second | {width(part) for part in parts}:
+        return -1
+    raise ValueError(
+        f"{_called(module, name)} has shape {tuple(tensor.shape)}, and the module does not tell whether its channels "
+        "are on axis 1 or on the last: choose the convolution, norm or linear layer next to it"
+    )
+
+
+def _called(module: nn.Module, name: str) -> str:
+    return f"{name}: the output of {type(module).__name__}" if name else f"the output of {type(module).__name__}"
+
+
+def to_tokens(module: nn.Module, tensor: Tensor, name: str = "") -> Tensor:
     """The output `tensor` of `module` as contiguous [B, T, d], channels last.
 
     The axes between the batch and the channels (positions, pixels) become the T tokens; [B, d] becomes [B, 1, d].
@@ -171,10 +206,10 @@ def to_tokens(module: nn.Module, tensor: Tensor) -> Tensor:
     """
     if tensor.ndim < 2:
         raise ValueError(
-            f"the output of {type(module).__name__} must be [batch, ..., channels] or [batch, channels, ...], "
+            f"{_called(module, name)} must be [batch, ..., channels] or [batch, channels, ...], "
             f"got shape {tuple(tensor.shape)}"
         )
-    tokens = tensor.movedim(channel_axis(module, tensor), -1)
+    tokens = tensor.movedim(channel_axis(module, tensor, name), -1)
     # Sizes spelled out: -1 cannot be inferred for an empty batch.
     count = 1
     for size in tokens.shape[1:-1]:
