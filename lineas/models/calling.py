@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from . import sites
+from .compiled import eagerly
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 OnOutput: TypeAlias = Callable[[str, nn.Module, Tensor], Tensor | None]
@@ -238,12 +239,27 @@ def _to(data: Any, device: torch.device | None) -> Any:
     return data
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that wrappers call in the end: of a PEFT, compiled or data-parallel model the one inside."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif callable(getattr(model, "get_base_model", None)):
+            # mypy takes every further attribute of a Module, and so PEFT's method, for a Tensor or a Module.
+            inner = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
 def _accepted(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that the model's forward takes."""
-    # PEFT's forward is (*args, **kwargs): the model inside tells.
-    # mypy takes every further attribute of a Module, and so PEFT's method, for a Tensor or a Module.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return frozenset(inspect.signature(inner.forward).parameters)
+    # A wrapper's forward is (*args, **kwargs): the model inside tells.
+    return frozenset(inspect.signature(unwrap(model).forward).parameters)
 
 
 def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:
@@ -268,8 +284,8 @@ def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:
 def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Keep a model's weights, mode and the random state as they are while it is used; restore all on any exit.
 
-    Inside, every module is in eval mode. With `gradients` no parameter requires a gradient and autograd is on,
-    whatever surrounds the block; without it autograd is off.
+    Inside, every module is in eval mode, and what was compiled runs as if it were not. With `gradients` no parameter
+    requires a gradient and autograd is on, whatever surrounds the block; without it autograd is off.
 
     Modules with gradient checkpointing switched on are kept in training mode when `gradients` are wanted, since
     transformers checkpoints only there; their children, dropout modules among them, and their own dropout rates are
@@ -278,7 +294,8 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     Raises
     ------
     ValueError
-        With `gradients`, when weights were made under `torch.inference_mode`, or checkpointing is reentrant.
+        With `gradients`, when weights were made under `torch.inference_mode`, torchao quantises activations, or
+        checkpointing is reentrant.
     """
     if gradients:
         _check_differentiable(model)
@@ -288,6 +305,7 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     rates = [(module, name, rate) for module in kept for name, rate in _dropout_rates(module)]
     with ExitStack() as stack:
         _fork_rng(stack, model)
+        stack.enter_context(eagerly())
         if gradients:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
@@ -372,6 +390,12 @@ def _check_differentiable(model: nn.Module) -> None:
                     f"model: {kind} {name!r} was made under torch.inference_mode(), so nothing can be differentiated "
                     "through it; load the model outside of inference_mode"
                 )
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "act_quant_kwargs", None) is not None:  # torchao's
+            raise ValueError(
+                f"model: {name!r} is a {type(parameter).__name__} of torchao that quantises activations, which stops "
+                "gradients: quantise weights only, or fit the maps on the model as it was before"
+            )
     for module in _checkpointed(model):
         function = getattr(module, "_gradient_checkpointing_func", None)
         reentrant = getattr(function, "keywords", {}).get("use_reentrant")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -124,8 +125,15 @@ class Objective:
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
         pooled: dict[str, Tensor] = {}
+        differentiated = torch.is_grad_enabled()
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+            if differentiated and not torch.is_grad_enabled():
+                raise ValueError(
+                    f"forward: module {name!r} ran without gradients, under a torch.no_grad() of its caller such as "
+                    "that of a diffusers pipeline; give a forward that runs it with them, like "
+                    "type(pipe).__call__.__wrapped__"
+                )
             self.seen.add(tensor.dtype)
             replaced = act(name, module, tensor) if name in mapped else None
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
@@ -271,9 +279,7 @@ class Objective:
             reached = [k for k, u in enumerate(pooled) if u.requires_grad]
             if not reached:
                 continue
-            found = torch.autograd.grad(
-                [pooled[k] for k in reached], leaves, [pull[k] * scale for k in reached], allow_unused=True
-            )
+            found = _differentiate([pooled[k] for k in reached], leaves, [pull[k] * scale for k in reached])
             for key, grad in zip(keys, found, strict=True):
                 if grad is not None:
                     sums[key] = sums[key] + grad if key in sums else grad
@@ -298,3 +304,25 @@ class Objective:
                 f"{argument}: module {name!r} gave other activations when its batch was run a second time, so several "
                 "batches cannot form one step; random numbers must come from torch's global generators"
             )
+
+
+def _differentiate(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], pulls: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `outputs`, multiplied by `pulls`, in the leaves; None where an output does not depend on one.
+
+    Raises
+    ------
+    ValueError
+        Where an operation has no gradient, as in some quantised layers. Torch would pass over it with a warning.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*an autograd kernel was not registered")
+        try:
+            return torch.autograd.grad(outputs, leaves, pulls, allow_unused=True)
+        except UserWarning as warning:
+            operation = str(warning).partition(": an autograd")[0]
+            raise ValueError(
+                f"model: {operation} has no gradient, so maps cannot be fitted through it: fit them on the model as it "
+                "was before quantisation"
+            ) from None

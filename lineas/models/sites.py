@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .compiled import check_hooks_run
+
 Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 _CHANNELS_SECOND = (
@@ -81,8 +83,15 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
-    """Module `name` of `model`; ValueError with names that look alike where there is none."""
+    """Module `name` of `model`.
+
+    Raises
+    ------
+    ValueError
+        Where there is none, with names that look alike, or its hooks would not be called (`check_hooks_run`).
+    """
     if name:
+        check_hooks_run(model, name)
         try:
             return model.get_submodule(name)
         except AttributeError:
