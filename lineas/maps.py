@@ -484,26 +484,37 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
         save(self, path)
 
-    def attach(self, model: Any, strength: float = 1.0) -> "Handle":
+    def attach(self, model: Any, strength: Any = 1.0, *, tokens: Any = None) -> "Handle":
         """Put the maps into a torch model at once, until ``remove()`` or the end of a with-block.
 
         Parameters
         ----------
         model : torch.nn.Module
             A loaded model with modules of these names. Only forward hooks are added.
-        strength : float, default 1.0
-            0 is off, 1 the maps; ``handle.strength`` changes it later.
+        strength : float, array or callable, default 1.0
+            0 is off, 1 the maps; an array has a number for each row [B], or each row and position [B, T]; a callable
+            is asked at every forward pass. ``handle.strength`` changes it later, ``handle.at(strength=...)`` for one
+            thread. See `lineas.models.attach.Handle`.
+        tokens : "all", "last", "prompt", "generated", slice or callable, optional
+            The tokens that the maps act on, with and without a key-value cache, on whatever side the padding is.
+            "last" are those whose output a token is predicted from: the last of the prompt and the generated ones. A
+            slice is over positions in the row, where negative numbers count from the end of the prompt: "last" is
+            ``slice(-1, None)``. A callable gets a `lineas.models.tokens.Tokens` and returns booleans [B, T]. Default:
+            the tokens that the maps were fitted for; "all" where the metadata do not say.
 
         Returns
         -------
         lineas.models.attach.Handle
-            With ``strength`` (live), ``remove()``, and usable as a with-block.
+            With ``strength`` (live), ``at()``, ``remove()``, and usable as a with-block.
 
         Raises
         ------
+        TypeError
+            If `strength` or `tokens` is of a wrong type.
         ValueError
-            If the model lacks a module, or a module has another width; nothing is attached then.
+            If the model lacks a module, a module has another width, or the tokens are not given and the maps were
+            fitted for those that a callable selects; nothing is attached then.
         """
         from .models.attach import attach
 
-        return attach(self, model, strength=strength)
+        return attach(self, model, strength, tokens=tokens)

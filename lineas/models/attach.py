@@ -1,6 +1,8 @@
-"""Maps into a model: forward hooks with a live strength."""
+"""Maps into a model: forward hooks with a live strength, on all tokens or some."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._arrays import as_strength
 from ..maps import AffineMap
 from . import sites
 from .autograd import working_dtype
+from .passes import Tracker, unwrap
+from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
+from .tokens import Selection, check_tokens, fitted_for, show
 
-
-class _Strength:
-    """The one number that all hooks of a handle read."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
+# Parameters of a hook at strengths other than the latest, for threads that have their own.
+_KEPT = 32
 
 
 class _Hook:
@@ -28,31 +28,98 @@ class _Hook:
     of its hooks, as with any hook; a handle speaks of the model it was made for.
     """
 
-    def __init__(self, name: str, affine: AffineMap, strength: _Strength) -> None:
-        self.name, self.map, self.strength = name, affine, strength
-        self._cached: tuple[Any, Tensor, Tensor] | None = None
+    def __init__(self, name: str, affine: AffineMap, dial: Dial, tokens: Selection, tracker: Tracker) -> None:
+        self.name, self.map, self.dial, self.tokens, self.tracker = name, affine, dial, tokens, tracker
+        self._cached: tuple[Any, ...] | None = None
+        self._others: dict[Any, tuple[Any, ...]] = {}
 
     def set_map(self, affine: AffineMap) -> None:
-        self.map, self._cached = affine, None
+        self.map, self._cached, self._others = affine, None, {}
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.strength.value == 0:
+        dial = self.dial
+        strength = dial.value
+        if dial.busy or type(strength) is not float:
+            return self._in_general(module, output)
+        if strength == 0:
             return None
         tensor = sites.take(output, self.name)
+        axis = self._axis(module, tensor)
+        return sites.put(output, apply(tensor, *self._at_strength(tensor, strength), axis))
+
+    def _axis(self, module: nn.Module, tensor: Tensor) -> int:
         axis = sites.channel_axis(module, tensor, self.name)
         if tensor.shape[axis] != self.map.d:
             raise ValueError(
                 f"{self.name}: the map is for {self.map.d} neurons, the output has {tensor.shape[axis]} "
                 f"(shape {tuple(tensor.shape)})"
             )
-        return sites.put(output, apply(tensor, *self._at_strength(tensor), axis))
+        return axis
 
-    def _at_strength(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes and shifts of the map at the strength of now, where and in what `tensor` is computed."""
-        key = (self.strength.value, tensor.device, working_dtype(tensor.dtype))
-        if self._cached is None or self._cached[0] != key:
-            self._cached = (key, *parameters(self.map, *key))
-        return self._cached[1:]
+    def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+        """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
+        key = (strength, tensor.device, working_dtype(tensor.dtype))
+        # Read once, and with its map: another thread may exchange either at any time.
+        cached, affine = self._cached, self.map
+        if cached is None or cached[0] != key or cached[1] is not affine:
+            cached = self._others.get(key)
+            if cached is None or cached[1] is not affine:
+                cached = (key, affine, *parameters(affine, *key))
+                if len(self._others) >= _KEPT:
+                    self._others = {}
+                self._others[key] = cached
+            self._cached = cached
+        return cached[2:]
+
+    def _in_general(self, module: nn.Module, output: Any) -> Any:
+        """The map where tokens are selected, threads differ, or the strength is no number."""
+        level: Level = self.dial.now()
+        if isinstance(level, float) and level == 0:
+            return None
+        tensor = sites.take(output, self.name)
+        axis = self._axis(module, tensor)
+        chosen = None
+        if self.tokens != "all":
+            chosen = self.tracker.current(self.name).chosen(self.tokens, self.name, module, tensor)
+            if chosen is None:
+                return None
+            chosen = chosen[:, :, None]
+        if isinstance(level, Schedule):
+            level = self.tracker.current(self.name).scheduled(level)
+            if isinstance(level, float) and level == 0:
+                return None
+        if isinstance(level, Levels):
+            strengths = self._strengths(level, module, tensor)
+            acts = strengths != 0
+            chosen = acts if chosen is None else chosen & acts
+            mapped = blend(tensor, *self._at_strength(tensor, 1.0), strengths, axis)
+        else:
+            assert isinstance(level, float)
+            mapped = apply(tensor, *self._at_strength(tensor, level), axis)
+        # Not a product: what is not selected keeps its bits, a NaN among them.
+        return sites.put(output, mapped if chosen is None else torch.where(chosen, mapped, tensor))
+
+    def _strengths(self, levels: Levels, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Strengths as a tensor that can be multiplied with `tensor`."""
+        shape = levels.values.shape
+        where = tensor.device, working_dtype(tensor.dtype)
+        if levels.by_token:
+            if not levels.of_pass:
+                here = self.tracker.current(self.name)
+                here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
+            if shape[0] != tensor.shape[0] or (levels.of_pass and (tensor.ndim != 3 or shape[1] != tensor.shape[1])):
+                raise ValueError(self._misfit(shape, tensor))
+            if levels.of_pass:
+                return levels.moved(*where)[:, :, None]
+            positions = here.tokens().positions
+            assert positions is not None
+            return levels.at(positions, *where)[:, :, None]
+        if tensor.ndim < 2 or shape[0] != tensor.shape[0]:
+            raise ValueError(self._misfit(shape, tensor))
+        return levels.moved(*where).view(-1, *[1] * (tensor.ndim - 1))
+
+    def _misfit(self, shape: torch.Size, tensor: Tensor) -> str:
+        return f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}"
 
 
 def parameters(affine: AffineMap, strength: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,6 +141,38 @@ def apply(tensor: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
     return torch.addcmul(bias.view(shape), tensor.to(weight.dtype), weight.view(shape)).to(tensor.dtype)
 
 
+def blend(tensor: Tensor, weight: Tensor, bias: Tensor, strengths: Tensor, axis: int) -> Tensor:
+    """`apply` at strengths that can be multiplied with `tensor`: a number for each row or token."""
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    weight, bias = weight.view(shape), bias.view(shape)
+    # As in AffineMap.with_strength: strength 1 gives the map to the last bit, and a slope of 1 stays 1.
+    slopes = torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
+    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), slopes).to(tensor.dtype)
+
+
+class _Begin:
+    """The tracker's hook before the model's forward."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.tracker.begin(args, kwargs)
+
+
+class _End:
+    """The tracker's hook after the model's forward."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.tracker.end(output)
+
+
 class Handle:
     """Maps that are on in a model; see `lineas.SteeringMaps.attach`.
 
@@ -87,26 +186,68 @@ class Handle:
     ----------
     maps : Mapping[str, AffineMap]
         The maps. Others of the same modules and widths may be set at any time, such as those of another point of a
-        sparse path; like `strength` they hold from the next forward pass on. Anything else is a TypeError or a
-        ValueError that names the module, and the maps stay as they were.
-    strength : float
-        0 leaves every output as it is, 1 applies the maps. Any finite number may be set at any time; it holds from
-        the next forward pass on.
+        sparse path; like `strength` they hold from the next forward pass on, for the same tokens. Anything else is a
+        TypeError or a ValueError that names the module, and the maps stay as they were.
+    strength : float, array or callable
+        0 leaves every output as it is, 1 applies the maps; any finite number will do. An array [B] has one for each row
+        of a batch, [B, T] one for each row and position: tokens past its end take the last column, padding takes none.
+        A callable is a schedule: at every forward pass it gets the `lineas.models.tokens.Tokens` of the pass and
+        returns a number, an array [B], or [B, T] for the tokens of this pass. Rows, tokens and passes at 0 keep their
+        bits. Any of these may be set at any time and holds from the next forward pass on; an array that does not fit a
+        batch is a ValueError there. Arrays are copied. Reading it gives what was set, not what `at` sets for a thread.
+    tokens : "all", "last", "prompt", "generated", slice or callable
+        The tokens that the maps act on.
     attached : bool
         Whether the maps are still on.
     """
 
-    def __init__(self, maps: Mapping[str, AffineMap], modules: Mapping[str, nn.Module], strength: float) -> None:
+    def __init__(
+        self,
+        maps: Mapping[str, AffineMap],
+        modules: Mapping[str, nn.Module],
+        model: nn.Module,
+        strength: Level,
+        tokens: Selection,
+    ) -> None:
         self._maps = maps
-        self._strength = _Strength(strength)
-        self._hooks = [_Hook(name, maps[name], self._strength) for name in modules]
+        self._tokens = tokens
+        self._root = unwrap(model)
+        self._dial = Dial(strength, selective=tokens != "all")
+        self._tracker = Tracker(self._root, self._dial)
+        self._hooks = [_Hook(name, maps[name], self._dial, tokens, self._tracker) for name in modules]
         self._removable: list[RemovableHandle] = []
+        self._following = False
+        self._lock = threading.Lock()
         try:
+            if tokens != "all":
+                self._follow(show(tokens))
+            self._prepare(strength)
             for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
         except BaseException:
             self.remove()
             raise
+
+    def _prepare(self, strength: Level) -> None:
+        """Follow the model's passes where a strength asks for it."""
+        if isinstance(strength, Schedule):
+            self._follow(None)
+        elif isinstance(strength, Levels) and strength.by_token:
+            self._follow(f"a strength of the shape {list(strength.values.shape)}")
+
+    def _follow(self, what: str | None) -> None:
+        """Follow the model's passes from now on; `what` it is that needs to know their tokens."""
+        if what is not None and self._tracker.two_texts:
+            raise ValueError(
+                f"{self._hooks[0].name}: {what} needs a model with one text, {self._tracker.label} has an encoder "
+                "and a decoder: only tokens='all' and a strength without an axis of tokens work there"
+            )
+        with self._lock:
+            if not self._following:
+                begin, end = _Begin(self._tracker), _End(self._tracker)
+                self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
+                self._removable.append(self._root.register_forward_hook(end, always_call=True))
+                self._following = True
 
     @property
     def maps(self) -> Mapping[str, AffineMap]:
@@ -134,12 +275,49 @@ class Handle:
         self._maps = maps
 
     @property
-    def strength(self) -> float:
-        return self._strength.value
+    def strength(self) -> Any:
+        return as_set(self._dial.value)
 
     @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength.value = as_strength(value)
+    def strength(self, value: Strength) -> None:
+        level = as_level(value)
+        if self.attached:
+            self._prepare(level)
+        self._dial.value = level
+
+    @property
+    def tokens(self) -> Selection:
+        return self._tokens
+
+    @contextmanager
+    def at(self, strength: Strength) -> Iterator["Handle"]:
+        """Another strength for this thread, or asyncio task, alone, until the block ends.
+
+        For servers, whose threads run one model at the same time::
+
+            with handle.at(strength=0.3):
+                model.generate(...)
+
+        Blocks may be nested. Threads that are started inside of one do not take it over. Under gradient checkpointing
+        the backward pass belongs into the block too, since it runs layers again.
+
+        Parameters
+        ----------
+        strength : float, array or callable
+            As `Handle.strength`; 0 is off.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When it is no strength.
+        RuntimeError
+            When the maps are off the model.
+        """
+        level = as_level(strength)
+        self._check_attached()
+        self._prepare(level)
+        with self._dial.override(level):
+            yield self
 
     @property
     def attached(self) -> bool:
@@ -150,31 +328,40 @@ class Handle:
         while self._removable:
             self._removable.pop().remove()
 
-    def __enter__(self) -> "Handle":
+    def _check_attached(self) -> None:
         if not self.attached:
             raise RuntimeError("these maps were removed from the model: attach them again")
+
+    def __enter__(self) -> "Handle":
+        self._check_attached()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
-        state = f"strength={self.strength}" if self.attached else "removed"
-        return f"Handle({len(self.maps)} modules, {state})"
+        if not self.attached:
+            return f"Handle({len(self.maps)} modules, removed)"
+        chosen = "" if self._tokens == "all" else f", {show(self._tokens)}"
+        return f"Handle({len(self.maps)} modules, strength={self._dial.value}{chosen})"
 
 
-def attach(maps: Mapping[str, AffineMap], model: nn.Module, strength: float = 1.0) -> Handle:
+def attach(
+    maps: Mapping[str, AffineMap], model: nn.Module, strength: Strength = 1.0, *, tokens: Selection | None = None
+) -> Handle:
     """Put `maps` on `model` as forward hooks; see `lineas.SteeringMaps.attach`.
 
-    No module is wrapped, replaced or written to, and every token is mapped. Maps attached later act on what the
-    earlier ones give; they can be removed in any order.
+    No module is wrapped, replaced or written to. Maps attached later act on what the earlier ones give; they can be
+    removed in any order.
 
     Parameters
     ----------
     maps : SteeringMaps
     model : torch.nn.Module
-    strength : float, default 1.0
+    strength : float, array or callable, default 1.0
         See `Handle.strength`.
+    tokens : "all", "last", "prompt", "generated", slice or callable, optional
+        Default: those that the maps were fitted for, "all" where their metadata do not say.
 
     Returns
     -------
@@ -183,18 +370,20 @@ def attach(maps: Mapping[str, AffineMap], model: nn.Module, strength: float = 1.
     Raises
     ------
     TypeError
-        When `model` is no torch module or `strength` no number.
+        When `model` is no torch module, `strength` no number, array or callable, or `tokens` no selection.
     ValueError
         When a module is missing (names that look alike are listed) or has another width, before anything is changed,
-        or `strength` is not finite. A module that does not tell its width is checked when it runs.
+        `strength` is not finite, or `tokens` is not given and the maps were fitted for those that a callable selects. A
+        module that does not tell its width is checked when it runs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    strength = as_strength(strength)
+    level = as_level(strength)
+    chosen = fitted_for(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
     modules = {}
     for name, affine in maps.items():
         modules[name] = sites.get_module(model, name)
         width = sites.width(modules[name])
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
-    return Handle(maps, modules, strength)
+    return Handle(maps, modules, model, level, chosen)

@@ -1,0 +1,472 @@
+"""What hooks must know of the forward pass they run in: which tokens it brings, and where they stand in their rows.
+
+Two hooks on the model itself, put on only where a selection of tokens or a strength asks for it, note what every call
+of it brings. A pass belongs to one thread. What goes on over several passes, above all where the prompt ended, belongs
+to the key-value cache they share, so that generations may be interleaved and move between threads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .strength import Dial, Level, Schedule
+from .tokens import Selection, Tokens, check_site, needs_prompt_length, select, show
+
+# The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24.
+CACHES = ("cache", "past_key_values", "cache_params")
+# Arguments that say that several texts share a row.
+PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that wrappers call in the end, whichever of their methods are used.
+
+    ``generate`` of a PEFT or a compiled model goes past the forward of the wrapper.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()  # type: ignore[operator]  # as in calling._accepted
+        else:
+            return model
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+class _Sequence:
+    """What is known of a text that comes in one or more passes.
+
+    Attributes
+    ----------
+    prompt : int or Tensor [B]
+        Tokens of the prompt.
+    split : bool
+        Whether the prompt came in more than one pass, or may have.
+    open : bool
+        Whether nothing was generated yet.
+    step : int
+        Passes so far.
+    real : Tensor [B] or None
+        Real tokens so far, where masks tell only those of a pass.
+    start : Tensor or None
+        The prompt itself, where there is no cache to know the text by.
+    length : int
+        Columns after the last pass, likewise.
+    """
+
+    __slots__ = ("__weakref__", "length", "open", "prompt", "real", "split", "start", "step")
+
+    def __init__(self) -> None:
+        self.prompt: int | Tensor = 0
+        self.split, self.open = False, True
+        self.step = -1
+        self.real: Tensor | None = None
+        self.start: Tensor | None = None
+        self.length = 0
+
+
+class Pass:
+    """One forward pass of a model, as its hooks see it. What is asked for is worked out once."""
+
+    def __init__(self, text: Tensor | None, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self.text, self.args, self.named = text, args, named
+        self.shape = None if text is None else (text.shape[0], text.shape[1])
+        self.sequence: _Sequence | None = None
+        self.step = 0
+        self.grad, self.used = torch.is_grad_enabled(), False
+        self.generated = False
+        self.prompt: int | Tensor | None = None  # None: it cannot be told
+        self.before: int | Tensor = 0  # real tokens in the cache
+        self.mask: Tensor | None = None  # None: all are real
+        self._tokens: Tokens | None = None
+        self._chosen: dict[Any, Tensor] = {}
+        self._levels: dict[Schedule, Level] = {}
+
+    def end(self) -> None:
+        """Let go of what the model was called with, a cache among it."""
+        self.text, self.args, self.named, self.sequence = None, (), {}, None
+        self._tokens = None
+
+    def tokens(self) -> Tokens:
+        """The tokens of this pass."""
+        if self._tokens is None:
+            self._tokens = self._describe()
+        return self._tokens
+
+    def _describe(self) -> Tokens:
+        if self.text is None or self.shape is None:
+            return Tokens(None, None, None, None, self.step, self.args, self.named)
+        device, rows = self.text.device, self.shape[0]
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones(self.shape, dtype=torch.bool, device=device)
+        before = self.before if isinstance(self.before, int) else self.before[:, None]
+        positions = (before + mask.long().cumsum(dim=1) - 1).masked_fill(~mask, -1)
+        prompt = self.prompt
+        if isinstance(prompt, int):
+            prompt = torch.full((rows,), prompt, device=device)
+        ids = self.text if self.text.ndim == 2 else None
+        return Tokens(ids, positions, prompt, mask, self.step, self.args, self.named)
+
+    def chosen(self, selection: Selection, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+        """What `selection` selects of the output of a module: bool [B, T] on its device; None where it is nothing.
+
+        Raises
+        ------
+        ValueError
+            When the output does not have the tokens of the pass, or the prompt's end is asked for and cannot be told.
+        """
+        self.check(name, module, tensor, show(selection))
+        if self.prompt is None and needs_prompt_length(selection):
+            raise ValueError(
+                f"{name}: {show(selection)} must know where the prompt ends, but it came in several passes "
+                "(prefill_chunk_size, or a cache that was filled with the maps on): generate from the whole prompt, or "
+                "fill a copy of the cache without the maps"
+            )
+        if selection == "prompt" and self.generated:
+            return None
+        key = id(selection) if callable(selection) else repr(selection), tensor.device
+        if key not in self._chosen:
+            self._chosen[key] = select(selection, self.tokens()).to(tensor.device)
+        return self._chosen[key]
+
+    def check(self, name: str, module: nn.Module, tensor: Tensor, what: str) -> None:
+        """ValueError where the output of a module does not have the tokens of the pass."""
+        if self.shape is None:
+            raise ValueError(
+                f"{name}: {what} needs a model that takes text, and it was called without input_ids and inputs_embeds"
+            )
+        check_site(name, module, tensor, what)
+        if tuple(tensor.shape[:2]) != self.shape:
+            raise ValueError(
+                f"{name}: {what} needs an output for the {self.shape[0]} x {self.shape[1]} tokens that the model was "
+                f"called with, got the shape {list(tensor.shape)}"
+            )
+
+    def scheduled(self, schedule: Schedule) -> Level:
+        """What a schedule gives for this pass."""
+        if schedule not in self._levels:
+            self._levels[schedule] = schedule.at(self.tokens())
+        return self._levels[schedule]
+
+
+# What a tracker has seen, and a copy of it has not.
+_SEEN = ("_local", "_latest", "_waiting", "_of_cache")
+
+
+class _Local(threading.local):
+    """What a thread knows of its passes."""
+
+    current: Pass | None = None
+    last: Pass | None = None  # the one before, for layers that are run again on the way back
+    growing: _Sequence | None = None  # the text of a generation without cache
+    loose: _Sequence | None = None  # the text of a cache that is no object of its own
+    level: Level | None = None
+    steps: int = 0  # passes under `level`
+
+
+class Tracker:
+    """Follows the forward passes of a model, each in its thread.
+
+    Parameters
+    ----------
+    root : torch.nn.Module
+        The model whose calls are passes.
+    dial : Dial
+    """
+
+    def __init__(self, root: nn.Module, dial: Dial) -> None:
+        # Not the module itself: a copy of a part of the model must not bring the whole.
+        parameters = inspect.signature(root.forward).parameters.values()
+        known = {p.name for p in parameters}
+        self.names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.can_cache = bool(known & {"use_cache", *CACHES}) or any(p.kind == p.VAR_KEYWORD for p in parameters)
+        self.tells_candidates = "logits_to_keep" in known
+        self.label = type(root).__name__
+        self.two_texts = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+        self.dial = dial
+        self._forget()
+
+    def _forget(self) -> None:
+        self._local = _Local()
+        self._latest: Pass | None = None
+        self._waiting = 0  # checkpointed passes since layers were last run again
+        self._of_cache: dict[int, tuple[weakref.ref[Any], _Sequence]] = {}
+
+    # A copy of a model brings copies of its hooks; what they have seen stays behind.
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in _SEEN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def current(self, name: str) -> Pass:
+        """The pass that this thread is in.
+
+        Raises
+        ------
+        RuntimeError
+            When there is none, since the module was run without the model.
+        """
+        local = self._local
+        here = local.current
+        if here is not None:
+            if here.grad and not here.used and _checkpointed():
+                here.used, self._waiting = True, self._waiting + 1
+            return here
+        if torch._C._current_graph_task_id() != -1:  # a backward pass: checkpointing runs layers again
+            waiting, self._waiting = self._waiting, 0
+            again = local.last or self._latest
+            if again is not None and waiting <= 1:
+                return again
+            raise RuntimeError(
+                f"{name}: gradient checkpointing runs the layers of one of {waiting} passes again, and which one "
+                "cannot be told: call backward after every pass, or switch checkpointing off"
+            )
+        raise RuntimeError(
+            f"{name} was run without {self.label}, whose arguments tell its tokens: call the model that the maps are "
+            "attached to, or attach them to the part that is called"
+        )
+
+    # --- a pass begins ------------------------------------------------------------------------------------------------
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note what the model is called with."""
+        local = self._local
+        local.current = None
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        text = None if self.two_texts else self._text(args, named)
+        here = Pass(text, args, named)
+        if text is None:
+            level = self.dial.now()
+            if local.level is not level:
+                local.level, local.steps = level, 0
+            here.step = local.steps
+            local.steps += 1
+        else:
+            self._place(here, text, named)
+        local.current = here
+
+    def _text(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
+        """Token ids [B, T] or embeddings [B, T, d] of a pass."""
+        for key, axes in (("input_ids", 2), ("inputs_embeds", 3)):
+            value = named.get(key)
+            if isinstance(value, Tensor) and value.ndim == axes:
+                return value
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.ndim == 2 and first.dtype in (torch.int64, torch.int32):
+            return first
+        return None
+
+    def _place(self, here: Pass, text: Tensor, named: Mapping[str, Any]) -> None:
+        """Find out which sequence a pass belongs to, and where its tokens stand."""
+        packed = [key for key in PACKED if named.get(key) is not None]
+        if packed:
+            raise ValueError(
+                f"{packed[0]} says that rows hold several texts: only tokens='all' and a strength without an axis of "
+                "tokens work there"
+            )
+        rows, length = text.shape[:2]
+        cache = next((named[key] for key in CACHES if named.get(key) is not None), None)
+        mask = named.get("attention_mask")
+        past = self._past(cache, named, mask, length)
+        sequence, begins = self._sequence(cache, past, text, named)
+        total: int | Tensor
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            if mask.shape[0] != rows or mask.shape[1] < past + length:
+                raise ValueError(
+                    f"attention_mask must have the shape {[rows, past + length]} of the tokens in the cache and of "
+                    f"those of this pass, got {list(mask.shape)}"
+                )
+            real = mask[:, : past + length] != 0
+            here.mask = real[:, past:]
+            here.before = real[:, :past].sum(dim=1) if past else 0
+            total = here.before + here.mask.sum(dim=1)
+        else:
+            present = None if mask is None else _present(mask, rows, length, past)
+            before: int | Tensor = past
+            if past and not begins and sequence.real is not None:
+                before = _per_row(sequence.real, rows)
+            elif begins and past and present is not None:
+                raise ValueError(
+                    "attention_mask: one with 4 axes does not tell the padding of what is in the cache already; give "
+                    "one of the shape [batch, tokens], or fill the cache with the maps on"
+                )
+            here.mask, here.before = present, before
+            total = before + (length if present is None else present.sum(dim=1))
+        sequence.real = None if isinstance(total, int) else total
+        here.sequence = sequence
+        self._advance(here, sequence, begins, total, length, cache, named)
+
+    def _advance(
+        self,
+        here: Pass,
+        sequence: _Sequence,
+        begins: bool,
+        total: int | Tensor,
+        length: int,
+        cache: Any,
+        named: Mapping[str, Any],
+    ) -> None:
+        """Tell prompt and generated tokens apart.
+
+        One token at a time is generated. More are a prompt: the first one, or what a conversation goes on with. But
+        where a generation tries several tokens at once, it asks for the logits of all of them, and of the last one of
+        a prompt at most.
+        """
+        keep = named.get("logits_to_keep")
+        candidates = keep - 1 if isinstance(keep, int) and keep > 1 and cache is not None else 0
+        if sequence.start is not None and not begins:
+            sequence.open = False  # the prompt is part of every pass
+        elif begins or length > candidates + 1:
+            told = begins or self.tells_candidates
+            sequence.split = not begins and (sequence.open or not told)
+            sequence.prompt, sequence.open = total - candidates, True
+        else:
+            sequence.open, here.generated = False, True
+            if isinstance(sequence.prompt, Tensor):
+                sequence.prompt = _per_row(sequence.prompt, here.shape[0] if here.shape else 1)
+        sequence.step += 1
+        here.step = sequence.step
+        here.prompt = None if sequence.split else sequence.prompt
+
+    def _past(self, cache: Any, named: Mapping[str, Any], mask: Any, length: int) -> int:
+        """How many columns are in the cache."""
+        tell = getattr(cache, "get_seq_length", None)
+        if callable(tell):
+            try:
+                return int(tell())
+            except (ValueError, TypeError):  # a cache of states alone, which do not grow
+                pass
+        elif isinstance(cache, tuple | list) and cache:
+            first = cache[0][0] if isinstance(cache[0], tuple | list) and cache[0] else None
+            if isinstance(first, Tensor) and first.ndim > 1:
+                return first.shape[-2]
+        if cache is None:
+            return 0
+        position = named.get("cache_position")
+        if isinstance(position, Tensor) and position.numel():
+            return int(position[0])
+        return max(mask.shape[1] - length, 0) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+
+    def _sequence(self, cache: Any, past: int, text: Tensor, named: Mapping[str, Any]) -> tuple[_Sequence, bool]:
+        """The sequence that a pass belongs to, and whether it begins with it."""
+        local = self._local
+        if past:
+            known = self._of(cache)
+            if known is not None:
+                return known, False
+        sequence = _Sequence()
+        if cache is not None:
+            self._bind(cache, sequence)
+            return sequence, True
+        if named.get("use_cache") is False or not self.can_cache:
+            before = local.growing
+            if before is not None and _goes_on(before, text):
+                before.length += 1
+                return before, False
+            sequence.start = text.detach().clone() if text.ndim == 2 else text.detach()
+            sequence.length = text.shape[1]
+            local.growing = sequence
+        return sequence, True
+
+    def _of(self, cache: Any) -> _Sequence | None:
+        entry = self._of_cache.get(id(cache))
+        if entry is not None and entry[0]() is cache:
+            return entry[1]
+        return self._local.loose if isinstance(cache, tuple | list) else None
+
+    def _bind(self, cache: Any, sequence: _Sequence) -> None:
+        """Know the sequence by its cache from now on."""
+        key, known = id(cache), self._of_cache
+        try:
+            known[key] = weakref.ref(cache, lambda _: known.pop(key, None)), sequence
+        except TypeError:  # tuples of tensors, of which every pass makes new ones
+            self._local.loose = sequence
+
+    # --- a pass ends --------------------------------------------------------------------------------------------------
+
+    def end(self, output: Any) -> None:
+        """Note that the pass is over, with what it gave: None after an error."""
+        local = self._local
+        here, local.current = local.current, None
+        if here is None:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            local.last = self._latest = here
+        if output is not None and here.shape is not None and not any(here.named.get(key) is not None for key in CACHES):
+            self._learn_cache(here, output)
+        here.end()
+
+    def _learn_cache(self, here: Pass, output: Any) -> None:
+        """Where the model made the cache itself, later passes will bring it."""
+        if isinstance(output, Mapping):
+            found = next((output[key] for key in CACHES if output.get(key) is not None), None)
+        else:
+            entries = output if isinstance(output, tuple | list) else ()
+            found = next((entry for entry in entries if hasattr(entry, "get_seq_length")), None)
+        if found is not None and here.sequence is not None:
+            self._bind(found, here.sequence)
+
+
+def _checkpointed() -> bool:
+    """Whether layers that run now, in a pass with gradients, are likely to be run again on the way back."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _goes_on(before: _Sequence, text: Tensor) -> bool:
+    """Whether a text without cache is the one of the pass before and one more token, rows of a prompt in any order."""
+    start = before.start
+    assert start is not None
+    return (
+        text.shape[1] == before.length + 1
+        and text.shape[0] == start.shape[0]
+        and text.shape[2:] == start.shape[2:]
+        and text.dtype == start.dtype
+        and text.device == start.device
+        and torch.equal(text[:, : start.shape[1]], start)
+    )
+
+
+def _per_row(values: Tensor, rows: int) -> Tensor:
+    """What is known of every row, where rows were multiplied in the meantime."""
+    if rows == len(values):
+        return values
+    if rows % len(values):
+        raise ValueError(
+            f"the text began with {len(values)} rows and goes on with {rows}: which row is which cannot be told; only "
+            "tokens='all' and a strength without an axis of tokens work there"
+        )
+    return values.repeat_interleave(rows // len(values))
+
+
+def _present(mask: Any, rows: int, length: int, past: int) -> Tensor | None:
+    """Which tokens of a pass are real, bool [B, T], by a mask of another kind than [batch, tokens]; None for all.
+
+    Compilable caches get masks [B, heads, T, columns], true or 0 where a token sees a column. A real token sees itself.
+    """
+    if isinstance(mask, Mapping):  # one for each kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None or (length == 1 and past):  # a token that goes on is real
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != length or mask.shape[-1] < past + length:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] or [batch, heads, {length} tokens, at least {past + length} "
+            f"columns] to tell which tokens are real, got {shape}"
+        )
+    seen = mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
+    real = seen if seen.dtype == torch.bool else seen == 0
+    return real.expand(rows, length)
