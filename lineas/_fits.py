@@ -100,7 +100,6 @@ def fit_end_to_end(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
-    shrinkage: float = 0.0,
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -150,11 +149,6 @@ def fit_end_to_end(
         fewer are left, then anew, by `seed` and the number of the step alone. The target is always the whole set.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask.
-    shrinkage : float, default 0.0
-        By what share of the way the targets are moved back toward the unsteered source, along the geodesic of the
-        Wasserstein distance, at least 0 and below 1. Means of a few samples differ by chance as well, so aiming short
-        of them generalises better (docs/end-to-end-fits.md): 0.4 suits 32 prompts a side. A higher `strength` of the
-        maps makes up for a goal that is too modest.
     l1, group : float, default 0.0
         Penalties: ``l1 * (||w - 1||_1 + ||b||_1) + group * sqrt(d) * (||w - 1||_2 + ||b||_2)`` for each module of d
         neurons.
@@ -226,7 +220,6 @@ def fit_end_to_end(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
-        shrinkage=shrinkage,
         l1=l1,
         group=group,
         l1_bias=l1_bias,
@@ -258,7 +251,6 @@ def fit_jointly(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
-    shrinkage: float = 0.0,
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -295,9 +287,9 @@ def fit_jointly(
         Prompts of the source of each task in a step.
     steps : int, default 20
         The largest number of steps, each of which costs the gradient of every task.
-    layers, loss_layers, init, tokenizer, max_length, forward, pooling, shrinkage, l1, group, l1_bias, group_bias
+    layers, loss_layers, init, tokenizer, max_length, forward, pooling, l1, group, l1_bias, group_bias, scaling
         As in `fit_end_to_end`.
-    scaling, optimizer, lr, betas, patience, checkpoint, resume, seed, progress
+    optimizer, lr, betas, patience, checkpoint, resume, seed, progress
         As in `fit_end_to_end`. A fit goes on with the same tasks in the same order.
 
     Returns
@@ -330,7 +322,6 @@ def fit_jointly(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
-        shrinkage=shrinkage,
         l1=l1,
         group=group,
         l1_bias=l1_bias,

@@ -8,7 +8,6 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from . import calling, sites
@@ -66,14 +65,12 @@ def pose(
     *,
     batch_size: int | None = None,
     mini_batch: int | None = None,
-    shrinkage: float = 0.0,
     seed: int = 0,
 ) -> tuple[Objective, Sets, Sets | None]:
     """The objective, the sets to fit and, where there are any, the held-out sets, each with its targets.
 
     Every set is split into forward passes of at most ``batch_size`` prompts, without it of ``mini_batch`` prompts. With
-    ``mini_batch`` the steps draw so many prompts of the source; see `Sets.at`. The targets of the sets to fit are moved
-    back by ``shrinkage``; see `shrink`.
+    ``mini_batch`` the steps draw so many prompts of the source; see `Sets.at`.
     """
     objective, [(fitted, trial)] = pose_tasks(
         model,
@@ -85,7 +82,6 @@ def pose(
         scaling,
         batch_size=batch_size,
         mini_batch=mini_batch,
-        shrinkage=shrinkage,
         seed=seed,
     )
     return objective, fitted, trial
@@ -102,7 +98,6 @@ def pose_tasks(
     *,
     batch_size: int | None,
     mini_batch: int | None,
-    shrinkage: float,
     seed: int,
 ) -> tuple[Objective, list[tuple[Sets, Sets | None]]]:
     """One objective for several tasks, and the sets of each, as in `pose`; None is the name of an only one."""
@@ -130,10 +125,6 @@ def pose_tasks(
     posed = []
     for task, data in tasks.items():
         fitted = sets(task, "", samplers[task])
-        if shrinkage:
-            argument = called("source", task)
-            source = split(data["source"], batch_size or mini_batch, argument)
-            fitted = fitted._replace(targets=shrink(fitted.targets, _targets(objective, source, argument), shrinkage))
         posed.append((fitted, sets(task, "held_out ", None) if "held_out source" in data else None))
     return objective, posed
 
@@ -170,34 +161,6 @@ def _targets(objective: Objective, batches: Sequence[calling.Batch], argument: s
     samples = objective.survey(batches)
     check_count(samples, argument)
     return sort_columns(samples, [f"{argument}: {name}" for name in objective.loss_names])
-
-
-def shrink(targets: Sequence[Tensor], sources: Sequence[Tensor], shrinkage: float) -> list[Tensor]:
-    """Targets moved back toward the sources by a share of the way, along the geodesic of the Wasserstein distance.
-
-    Every target value moves toward the mean of the source values that the optimal plan joins it with; for equal numbers
-    of samples these are McCann's (1997) displacement interpolations. Columns are ascending, and stay so.
-
-    Parameters
-    ----------
-    targets, sources : list of Tensor [m, d_k], [n, d_k]
-        Each column ascending.
-    shrinkage : float
-        0 leaves the targets as they are, 1 gives them the place of the sources.
-    """
-    return [v.lerp(_quantile_means(u, len(v)), shrinkage) for v, u in zip(targets, sources, strict=True)]
-
-
-def _quantile_means(u: Tensor, m: int) -> Tensor:
-    """The means [m, d] of the quantile function of the ascending columns `u` [n, d] over m equal parts of [0, 1]."""
-    n = len(u)
-    if n == m:
-        return u
-    sums = torch.cat([u.new_zeros(1, u.shape[1], dtype=torch.float64), u.double().cumsum(0)])
-    edges = torch.arange(m + 1, device=u.device) * n  # in steps of 1 / m of a sample: whole numbers
-    whole, part = edges // m, (edges % m).double() / m
-    below, above = sums[whole], sums[(whole + 1).clamp(max=n)]
-    return (below.lerp(above, part[:, None]).diff(dim=0) * (m / n)).to(u.dtype)
 
 
 def trial_loss(objective: Objective, trial: Sets | None, leaves: Leaves) -> float | None:

@@ -99,7 +99,6 @@ def fit_end_to_end(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
-    shrinkage: float = 0.0,
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -148,7 +147,6 @@ def fit_end_to_end(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
-        shrinkage=shrinkage,
         l1=l1,
         group=group,
         l1_bias=l1_bias,
@@ -180,7 +178,6 @@ def fit_tasks(
     batch_size: int | None,
     mini_batch: int | None,
     pooling: str,
-    shrinkage: float,
     l1: float,
     group: float,
     l1_bias: float | None,
@@ -207,9 +204,6 @@ def fit_tasks(
         "group_bias": check_real("group_bias", group if group_bias is None else group_bias, 0.0),
     }
     check_pooling(pooling)
-    shrinkage = check_real("shrinkage", shrinkage, 0.0)
-    if shrinkage >= 1:
-        raise ValueError(f"shrinkage must be < 1, got {shrinkage:g}: at 1 there is nothing to fit")
     check_choice("scaling", scaling, SCALINGS)
     check_choice("optimizer", optimizer, OPTIMIZERS)
     rate = check_rate(lr)
@@ -233,7 +227,6 @@ def fit_tasks(
         "max_length": max_length,
         "batch_size": batch_size,
         "mini_batch": mini_batch,
-        "shrinkage": shrinkage,
         **penalties,
     }
     data = {task: read(*sets, tokenizer, max_length, task) for task, sets in tasks.items()}
@@ -253,7 +246,6 @@ def fit_tasks(
             scaling,
             batch_size=batch_size,
             mini_batch=mini_batch,
-            shrinkage=shrinkage,
             seed=seed,
         )
         fitted, trial = _join(posed, single)
