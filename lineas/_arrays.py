@@ -239,9 +239,9 @@ def _as_finite(value: Any, name: str) -> float:
     return number
 
 
-def as_strength(strength: Any) -> float:
+def as_strength(strength: Any, name: str = "strength") -> float:
     """`strength` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
-    return _as_finite(strength, "strength")
+    return _as_finite(strength, name)
 
 
 def as_not_negative(value: Any, name: str) -> float:

@@ -97,6 +97,7 @@ def fit_end_to_end(
     max_length: int | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     held_out: tuple[Any, Any] | None = None,
+    strengths: Sequence[float] = (1.0,),
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
@@ -139,6 +140,11 @@ def fit_end_to_end(
         As in `collect`.
     held_out : (source, target), optional
         Two more sets, on which the loss is recorded at every step and by which the best maps are chosen.
+    strengths : list of float, default (1.0,)
+        Strengths at which the maps are tried on the held-out sets at every step; the best of them is kept, and the maps
+        are returned so that strength 1 is that one. The steps go on from strength 1. Fits to few prompts go too far, as
+        means of few samples differ by chance as well: ``(0.6, 0.7, 0.8, 0.9, 1.0)`` finds how much to hold back
+        (docs/end-to-end-fits.md), at a forward pass of the held-out source each.
     batch_size : int, optional
         Prompts in a forward pass, in every set; default: those of `mini_batch`, without it all texts, or each batch as
         it comes. The loss is always that of all prompts of a step together. Where these take several forward passes,
@@ -217,6 +223,7 @@ def fit_end_to_end(
         max_length=max_length,
         forward=forward,
         held_out=held_out,
+        strengths=strengths,
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
@@ -248,6 +255,7 @@ def fit_jointly(
     max_length: int | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     held_out: Mapping[str, tuple[Any, Any]] | None = None,
+    strengths: Sequence[float] = (1.0,),
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
@@ -281,6 +289,8 @@ def fit_jointly(
         whatever the number of their prompts.
     held_out : dict of str to (source, target), optional
         Two more sets for each task. The mean of their losses is recorded and chooses the best maps.
+    strengths : list of float, default (1.0,)
+        As in `fit_end_to_end`, by the mean of the held-out losses.
     batch_size : int, optional
         As in `fit_end_to_end`; tasks take forward passes of their own in any case.
     mini_batch : int, optional
@@ -319,6 +329,7 @@ def fit_jointly(
         max_length=max_length,
         forward=forward,
         held_out=held_out,
+        strengths=strengths,
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,

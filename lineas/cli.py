@@ -20,7 +20,7 @@ INTERRUPTED = 130
 # Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.
 END_TO_END_ONLY = (
     "steps", "lr", "l1", "group", "scaling", "optimizer", "batch_size", "mini_batch", "patience", "checkpoint",
-    "resume", "seed", "held_out_fraction",
+    "resume", "seed", "strengths", "held_out_fraction",
 )  # fmt: skip
 
 
@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--mini-batch", type=int, metavar="N", help="source prompts in a step (default: all)")
     only.add_argument(
         "--patience", type=int, metavar="N", help="steps without a lower held-out loss that end the fit (default: 5)"
+    )
+    only.add_argument(
+        "--strengths", type=float, nargs="+", metavar="X", help="strengths that held-out prompts choose from (default: 1)"
     )
     only.add_argument("--checkpoint", metavar="FILE", help="keep the fit in a new file, written after every step")
     only.add_argument("--resume", metavar="FILE", help="go on with the fit of a checkpoint, all else being the same")
@@ -206,7 +209,11 @@ def _report(result: FitResult) -> None:
     if loss.size:
         print(f"loss: {loss[0]:.4g} before the first step, {loss[-1]:.4g} before the last")
     if held_out.size:
-        print(f"held-out loss: {held_out[0]:.4g} before the first step, {result.held_out_loss:.4g} for the maps kept")
+        chosen = f" (at strength {result.best_strength:g} of the fit)" if result.best_strength != 1 else ""
+        print(
+            f"held-out loss: {held_out[0]:.4g} before the first step, {result.held_out_loss:.4g} for the maps kept"
+            + chosen
+        )
     if result.stopped != "finished":
         print(f"lineas: {result.stopped}; maps of step {result.best_step} kept", file=sys.stderr)
 

@@ -83,6 +83,15 @@ def test_fit_takes_prompts_in_parts(fit):
     assert (settings["batch_size"], settings["mini_batch"]) == (2, 4)
 
 
+def test_held_out_prompts_choose_a_strength(fit, capsys):
+    code, path = fit("--steps", "2", "--held-out-fraction", "0.5", "--strengths", "0.5", "0.25")
+    assert code == 0
+    metadata = lineas.load(path).metadata
+    assert metadata["settings"]["strengths"] == [0.5, 0.25]
+    if metadata["history"]["best_step"]:
+        assert f"(at strength {metadata['history']['best_strength']:g} of the fit)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["mean", "gaussian", "linear"])
 def test_fit_local_methods_equal_the_library(fit, folder, method):
     code, path = fit("--method", method, "--pooling", "last")

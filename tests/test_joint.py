@@ -116,6 +116,7 @@ def test_the_result(fit, llama):
     assert {name: values.shape for name, values in history.items()} == {
         "loss": (5,), "layer_loss": (5, 2, 3), "task_loss": (5, 2), "held_out_loss": (5,), "held_out_task_loss": (5, 2),
         "lr": (5,), "penalty": (5,), "support": (5,), "kept": (5,),
+            "held_out_strength": (5,),
     }  # fmt: skip
     np.testing.assert_allclose(history["task_loss"].mean(axis=1), history["loss"])
     np.testing.assert_allclose(history["held_out_task_loss"].mean(axis=1), history["held_out_loss"])

@@ -272,7 +272,7 @@ def test_history(fit):
     history = result.history
     assert {name: values.shape for name, values in history.items()} == {
         "loss": (6,), "layer_loss": (6, 3), "held_out_loss": (0,), "lr": (6,), "penalty": (6,), "support": (6,),
-        "kept": (6,),
+        "kept": (6,), "held_out_strength": (0,),
     }  # fmt: skip
     np.testing.assert_allclose(history["layer_loss"].mean(axis=1), history["loss"])
     np.testing.assert_allclose(history["lr"], [cosine_rate(0.02, k, 6) for k in range(6)])
@@ -469,6 +469,7 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
         "loss": result.history["loss"].tolist(),
         "held_out_loss": result.history["held_out_loss"].tolist(),
         "best_step": result.best_step,
+        "best_strength": 1.0,
         "stopped": "finished",
     }
     assert metadata == {
@@ -480,7 +481,7 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
         "pooling": "mean",
         "settings": {
             "scaling": "layer-mean", "optimizer": "sgd", "lr": 0.02, "betas": [0.9, 0.999], "steps": 4,
-            "patience": 5, "seed": 3,
+            "patience": 5, "strengths": [1.0], "seed": 3,
             "max_length": None, "batch_size": None, "mini_batch": None,
             "l1": 0.1, "group": 0.0, "l1_bias": 0.1, "group_bias": 0.2,
         },

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,24 +153,43 @@ class AutomaticSteps:
             descent.place = Place(descent.maps, state["loss"], *there)
 
 
-class Course:
-    """What a running fit has gone through, and the best maps that it has seen."""
+class Trial(NamedTuple):
+    """The held-out loss, what it is the mean of, and the strength of the maps that has it."""
 
-    def __init__(self, maps: FlatMaps) -> None:
-        self.maps = maps
+    loss: float
+    terms: Any
+    strength: float
+
+
+class Course:
+    """What a running fit has gone through, and the best maps that it has seen.
+
+    Parameters
+    ----------
+    maps : FlatMaps
+    strengths : sequence of float
+        The strengths at which the maps are tried on the held-out sets.
+    """
+
+    def __init__(self, maps: FlatMaps, strengths: Sequence[float] = (1.0,)) -> None:
+        self.maps, self.strengths = maps, strengths
         self.records: list[dict[str, Any]] = []
         self.best: tuple[Tensor, Tensor] | None = None
         self.best_step = 0
+        self.best_strength = 1.0
         self.best_loss: float | None = None
         self.best_terms: Any = None
         self.stopped = "finished"
         self.held_out_passes = 0
 
-    def keep(self, held_out_loss: float | None, terms: Any = None) -> None:
-        """Keep the maps as they stand, unless a lower held-out loss was seen; `terms` are what it is the mean of."""
-        if held_out_loss is None or self.best_loss is None or held_out_loss < self.best_loss:
-            self.best = (self.maps.weight.clone(), self.maps.bias.clone())
-            self.best_step, self.best_loss, self.best_terms = len(self.records), held_out_loss, terms
+    def keep(self, tried: Trial | None) -> None:
+        """Keep the maps as they stand, at the strength that they were best at, unless a lower loss was seen."""
+        if tried is not None and self.best_loss is not None and tried.loss >= self.best_loss:
+            return
+        loss, terms, strength = tried or (None, None, 1.0)
+        self.best = self.maps.at(strength)
+        self.best_step, self.best_strength = len(self.records), strength
+        self.best_loss, self.best_terms = loss, terms
 
     def restore(self) -> None:
         """Put the best maps back in place."""
@@ -198,6 +217,7 @@ class Course:
             "layer_loss": layers,
             "held_out_loss": np.array([record["held_out_loss"] for record in trials], np.float64),
             "held_out_layer_loss": held_out_layers,
+            "held_out_strength": np.array([record["held_out_strength"] for record in trials], np.float64),
         }
 
 
@@ -230,6 +250,7 @@ class Keeper:
         if course.best is not None:
             tensors |= {"best weight": course.best[0], "best bias": course.best[1]}
         progress = {"records": course.records, "best_step": course.best_step, "best_loss": course.best_loss}
+        progress["best_strength"] = course.best_strength
         passes = {"passes": self.steps.passes, "held_out_passes": course.held_out_passes}
         checkpoint.save(self.path, tensors, {"identity": self.identity, "steps": state, **progress, **passes})
 
@@ -257,6 +278,7 @@ class Keeper:
             device = course.maps.weight.device
             course.best = tensors["best weight"].to(device), tensors["best bias"].to(device)
         course.records, course.best_step, course.best_loss = state["records"], state["best_step"], state["best_loss"]
+        course.best_strength = state["best_strength"]
         if course.best is not None:
             course.best_terms = course.records[course.best_step]["held_out_layer_loss"]
         course.held_out_passes = state["held_out_passes"]
@@ -282,22 +304,27 @@ def run(
     objective, maps = steps.objective, course.maps
     bar = tqdm(total=steps.count, initial=len(course.records), disable=not progress, desc="fit", unit="step")
 
-    def held_out() -> tuple[float | None, Any]:
+    def held_out() -> Trial | None:
         last = course.records[-1] if course.records else None
         if trial is None:
-            return None, None
+            return None
         if last is not None and not last["kept"]:  # the maps are those of the last time
-            return last["held_out_loss"], last["held_out_layer_loss"]
-        course.held_out_passes += 1 if isinstance(trial, Sets) else len(trial.parts)
-        total, terms = loss(objective, trial, maps.leaves())
-        return total.item(), terms.tolist()
+            return Trial(last["held_out_loss"], last["held_out_layer_loss"], last["held_out_strength"])
+        found = []
+        # Maps that change nothing are alike at all strengths.
+        identity = bool(((maps.weight == 1) & (maps.bias == 0)).all())
+        for strength in (1.0,) if identity else course.strengths:
+            course.held_out_passes += 1 if isinstance(trial, Sets) else len(trial.parts)
+            total, terms = loss(objective, trial, maps.leaves(strength))
+            found.append(Trial(total.item(), terms.tolist(), strength))
+        return min(found, key=lambda tried: tried.loss)
 
     try:
         keeper.save()  # a path that cannot be written to is to be known before anything is computed
         for step in range(len(course.records), steps.count):
             total, terms = steps.measure(step)
-            trial_loss, trial_terms = held_out()
-            course.keep(trial_loss, trial_terms)
+            tried = held_out()
+            course.keep(tried)
             if trial is not None and patience is not None and step - course.best_step >= patience:
                 course.stopped = f"no lower held-out loss in {patience} steps"
                 break
@@ -309,8 +336,9 @@ def run(
                 {
                     "loss": total,
                     "layer_loss": terms.tolist(),
-                    "held_out_loss": trial_loss,
-                    "held_out_layer_loss": trial_terms,
+                    "held_out_loss": tried and tried.loss,
+                    "held_out_layer_loss": tried and tried.terms,
+                    "held_out_strength": tried and tried.strength,
                     **vars(move),
                 }
             )
@@ -319,7 +347,7 @@ def run(
             bar.set_postfix(loss=f"{total:.4g}", refresh=False)
             bar.update()
         else:
-            course.keep(*held_out())
+            course.keep(held_out())
     except NonFinite as error:
         if course.best is None:
             raise ValueError(f"the loss is not finite before any step: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ def fit_jointly(
     max_length: int | None = None,
     forward: calling.Forward | None = None,
     held_out: Mapping[str, tuple[Any, Any]] | None = None,
+    strengths: Sequence[float] = (1.0,),
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
@@ -67,6 +68,7 @@ def fit_jointly(
         tokenizer=tokenizer,
         max_length=max_length,
         forward=forward,
+        strengths=strengths,
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,

@@ -63,13 +63,22 @@ class FlatMaps:
             self.weight[start : start + width] = torch.tensor(maps[name].weight)
             self.bias[start : start + width] = torch.tensor(maps[name].bias)
 
-    def leaves(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Slopes and shifts of every module as gradient leaves that share the flat memory."""
+    def leaves(self, strength: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Slopes and shifts of every module as gradient leaves, which at strength 1 share the flat memory."""
         sizes = np.diff(self.offsets).tolist()
+        weights, biases = (self.weight, self.bias) if strength == 1 else self.at(strength)
         return {
             name: (weight.detach().requires_grad_(), bias.detach().requires_grad_())
-            for name, weight, bias in zip(self.names, self.weight.split(sizes), self.bias.split(sizes), strict=True)
+            for name, weight, bias in zip(self.names, weights.split(sizes), biases.split(sizes), strict=True)
         }
+
+    def at(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Slopes and shifts [D] that do at strength 1 what the maps do at `strength`: copies.
+
+        As `AffineMap.with_strength`: strength 1 gives the maps to the bit, and a slope of 1 stays one.
+        """
+        weight = torch.where(self.weight == 1, self.weight, (1 - strength) + strength * self.weight)
+        return weight, strength * self.bias
 
     def snapshot(self) -> dict[str, AffineMap]:
         """The maps as they stand, copied."""

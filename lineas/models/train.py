@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .. import __version__
+from .._arrays import as_strength
 from ..maps import SteeringMaps
 from . import calling, sites
 from .checkpoint import digest
@@ -40,13 +41,16 @@ class FitResult:
         loss that was not finite, the last maps whose loss was.
     history : dict of str to array
         One entry for each step taken: "loss" [S], the value before the step, without penalties, and of the step's own
-        prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S],
-        before the step as well ([0] without held-out data); "lr" [S]; "penalty" [S], after the step and not multiplied
-        by the rate; "support" [S], neurons with a slope other than 1 or a shift other than 0 after the step; "kept"
-        [S], False where ``lr="auto"`` took the step back because it made things worse. Of `lineas.fit_jointly`
-        "layer_loss" is [S, T, L], and "task_loss" [S, T] and "held_out_task_loss" [S, T] are the losses of the T tasks.
+        prompts where each has a mini-batch; "layer_loss" [S, L], the term of every loss module; "held_out_loss" [S]
+        and "held_out_strength" [S], before the step as well ([0] without held-out data): the lowest of the strengths
+        tried, and which it is; "lr" [S]; "penalty" [S], after the step and not multiplied by the rate; "support" [S],
+        neurons with a slope other than 1 or a shift other than 0 after the step; "kept" [S], False where ``lr="auto"``
+        took the step back because it made things worse. Of `lineas.fit_jointly` "layer_loss" is [S, T, L], and
+        "task_loss" [S, T] and "held_out_task_loss" [S, T] are the losses of the T tasks.
     best_step : int
         How many steps ``maps`` had taken: 0 are the maps that the fit started from.
+    best_strength : float
+        The strength, of those to choose among, that the maps of that step were best at. It is in ``maps`` already.
     stopped : str
         "finished", "interrupted", "no lower held-out loss in k steps", "no step lowers the loss", or "not finite at
         step k: ..." with the module and the value.
@@ -67,6 +71,7 @@ class FitResult:
     passes: int = 0
     held_out_passes: int = 0
     held_out_task_loss: dict[str, float] | None = None
+    best_strength: float = 1.0
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the loss over the steps; see `lineas.plot.history`."""
@@ -96,6 +101,7 @@ def fit_end_to_end(
     max_length: int | None = None,
     forward: calling.Forward | None = None,
     held_out: tuple[Any, Any] | None = None,
+    strengths: Sequence[float] = (1.0,),
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
@@ -144,6 +150,7 @@ def fit_end_to_end(
         tokenizer=tokenizer,
         max_length=max_length,
         forward=forward,
+        strengths=strengths,
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
@@ -175,6 +182,7 @@ def fit_tasks(
     tokenizer: Any,
     max_length: int | None,
     forward: calling.Forward | None,
+    strengths: Sequence[float],
     batch_size: int | None,
     mini_batch: int | None,
     pooling: str,
@@ -204,6 +212,7 @@ def fit_tasks(
         "group_bias": check_real("group_bias", group if group_bias is None else group_bias, 0.0),
     }
     check_pooling(pooling)
+    strengths = _check_strengths(strengths, any(held_out is not None for *_, held_out in tasks.values()))
     check_choice("scaling", scaling, SCALINGS)
     check_choice("optimizer", optimizer, OPTIMIZERS)
     rate = check_rate(lr)
@@ -223,6 +232,7 @@ def fit_tasks(
         "betas": list(betas),
         "steps": steps,
         "patience": patience,
+        "strengths": list(strengths),
         "seed": seed,
         "max_length": max_length,
         "batch_size": batch_size,
@@ -259,7 +269,7 @@ def fit_tasks(
         else:
             stepper = ProximalOptimizer(maps, optimizer=optimizer, betas=betas, **penalties)
             takers = ScheduledSteps(objective, fitted, stepper, rate, steps)
-        course = Course(maps)
+        course = Course(maps, strengths)
         # Where rates do not depend on the number of steps, a fit may go on for more of them, or be more patient.
         free = ("steps", "patience") if rate is None and mini_batch is None else ("patience",)
         identity = {
@@ -302,6 +312,7 @@ def fit_tasks(
             "loss": history["loss"].tolist(),
             "held_out_loss": history["held_out_loss"].tolist(),
             "best_step": course.best_step,
+            "best_strength": course.best_strength,
             "stopped": course.stopped,
         },
     }
@@ -315,6 +326,7 @@ def fit_tasks(
         takers.passes,
         course.held_out_passes,
         held_out_task_loss,
+        course.best_strength,
     )
 
 
@@ -340,6 +352,17 @@ def _check_files(checkpoint: Any, resume: Any) -> tuple[str | None, str | None]:
             f"checkpoint: {kept} exists: pass it as resume= to go on with that fit, or remove it to begin again"
         )
     return kept, begun
+
+
+def _check_strengths(strengths: Any, held_out: bool) -> tuple[float, ...]:
+    if isinstance(strengths, str) or not isinstance(strengths, Sequence | np.ndarray):
+        raise TypeError(f"strengths must be a list of numbers, got {type(strengths).__name__}")
+    found = tuple(as_strength(strength, "strengths") for strength in strengths)
+    if not found:
+        raise ValueError("strengths is empty")
+    if found != (1.0,) and not held_out:
+        raise ValueError("strengths: there are no held_out sets to choose among them by")
+    return found
 
 
 def _check_betas(betas: Any) -> tuple[float, float]:
