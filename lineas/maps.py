@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arrays import as_engine, as_int, as_strength, as_vector, check_dense, is_tensor, result_dtype, working_dtype
+from ._serving import Serving
 from ._threads import get_num_threads
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def _near(name: str, names: list[str]) -> str:
     return "there are " + ", ".join(repr(other) for other in close) + (" ..." if len(names) > len(close) else "")
 
 
-class SteeringMaps(Mapping[str, AffineMap]):
+class SteeringMaps(Serving, Mapping[str, AffineMap]):
     """Maps of several modules: an immutable mapping from module name to `AffineMap`, in execution order.
 
     ``second @ first`` composes module by module; where one side lacks a module it counts as the identity there.

@@ -1,0 +1,95 @@
+"""What SteeringMaps do once they are fitted: into weights, into an adapter, into a folder or onto the hub.
+
+The methods are here for their descriptions; what they do is in `lineas.models.fold`, `lineas.models.lora` and
+`lineas.hub`, which are imported when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
+    from .maps import SteeringMaps
+
+
+class Serving:
+    """The methods of `SteeringMaps` that hand maps on to others."""
+
+    __slots__ = ()
+
+    def fold(
+        self,
+        model: Any,
+        strength: float = 1.0,
+        *,
+        inplace: bool = False,
+        consumers: Mapping[str, Sequence[str]] | None = None,
+        convert: bool = False,
+        check: Any = None,
+        tokenizer: Any = None,
+        forward: Callable[[Any, Any], Any] | None = None,
+    ) -> Any:
+        """Put the maps into the weights of a model, for good: it then runs, saves and loads without lineas.
+
+        A map goes into the gain and the bias of the module whose output it changes: LayerNorm, GroupNorm, BatchNorm,
+        RMSNorm (also Gemma's, whose gain is 1 + weight), Linear, convolutions, and the adaptive norms of diffusers.
+        The shift after a norm without a bias goes into the biases of the Linears that read its output, as W @ bias.
+        For Llama and other families whose configuration has ``attention_bias`` or ``mlp_bias`` these settings are
+        switched on, so that the folded model survives ``save_pretrained`` and ``from_pretrained``. Everything is
+        computed in float64 and rounded once.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            A loaded model with modules of these names, and no maps attached.
+        strength : float, default 1.0
+            The strength for good; 1 is the maps.
+        inplace : bool, default False
+            Change `model` itself and return it; otherwise a deep copy is changed.
+        consumers : dict[str, list[str]], optional
+            For models of one's own: by name of a norm, the names of all Linears that read its output, where nothing
+            else reads it. A wrong list gives a wrong model: use `check`.
+        convert : bool, default False
+            Make a LlamaForCausalLM of a Mistral or Qwen2 model, which have no place for biases in their MLP.
+        check : list[str], batch or list of batches, optional
+            Data to compare with: the model with the maps attached and the folded one must give the same up to the
+            rounding of the model's dtype, otherwise nothing is changed. Most exact on a float32 model.
+        tokenizer : transformers tokenizer, optional
+            Where `check` is texts.
+        forward : callable, optional
+            ``forward(model, batch)`` calls the model for `check` where ``model(**batch)`` or ``model(batch)`` do not
+            fit.
+
+        Returns
+        -------
+        torch.nn.Module
+            The folded copy, or `model`.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of a wrong type.
+        ValueError
+            If maps cannot be folded exactly. All of them are named with the reason, before anything is changed: a
+            shift that no bias on disk could hold, weights that are quantised, offloaded or tied to others, modules
+            without a gain. Also if maps are attached to the model, these maps are for some tokens only, a module is
+            missing or has another width, or `check` finds a difference.
+        """
+        from .models.fold import fold
+
+        maps: Any = self  # mixed into SteeringMaps
+        return fold(
+            maps,
+            model,
+            strength,
+            inplace=inplace,
+            consumers=consumers,
+            convert=convert,
+            check=check,
+            tokenizer=tokenizer,
+            forward=forward,
+        )
