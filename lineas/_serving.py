@@ -93,3 +93,61 @@ class Serving:
             tokenizer=tokenizer,
             forward=forward,
         )
+
+    def to_peft_lora(
+        self,
+        model: Any,
+        folder: str | PathLike[str],
+        strength: float = 1.0,
+        *,
+        rank: int | None = None,
+        bias: bool | None = None,
+        consumers: Mapping[str, Sequence[str]] | None = None,
+    ) -> Path:
+        """Write the maps as a LoRA adapter of PEFT, which does the same to the model without lineas.
+
+        For maps of norms whose output only Linears read: each of these Linears gets an adapter of rank = the number
+        of neurons with a weight other than 1, so that sparse maps make small adapters, and a bias for the shifts. The
+        scale of the adapter (``lora_alpha / r``) is the strength.
+
+        Readers other than PEFT differ: vLLM has no LoRA biases any more, and PEFT itself cannot merge an adapter
+        with biases into Linears that have none.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model that the adapter is for; it is not changed.
+        folder : str or PathLike
+            Where ``adapter_config.json`` and ``adapter_model.safetensors`` go. It is made where it is missing; the
+            two files are replaced.
+        strength : float, default 1.0
+            The strength at which the adapter is loaded.
+        rank : int, optional
+            The rank of every Linear's adapter, if more than needed: some readers take certain ranks only. Default:
+            the largest that a map needs.
+        bias : bool, optional
+            False: refuse maps that need biases. Default: biases where a shift is not 0.
+        consumers : dict[str, list[str]], optional
+            As in `fold`.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder.
+
+        Raises
+        ------
+        ImportError
+            If PEFT is not installed (``pip install "lineas[peft]"``).
+        TypeError
+            If an argument is of a wrong type.
+        ValueError
+            If a map is not of such a norm or a Linear's weights cannot be read (all are named with the reason), the
+            maps need biases or a higher rank than was given, change nothing, or as `fold`. Nothing is written then.
+        OSError
+            If the files cannot be written.
+        """
+        from .models.lora import to_peft_lora
+
+        maps: Any = self
+        return to_peft_lora(maps, model, folder, strength, rank=rank, bias=bias, consumers=consumers)
