@@ -151,3 +151,133 @@ class Serving:
 
         maps: Any = self
         return to_peft_lora(maps, model, folder, strength, rank=rank, bias=bias, consumers=consumers)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> Path:
+        """Write the maps and a card that describes them into a folder, as a repository of the hub has them.
+
+        Parameters
+        ----------
+        folder : str or PathLike
+            Made where it is missing. ``maps.safetensors`` and ``README.md`` in it are replaced.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder.
+
+        Raises
+        ------
+        ImportError
+            If huggingface_hub, which writes the card's metadata, is not installed (``pip install "lineas[hub]"``).
+        OSError
+            If the files cannot be written.
+        """
+        from .hub import save_pretrained
+
+        maps: Any = self
+        return save_pretrained(maps, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add steering maps",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the maps and a card to the Hugging Face Hub, into a new or an existing model repository.
+
+        The metadata go along as they are, the base model's name or folder among them. A card that is there already
+        stays.
+
+        Parameters
+        ----------
+        repo_id : str
+            ``"user/name"``.
+        commit_message : str, default "Add steering maps"
+        private : bool, optional
+            Whether a new repository is private. Default: as the hub does it.
+        token : str or bool, optional
+            Default: that of ``hf auth login``.
+        revision : str, optional
+            The branch. Default: the main one.
+        create_pr : bool, default False
+            Open a pull request instead.
+
+        Returns
+        -------
+        str
+            The address of the commit or pull request.
+
+        Raises
+        ------
+        ImportError
+            If huggingface_hub is not installed (``pip install "lineas[hub]"``).
+        TypeError, ValueError
+            If `repo_id` is no id of a repository.
+        ConnectionError
+            If huggingface_hub is in offline mode.
+        huggingface_hub.errors.HfHubHTTPError
+            If the hub refuses.
+        """
+        from .hub import push_to_hub
+
+        maps: Any = self  # mixed into SteeringMaps
+        return push_to_hub(
+            maps,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> SteeringMaps:
+        """Read maps from a folder that `save_pretrained` wrote, or from the Hugging Face Hub.
+
+        Parameters
+        ----------
+        name : str or PathLike
+            A folder, or else ``"user/name"`` on the hub.
+        revision : str, optional
+            A branch, tag or commit of the repository. Default: its main branch.
+        token : str or bool, optional
+            Default: that of ``hf auth login``.
+        cache_dir : str or PathLike, optional
+            Where files of the hub are kept. Default: huggingface_hub's cache.
+        local_files_only : bool, default False
+            Use the cache only.
+
+        Returns
+        -------
+        SteeringMaps
+            As they were saved. The file is checked as by `lineas.load`; nothing in it is ever run.
+
+        Raises
+        ------
+        ImportError
+            If it is no folder and huggingface_hub is not installed (``pip install "lineas[hub]"``).
+        FileNotFoundError
+            If there is no such folder, repository or revision, or no maps in it.
+        ConnectionError
+            If the hub cannot be reached and the cache does not have the maps.
+        ValueError
+            If the file is not one of lineas maps; see `lineas.load`.
+        """
+        from .hub import from_pretrained
+
+        return from_pretrained(
+            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
