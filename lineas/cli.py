@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--patience", type=int, metavar="N", help="steps without a lower held-out loss that end the fit (default: 5)"
     )
     only.add_argument(
-        "--strengths", type=float, nargs="+", metavar="X", help="strengths that held-out prompts choose from (default: 1)"
+        "--strengths", type=float, nargs="+", metavar="X", help="strengths that held-out prompts choose of (default: 1)"
     )
     only.add_argument("--checkpoint", metavar="FILE", help="keep the fit in a new file, written after every step")
     only.add_argument("--resume", metavar="FILE", help="go on with the fit of a checkpoint, all else being the same")
