@@ -121,8 +121,8 @@ def test_wrong_folds_are_seen():
         for linear in linears:
             module = getattr(layer.self_attn if linear[0] in "qkv" else layer.mlp, linear)
             module.bias = nn.Parameter(module.weight.data @ shift)
-    assert (run(forgotten) - hooked).abs().max() > 1
-    assert (run(scaled) - hooked).abs().max() > 0.1
+    assert (run(forgotten) - hooked).abs().max() > 10
+    assert (run(scaled) - hooked).abs().max() > 5
     assert (run(maps.fold(model)) - hooked).abs().max() < 1e-13
 
 
@@ -448,9 +448,10 @@ def test_maps_for_some_tokens_are_refused():
     maps = random_maps(model, LLAMA_NORMS)
     for metadata in ({"tokens": "last"}, {"parts": [{"method": "x"}, {"parts": [{"tokens": "last"}]}]}):
         some = lineas.SteeringMaps(dict(maps), metadata)
-        refused(model, some, "these maps are for the tokens 'last'; weights act on all tokens.*use maps.attach")
-        refused(model, some.scaled(0.5), "these maps are for the tokens 'last'")
-    lineas.SteeringMaps(dict(maps), {"tokens": "all"}).fold(model)
+        refused(model, some, "were fitted for the tokens 'last'; weights act on all tokens.*use maps.attach")
+        refused(model, some.scaled(0.5), "were fitted for the tokens 'last'")
+    for metadata in ({"tokens": "all"}, {"tokens": "all", "parts": [{"tokens": "last"}]}, {"parts": 1}, None):
+        lineas.SteeringMaps(dict(maps), metadata).fold(model)
 
 
 def test_a_model_with_maps_on_it_is_refused():

@@ -71,8 +71,8 @@ def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> None:
     tokens = _tokens(maps.metadata)
     if tokens != "all":
         raise ValueError(
-            f"these maps are for the tokens {tokens!r}; weights act on all tokens, so {use} would change the others "
-            "as well: use maps.attach(model)"
+            f"these maps were fitted for the tokens {tokens!r}; weights act on all tokens, so {use} would change the "
+            "others as well: use maps.attach(model), or lineas.SteeringMaps(dict(maps)) for all tokens all the same"
         )
     for name, module in model.named_modules():
         if any(type(hook).__module__.startswith("lineas.") for hook in module._forward_hooks.values()):
@@ -86,12 +86,11 @@ def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> None:
 
 
 def _tokens(metadata: dict) -> object:
-    """The token selection of maps, also of those that they were composed of."""
-    chosen = metadata.get("tokens", "all")
-    if chosen != "all":
-        return chosen
-    parts = metadata.get("parts", [])
-    inner = [_tokens(part) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    """The token selection of maps, or of any that they were composed of; "all" where nothing is said."""
+    parts = metadata.get("parts")
+    if "tokens" in metadata or not isinstance(parts, list):
+        return metadata.get("tokens", "all")
+    inner = [_tokens(part) for part in parts if isinstance(part, dict)]
     return next((one for one in inner if one != "all"), "all")
 
 
