@@ -5,6 +5,7 @@ reads it cannot be seen in the modules of a model, so it is written down here fo
 or said by the user.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -126,8 +127,15 @@ def check_consumers(consumers: Consumers | None, maps: SteeringMaps, model: nn.M
     return consumers
 
 
-def find_consumers(model: nn.Module, name: str, width: int, given: Consumers) -> list[str]:
+def count_places(model: nn.Module) -> Counter[int]:
+    """In how many places of the model each module is, by its id."""
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
+def find_consumers(model: nn.Module, name: str, width: int, given: Consumers, places: Counter[int]) -> list[str]:
     """Full names of the Linears that read the output, of `width` neurons, of norm `name`, and that nothing else feeds.
+
+    `places` is what `count_places` says of the model.
 
     Raises
     ------
@@ -147,7 +155,7 @@ def find_consumers(model: nn.Module, name: str, width: int, given: Consumers) ->
             )
         readers = [f"{parent}.{reader}" for reader in known[last]]
     for used in (name, *readers):
-        count = sum(module is model.get_submodule(used) for _, module in model.named_modules(remove_duplicate=False))
+        count = places[id(model.get_submodule(used))]
         if count > 1:
             raise Refusal(f"{used!r} is used in {count} places of the model")
     for reader in readers:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from .consumers import (
     Refusal,
     check_consumers,
     check_maps,
+    count_places,
     dense_weight,
     find_consumers,
     is_conv1d,
@@ -104,7 +106,7 @@ def _plan(
     maps: SteeringMaps, model: nn.Module, strength: float, consumers: Consumers, convert: bool
 ) -> tuple[Edits, list[homes.Setting], set[str]]:
     """All new parameters, the settings that give them a home on disk, and the biases that come by those."""
-    edits, refused = Edits(model), {}
+    edits, places, refused = Edits(model), count_places(model), {}
     for name, affine in maps.items():
         weight, bias = parameters_of(affine, strength)
         if (weight == 1).all() and (bias == 0).all():
@@ -112,7 +114,7 @@ def _plan(
         try:
             left = fold_gain(edits, name, weight, bias)
             if (left != 0).any():
-                _shift_consumers(edits, name, left, consumers)
+                _shift_consumers(edits, name, left, consumers, places)
         except Refusal as error:
             refused[name] = str(error.args[0])
     settings: list[homes.Setting] = []
@@ -129,9 +131,9 @@ def _plan(
     return edits, settings, biases
 
 
-def _shift_consumers(edits: Edits, name: str, shift: Tensor, consumers: Consumers) -> None:
+def _shift_consumers(edits: Edits, name: str, shift: Tensor, consumers: Consumers, places: Counter[int]) -> None:
     try:
-        readers = find_consumers(edits.model, name, shift.numel(), consumers)
+        readers = find_consumers(edits.model, name, shift.numel(), consumers, places)
         for reader in readers:
             dense_weight(edits.model, reader)
     except Refusal as error:

@@ -24,6 +24,7 @@ from .consumers import (
     Refusal,
     check_consumers,
     check_maps,
+    count_places,
     dense_weight,
     find_consumers,
     is_conv1d,
@@ -108,14 +109,14 @@ def to_peft_lora(
 def _pairs(maps: SteeringMaps, model: nn.Module, consumers: Consumers) -> dict[str, _Pair]:
     """What the maps do to each Linear that reads a mapped norm."""
     pairs: dict[str, _Pair] = {}
-    refused = {}
+    refused, places = {}, count_places(model)
     for name, affine in maps.items():
         weight, bias = parameters_of(affine, 1.0)
         chosen = (weight != 1).nonzero().flatten()
         if not len(chosen) and (bias == 0).all():
             continue
         try:
-            for reader in find_consumers(model, name, affine.d, consumers):
+            for reader in find_consumers(model, name, affine.d, consumers, places):
                 if reader in pairs:
                     raise Refusal(f"{reader!r} reads the output of another mapped norm as well")
                 dense = dense_weight(model, reader)
