@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .maps import SteeringMaps
     from .models.path import EndToEndPath
+    from .models.tokens import Tokens
     from .models.train import FitResult
 
 
@@ -27,6 +28,7 @@ def collect(
     batch_size: int | None = 32,
     forward: Callable[[Any, Any], Any] | None = None,
     pooling: str = "mean",
+    tokens: str | slice | Callable[[Tokens], Any] = "all",
     progress: bool = False,
 ) -> dict[str, NDArray]:
     """Take pooled activations out of a model: one row a prompt, one array a module.
@@ -54,6 +56,9 @@ def collect(
         ``forward(model, batch)`` calls the model where the two ways above do not fit.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask. "all" keeps each real token as a row of its own.
+    tokens : "all", "last", "prompt", slice or callable, default "all"
+        The tokens that are pooled: all of them ("all" and "prompt"), the last of each prompt, those at the positions of
+        a slice, where padding is not counted, or those for which a callable returns True; see `SteeringMaps.attach`.
     progress : bool, default False
         Show a progress bar.
 
@@ -81,6 +86,7 @@ def collect(
         batch_size=batch_size,
         forward=forward,
         pooling=pooling,
+        tokens=tokens,
         progress=progress,
     )
 
@@ -101,6 +107,7 @@ def fit_end_to_end(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
+    tokens: str | slice | Callable[[Tokens], Any] = "all",
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -155,6 +162,11 @@ def fit_end_to_end(
         fewer are left, then anew, by `seed` and the number of the step alone. The target is always the whole set.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask.
+    tokens : "all", "last", "prompt", slice or callable, default "all"
+        The tokens that the maps act on, and over which activations are pooled: what is fitted is what the maps meet
+        when they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata
+        name them. In a prompt "last" is its last token, and "generated" is none and refused. ``pooling="last"`` takes
+        the last one of the selected tokens. Outputs without tokens, such as images, allow "all" only.
     l1, group : float, default 0.0
         Penalties: ``l1 * (||w - 1||_1 + ||b||_1) + group * sqrt(d) * (||w - 1||_2 + ||b||_2)`` for each module of d
         neurons.
@@ -227,6 +239,7 @@ def fit_end_to_end(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
+        tokens=tokens,
         l1=l1,
         group=group,
         l1_bias=l1_bias,
@@ -259,6 +272,7 @@ def fit_jointly(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
+    tokens: str | slice | Callable[[Tokens], Any] = "all",
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -297,7 +311,7 @@ def fit_jointly(
         Prompts of the source of each task in a step.
     steps : int, default 20
         The largest number of steps, each of which costs the gradient of every task.
-    layers, loss_layers, init, tokenizer, max_length, forward, pooling, l1, group, l1_bias, group_bias, scaling
+    layers, loss_layers, init, tokenizer, max_length, forward, pooling, tokens, l1, group, l1_bias, group_bias, scaling
         As in `fit_end_to_end`.
     optimizer, lr, betas, patience, checkpoint, resume, seed, progress
         As in `fit_end_to_end`. A fit goes on with the same tasks in the same order.
@@ -333,6 +347,7 @@ def fit_jointly(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
+        tokens=tokens,
         l1=l1,
         group=group,
         l1_bias=l1_bias,
@@ -362,6 +377,7 @@ def fit_incremental(
     batch_size: int | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     pooling: str = "mean",
+    tokens: str | slice | Callable[[Tokens], Any] = "all",
     progress: bool = True,
 ) -> SteeringMaps:
     """Fit closed-form maps module by module in execution order, each with the earlier maps on (AcT, arXiv 2410.23054).
@@ -385,6 +401,11 @@ def fit_incremental(
         Texts in a forward pass; default: all of a set, so that one pass of the source fits every module.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask.
+    tokens : "all", "last", "prompt", slice or callable, default "all"
+        The tokens that the maps act on, and over which activations are pooled: what is fitted is what the maps meet
+        when they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata
+        name them. In a prompt "last" is its last token, and "generated" is none and refused. ``pooling="last"`` takes
+        the last one of the selected tokens. Outputs without tokens, such as images, allow "all" only.
     progress : bool, default True
         Show a progress bar.
 
@@ -411,6 +432,7 @@ def fit_incremental(
         batch_size=batch_size,
         forward=forward,
         pooling=pooling,
+        tokens=tokens,
         progress=progress,
     )
 
@@ -428,6 +450,7 @@ def sparse_path_end_to_end(
     held_out: tuple[Any, Any] | None = None,
     batch_size: int | None = None,
     pooling: str = "mean",
+    tokens: str | slice | Callable[[Tokens], Any] = "all",
     penalties: Sequence[float] | NDArray | None = None,
     n_penalties: int | None = None,
     min_ratio: float = 1e-3,
@@ -450,7 +473,8 @@ def sparse_path_end_to_end(
 
     Parameters
     ----------
-    model, source, target, layers, loss_layers, tokenizer, max_length, forward, batch_size, pooling, scaling, seed
+    model, source, target, layers, loss_layers, tokenizer, max_length, forward, batch_size, pooling, tokens, scaling,
+    seed
         As in `fit_end_to_end`.
     held_out : (source, target), optional
         Two more sets, whose loss is recorded for every point, before and after its refit. ``path.at(best=True)`` goes
@@ -505,6 +529,7 @@ def sparse_path_end_to_end(
         held_out=held_out,
         batch_size=batch_size,
         pooling=pooling,
+        tokens=tokens,
         penalties=penalties,
         n_penalties=n_penalties,
         min_ratio=min_ratio,

@@ -479,6 +479,7 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
         "layers": zoo.NORMS["llama"],
         "loss_layers": zoo.NORMS["llama"],
         "pooling": "mean",
+        "tokens": "all",
         "settings": {
             "scaling": "layer-mean", "optimizer": "sgd", "lr": 0.02, "betas": [0.9, 0.999], "steps": 4,
             "patience": 5, "strengths": [1.0], "seed": 3,

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from . import calling, sites
 from .autograd import POOLINGS, pool
+from .tokens import Choice, Selection, check_fit_tokens
 
 
 def pool_output(
@@ -72,17 +73,19 @@ def collect(
     batch_size: int | None = 32,
     forward: calling.Forward | None = None,
     pooling: str = "mean",
+    tokens: Selection = "all",
     progress: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
     """See `lineas.collect`."""
     check_pooling(pooling)
+    tokens = check_fit_tokens(tokens, model)
     batches = calling.as_batches(
         data, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size, argument="data"
     )
     names = sites.resolve(model, layers)
     with calling.frozen(model, gradients=False):
         shown = tqdm(batches, "collect", disable=not progress)
-        return collect_batches(model, shown, names, forward=forward, pooling=pooling)
+        return collect_batches(model, shown, names, forward=forward, pooling=pooling, tokens=tokens)
 
 
 def collect_batches(
@@ -92,11 +95,12 @@ def collect_batches(
     *,
     forward: calling.Forward | None,
     pooling: str,
+    tokens: Selection,
 ) -> dict[str, NDArray[np.float32]]:
     """Pooled activations [n, d] of the modules `names`, in execution order, over `batches`; the model is frozen."""
     parts: dict[str, list[NDArray[np.float32]]] = {}
     for batch in batches:
-        for name, rows in _pooled(model, batch, names, forward, pooling).items():
+        for name, rows in _pooled(model, batch, names, forward, pooling, tokens).items():
             parts.setdefault(name, []).append(rows)
     return {name: np.concatenate(rows) for name, rows in parts.items()}
 
@@ -107,12 +111,14 @@ def _pooled(
     names: Sequence[str],
     forward: calling.Forward | None,
     pooling: str,
+    tokens: Selection,
 ) -> dict[str, NDArray[np.float32]]:
+    choice = Choice(tokens, model, batch, pooling)
     found: dict[str, NDArray[np.float32]] = {}
 
     def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
         if name not in found:  # a module called twice counts with its first call
-            mask = batch.mask_of(name, model)
+            mask = choice.mask(name, module, tensor)
             found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, batch.prompts))
 
     calling.Capture().run(model, batch, names, on_output, forward=forward)

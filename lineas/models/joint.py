@@ -11,6 +11,7 @@ from torch import nn
 from ..maps import SteeringMaps
 from . import calling, sites
 from .problem import check_pair
+from .tokens import Selection
 from .train import FitResult, fit_tasks
 
 
@@ -29,6 +30,7 @@ def fit_jointly(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
+    tokens: Selection = "all",
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -72,6 +74,7 @@ def fit_jointly(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
+        tokens=tokens,
         l1=l1,
         group=group,
         l1_bias=l1_bias,

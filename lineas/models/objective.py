@@ -14,6 +14,7 @@ from . import calling, sites
 from .autograd import affine, wasserstein, working_dtype
 from .batches import Sampler
 from .collect import pool_output
+from .tokens import Choice, Selection
 
 SCALINGS = ("layer-mean", "paper", "reference")
 
@@ -72,6 +73,8 @@ class Objective:
     scaling : {"layer-mean", "paper", "reference"}
         The mean of the modules' terms; their sum (LinEAS, arXiv 2503.10679, eq. 4); or what the published code
         minimises, in which the term of a module is multiplied by min(n, m) / d and the mean taken.
+    tokens : selection, default "all"
+        Which tokens the maps act on, and are pooled; see `lineas.models.tokens`.
     """
 
     def __init__(
@@ -83,9 +86,10 @@ class Objective:
         forward: calling.Forward | None,
         pooling: str,
         scaling: str,
+        tokens: Selection = "all",
     ) -> None:
         self.model, self.map_names, self.loss_names = model, list(map_names), list(loss_names)
-        self.forward, self.pooling, self.scaling = forward, pooling, scaling
+        self.forward, self.pooling, self.tokens, self.scaling = forward, pooling, tokens, scaling
         self.widths: dict[str, int] = {}
         self.dtype = torch.float64
         self.device = torch.device("cpu")
@@ -124,6 +128,7 @@ class Objective:
         """
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
+        choice = Choice(self.tokens, self.model, batch, self.pooling)
         pooled: dict[str, Tensor] = {}
         differentiated = torch.is_grad_enabled()
 
@@ -136,9 +141,11 @@ class Objective:
                 )
             self.seen.add(tensor.dtype)
             replaced = act(name, module, tensor) if name in mapped else None
+            if replaced is not None:
+                replaced = choice.only(name, module, tensor, replaced)
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
                 seen = tensor if replaced is None else replaced
-                mask = batch.mask_of(name, self.model)
+                mask = choice.mask(name, module, tensor)
                 pooled[name] = pool_output(name, module, seen, mask, self.pooling, batch.prompts)
             return replaced
 

@@ -22,6 +22,7 @@ from .descent import Descent, Place
 from .objective import SCALINGS, NonFinite, Sets
 from .optim import FlatMaps
 from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose, read, trial_loss
+from .tokens import Selection, check_fit_tokens, spell
 
 # Rounding must not keep a neuron at the penalty that is to leave none.
 ABOVE = 1 + 1e-5
@@ -127,6 +128,7 @@ def sparse_path_end_to_end(
     held_out: tuple[Any, Any] | None = None,
     batch_size: int | None = None,
     pooling: str = "mean",
+    tokens: Selection = "all",
     penalties: Sequence[float] | NDArray | None = None,
     n_penalties: int | None = None,
     min_ratio: float = 1e-3,
@@ -147,6 +149,7 @@ def sparse_path_end_to_end(
     place of 3 where the source is split into several forward passes.
     """
     check_pooling(pooling)
+    tokens = check_fit_tokens(tokens, model)
     check_choice("scaling", scaling, SCALINGS)
     chosen = _check_penalties(penalties, n_penalties)
     l1_ratio, min_ratio = _check_share("l1_ratio", l1_ratio), _check_share("min_ratio", min_ratio, above=True)
@@ -163,7 +166,7 @@ def sparse_path_end_to_end(
     with calling.frozen(model):
         torch.manual_seed(seed)
         objective, fitted, trial = pose(
-            model, data, map_names, loss_names, forward, pooling, scaling, batch_size=batch_size
+            model, data, map_names, loss_names, forward, pooling, scaling, tokens=tokens, batch_size=batch_size
         )
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
         descent = Descent(objective, maps, rate)
@@ -200,6 +203,7 @@ def sparse_path_end_to_end(
         "layers": sites.spell(layers),
         "loss_layers": sites.spell(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
+        "tokens": spell(tokens),
         "settings": settings,
     }
     return _path(points, maps, chosen, l1_ratio, trial is not None, descent.passes, metadata)

@@ -15,6 +15,7 @@ from .autograd import sort_columns
 from .batches import Sampler, split
 from .objective import Leaves, NonFinite, Objective, Sets, check_count
 from .optim import FlatMaps
+from .tokens import Selection
 
 
 def read(
@@ -63,6 +64,7 @@ def pose(
     pooling: str,
     scaling: str,
     *,
+    tokens: Selection = "all",
     batch_size: int | None = None,
     mini_batch: int | None = None,
     seed: int = 0,
@@ -80,6 +82,7 @@ def pose(
         forward,
         pooling,
         scaling,
+        tokens=tokens,
         batch_size=batch_size,
         mini_batch=mini_batch,
         seed=seed,
@@ -96,6 +99,7 @@ def pose_tasks(
     pooling: str,
     scaling: str,
     *,
+    tokens: Selection = "all",
     batch_size: int | None,
     mini_batch: int | None,
     seed: int,
@@ -115,7 +119,7 @@ def pose_tasks(
             for name, batches in data.items()
         }
     first = next(iter(parts.values()))["source"][0]
-    objective = _objective(model, first, map_names, loss_names, forward, pooling, scaling)
+    objective = _objective(model, first, map_names, loss_names, forward, pooling, scaling, tokens)
 
     def sets(task: str | None, kind: str, sampler: Sampler | None) -> Sets:
         source, target = f"{kind}source", f"{kind}target"
@@ -137,6 +141,7 @@ def _objective(
     forward: calling.Forward | None,
     pooling: str,
     scaling: str,
+    tokens: Selection,
 ) -> Objective:
     """The objective with both lists of names in execution order, which a first run finds."""
     order = calling.execution_order(model, batch, list(dict.fromkeys([*map_names, *loss_names])), forward)
@@ -153,6 +158,7 @@ def _objective(
         forward=forward,
         pooling=pooling,
         scaling=scaling,
+        tokens=tokens,
     )
 
 

@@ -86,11 +86,23 @@ def check_tokens(tokens: Any) -> Selection:
     return tokens
 
 
-def check_fit_tokens(tokens: Any) -> Selection:
-    """`check_tokens` for fits, where nothing is generated."""
-    if tokens == "generated":
+def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
+    """`check_tokens` for fits, where nothing is generated.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_tokens`; for ``"generated"``, and for anything but ``"all"`` in a model with two texts.
+    """
+    chosen = check_tokens(tokens)
+    if isinstance(chosen, str) and chosen == "generated":
         raise ValueError("tokens='generated' selects nothing in a fit, where every token is of a prompt")
-    return check_tokens(tokens)
+    if chosen != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+        raise ValueError(
+            f"{show(chosen)} needs a model with one text, {type(model).__name__} has an encoder and a decoder: only "
+            "tokens='all' works there"
+        )
+    return chosen
 
 
 def spell(tokens: Selection) -> Any:
@@ -216,12 +228,13 @@ class Choice:
     ----------
     tokens : selection
         "all" leaves everything to the attention mask: maps act on padding too, which nobody sees.
+    model : torch.nn.Module
     batch : Batch
     pooling : str
     """
 
-    def __init__(self, tokens: Selection, batch: Batch, pooling: str) -> None:
-        self.tokens, self.batch, self.pooling = tokens, batch, pooling
+    def __init__(self, tokens: Selection, model: nn.Module, batch: Batch, pooling: str) -> None:
+        self.tokens, self.model, self.batch, self.pooling = tokens, model, batch, pooling
         self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
@@ -233,7 +246,7 @@ class Choice:
             When the output has no tokens, the attention mask is of another shape, or a row has no selected token.
         """
         if self.tokens == "all":
-            return self.batch.mask
+            return self.batch.mask_of(name, self.model)
         check_site(name, module, tensor, show(self.tokens))
         key = tensor.shape[:2], tensor.device
         if key not in self._masks:

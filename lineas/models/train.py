@@ -23,6 +23,7 @@ from .objective import SCALINGS, Sets
 from .optim import FlatMaps, ProximalOptimizer
 from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose_tasks, read
 from .tasks import Tasks
+from .tokens import Selection, check_fit_tokens, spell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,6 +106,7 @@ def fit_end_to_end(
     batch_size: int | None = None,
     mini_batch: int | None = None,
     pooling: str = "mean",
+    tokens: Selection = "all",
     l1: float = 0.0,
     group: float = 0.0,
     l1_bias: float | None = None,
@@ -154,6 +156,7 @@ def fit_end_to_end(
         batch_size=batch_size,
         mini_batch=mini_batch,
         pooling=pooling,
+        tokens=tokens,
         l1=l1,
         group=group,
         l1_bias=l1_bias,
@@ -186,6 +189,7 @@ def fit_tasks(
     batch_size: int | None,
     mini_batch: int | None,
     pooling: str,
+    tokens: Selection,
     l1: float,
     group: float,
     l1_bias: float | None,
@@ -212,6 +216,7 @@ def fit_tasks(
         "group_bias": check_real("group_bias", group if group_bias is None else group_bias, 0.0),
     }
     check_pooling(pooling)
+    tokens = check_fit_tokens(tokens, model)
     strengths = _check_strengths(strengths, any(held_out is not None for *_, held_out in tasks.values()))
     check_choice("scaling", scaling, SCALINGS)
     check_choice("optimizer", optimizer, OPTIMIZERS)
@@ -254,6 +259,7 @@ def fit_tasks(
             forward,
             pooling,
             scaling,
+            tokens=tokens,
             batch_size=batch_size,
             mini_batch=mini_batch,
             seed=seed,
@@ -275,6 +281,7 @@ def fit_tasks(
         identity = {
             **{key: value for key, value in settings.items() if key not in free},
             "pooling": pooling,
+            "tokens": spell(tokens),
             "modules": objective.widths,
             "loss modules": objective.loss_names,
             "dtype": str(objective.dtype),
@@ -306,6 +313,7 @@ def fit_tasks(
         "layers": sites.spell(layers),
         "loss_layers": sites.spell(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
+        "tokens": spell(tokens),
         **({} if single else {"tasks": list(tasks)}),
         "settings": settings,
         "history": {
