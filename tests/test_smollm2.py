@@ -62,3 +62,25 @@ def test_a_fit_moves_a_real_model_and_carries_over_to_held_out_prompts(smollm2, 
             assert torch.equal(model(**prompt).logits, plain)
         assert torch.equal(model(**prompt).logits, plain)
     assert np.abs((steered - plain).numpy()).max() > 0.1
+
+
+def test_maps_fold_into_a_real_model_and_come_back_from_disk(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{i}.{norm}" for i in range(30) for norm in ("input_layernorm", "post_attention_layernorm")]
+    maps = lineas.SteeringMaps(
+        {name: lineas.AffineMap(rng.uniform(0.8, 1.2, 576), rng.normal(0, 0.05, 576)) for name in names}
+    )
+    folded = maps.fold(model)
+    prompt = tokenizer(["My day at work today was"], return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**prompt).logits
+        with maps.attach(model):
+            hooked = model(**prompt).logits
+        found = folded(**prompt).logits
+        assert (hooked - plain).norm() > 0.1 * plain.norm()
+        assert (found - hooked).norm() < 1e-5 * hooked.norm()
+        folded.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path, dtype=folded.dtype)
+        assert torch.equal(again(**prompt).logits, found)
+    assert folded.lm_head.weight is folded.model.embed_tokens.weight
