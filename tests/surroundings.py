@@ -13,7 +13,7 @@ import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 BEGIN, END = "<!-- python tests/surroundings.py --write -->", "<!-- end -->"
-MODULES = ("test_surroundings", "test_surroundings_libraries")
+MODULES = ("test_surroundings", "test_surroundings_libraries", "test_surroundings_compile")
 ROWS = []
 
 

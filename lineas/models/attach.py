@@ -1,5 +1,6 @@
 """Maps into a model: forward hooks with a live strength, on all tokens or some."""
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from ..maps import AffineMap
 from . import sites
 from .autograd import working_dtype
-from .passes import Tracker, unwrap
+from .calling import unwrap
+from .compiled import forget
+from .passes import Tracker
 from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
 from .tokens import Selection, check_tokens, fitted_for, show
 
@@ -28,16 +31,38 @@ class _Hook:
     of its hooks, as with any hook; a handle speaks of the model it was made for.
     """
 
-    def __init__(self, name: str, affine: AffineMap, dial: Dial, tokens: Selection, tracker: Tracker) -> None:
-        self.name, self.map, self.dial, self.tokens, self.tracker = name, affine, dial, tokens, tracker
-        self._cached: tuple[Any, ...] | None = None
-        self._others: dict[Any, tuple[Any, ...]] = {}
+    def __init__(
+        self, name: str, affine: AffineMap, dial: Dial, tokens: Selection, tracker: Tracker, place: tuple[Any, Any]
+    ) -> None:
+        self.name, self.dial, self.tokens, self.tracker, self.place = name, dial, tokens, tracker, place
+        self.set_map(affine)
 
     def set_map(self, affine: AffineMap) -> None:
-        self.map, self._cached, self._others = affine, None, {}
+        # At strength 1, where the output is likely to be.
+        self._whole = parameters(affine, 1.0, *self.place)
+        self.map = affine
+        self._cached: tuple[Any, AffineMap, Tensor, Tensor] | None = None
+        self._others: dict[Any, tuple[Any, AffineMap, Tensor, Tensor]] = {}
+        self._plan: tuple[Any, ...] | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(module, output)
         dial = self.dial
+        # What was done to the last output is done to the next one in as few steps as can be, mostly one token later.
+        plan = self._plan
+        if plan is not None and not dial.busy and type(output) is Tensor:
+            strength, affine, dtype, device, axes, width, weight, bias = plan
+            shape = output.shape
+            if (
+                strength is dial.value
+                and affine is self.map
+                and output.dtype is dtype
+                and len(shape) == axes
+                and shape[-1] == width
+                and output.device == device
+            ):
+                return torch.addcmul(bias, output, weight)
         strength = dial.value
         if dial.busy or type(strength) is not float:
             return self._in_general(module, output)
@@ -45,7 +70,21 @@ class _Hook:
             return None
         tensor = sites.take(output, self.name)
         axis = self._axis(module, tensor)
-        return sites.put(output, apply(tensor, *self._at_strength(tensor, strength), axis))
+        _, affine, weight, bias = self._ready(tensor, strength)
+        # Not for images, where only the shape tells the axis.
+        if axis == -1 and tensor.ndim < 4 and weight.dtype == tensor.dtype and type(weight) is Tensor:
+            size = tensor.ndim, tensor.shape[-1]
+            self._plan = (strength, affine, tensor.dtype, tensor.device, *size, weight, bias)
+        return sites.put(output, apply(tensor, weight, bias, axis))
+
+    def _compiled(self, module: nn.Module, output: Any) -> Any:
+        """The map in a graph that holds for every strength that is a number: it is a tensor there, and no constant."""
+        strength = self.dial.scalar
+        if strength is None or self.dial.busy:
+            return self._in_general(module, output)
+        tensor = sites.take(output, self.name)
+        axis = self._axis(module, tensor)
+        return sites.put(output, blend(tensor, *self._at_strength(tensor, 1.0), strength, axis))
 
     def _axis(self, module: nn.Module, tensor: Tensor) -> int:
         axis = sites.channel_axis(module, tensor, self.name)
@@ -58,6 +97,13 @@ class _Hook:
 
     def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
+        if torch.compiler.is_compiling():
+            weight, bias = (part.to(tensor.device, working_dtype(tensor.dtype)) for part in self._whole)
+            return (weight, bias) if strength == 1 else (_slopes(weight, strength), strength * bias)
+        return self._ready(tensor, strength)[2:]
+
+    def _ready(self, tensor: Tensor, strength: float) -> tuple[Any, AffineMap, Tensor, Tensor]:
+        """What `_at_strength` gives, behind what it holds for and the map that it is of."""
         key = (strength, tensor.device, working_dtype(tensor.dtype))
         # Read once, and with its map: another thread may exchange either at any time.
         cached, affine = self._cached, self.map
@@ -65,11 +111,13 @@ class _Hook:
             cached = self._others.get(key)
             if cached is None or cached[1] is not affine:
                 cached = (key, affine, *parameters(affine, *key))
+                if type(cached[2]) is not Tensor:
+                    return cached  # a fake one, of which nothing may be left behind
                 if len(self._others) >= _KEPT:
                     self._others = {}
                 self._others[key] = cached
             self._cached = cached
-        return cached[2:]
+        return cached
 
     def _in_general(self, module: nn.Module, output: Any) -> Any:
         """The map where tokens are selected, threads differ, or the strength is no number."""
@@ -124,10 +172,13 @@ class _Hook:
 
 def parameters(affine: AffineMap, strength: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Slopes and shifts [d] of `affine` at `strength`."""
-    wide = AffineMap(affine.weight.astype(np.float64), affine.bias.astype(np.float64)).with_strength(strength)
+    # As AffineMap.with_strength, in float64 and without its checks.
+    slopes, shifts = affine.weight.astype(np.float64), affine.bias.astype(np.float64)
+    if strength != 1:
+        slopes, shifts = np.where(slopes == 1, 1, (1 - strength) + strength * slopes), strength * shifts
     # Outside of inference mode: a tensor made inside it could not take part in a later forward that records gradients.
     with torch.inference_mode(False):
-        weight, bias = (torch.tensor(array, dtype=dtype, device=device) for array in (wide.weight, wide.bias))
+        weight, bias = (torch.tensor(array, dtype=dtype, device=device) for array in (slopes, shifts))
     return weight, bias
 
 
@@ -146,9 +197,21 @@ def blend(tensor: Tensor, weight: Tensor, bias: Tensor, strengths: Tensor, axis:
     shape = [1] * tensor.ndim
     shape[axis] = -1
     weight, bias = weight.view(shape), bias.view(shape)
-    # As in AffineMap.with_strength: strength 1 gives the map to the last bit, and a slope of 1 stays 1.
-    slopes = torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
-    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), slopes).to(tensor.dtype)
+    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), _slopes(weight, strengths)).to(tensor.dtype)
+
+
+def _slopes(weight: Tensor, strengths: Tensor | float) -> Tensor:
+    """Slopes at strengths as in AffineMap.with_strength: strength 1 gives them to the last bit, and 1 stays 1."""
+    return torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
+
+
+def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the output of a module is likely to be, and in what maps of it are computed."""
+    for parameter in (*module.parameters(), *module.buffers(), *itertools.islice(model.parameters(), 1)):
+        if parameter.is_floating_point():
+            device = torch.device("cpu") if parameter.is_meta else parameter.device
+            return device, torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.device("cpu"), torch.float32
 
 
 class _Begin:
@@ -214,7 +277,10 @@ class Handle:
         self._root = unwrap(model)
         self._dial = Dial(strength, selective=tokens != "all")
         self._tracker = Tracker(self._root, self._dial)
-        self._hooks = [_Hook(name, maps[name], self._dial, tokens, self._tracker) for name in modules]
+        self._hooks = [
+            _Hook(name, maps[name], self._dial, tokens, self._tracker, _place(module, model))
+            for name, module in modules.items()
+        ]
         self._removable: list[RemovableHandle] = []
         self._following = False
         self._lock = threading.Lock()
@@ -224,6 +290,7 @@ class Handle:
             self._prepare(strength)
             for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
+            forget()
         except BaseException:
             self.remove()
             raise
@@ -248,6 +315,7 @@ class Handle:
                 self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
                 self._removable.append(self._root.register_forward_hook(end, always_call=True))
                 self._following = True
+                forget()
 
     @property
     def maps(self) -> Mapping[str, AffineMap]:
@@ -283,7 +351,7 @@ class Handle:
         level = as_level(value)
         if self.attached:
             self._prepare(level)
-        self._dial.value = level
+        self._dial.set(level)
 
     @property
     def tokens(self) -> Selection:

@@ -240,7 +240,10 @@ def _to(data: Any, device: torch.device | None) -> Any:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that wrappers call in the end: of a PEFT, compiled or data-parallel model the one inside."""
+    """The module that PEFT, compiled and data-parallel wrappers call in the end, whichever of their methods are used.
+
+    ``generate`` of a PEFT or a compiled model goes past the forward of the wrapper.
+    """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module

@@ -25,25 +25,6 @@ CACHES = ("cache", "past_key_values", "cache_params")
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that wrappers call in the end, whichever of their methods are used.
-
-    ``generate`` of a PEFT or a compiled model goes past the forward of the wrapper.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        elif hasattr(model, "_orig_mod"):
-            inner = model._orig_mod
-        elif callable(getattr(model, "get_base_model", None)):
-            inner = model.get_base_model()  # type: ignore[operator]  # as in calling._accepted
-        else:
-            return model
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
-
-
 class _Sequence:
     """What is known of a text that comes in one or more passes.
 

@@ -150,13 +150,22 @@ class Dial:
         What holds where no block says otherwise.
     busy : bool
         Whether more than `value` must be looked at: tokens are selected, or a block is open in some thread.
+    scalar : Tensor [] or None
+        `value` as a tensor where it is a number: what compiled graphs read, in which numbers would be constants.
     """
 
     def __init__(self, value: Level, *, selective: bool = False) -> None:
-        self.value, self.selective = value, selective
+        self.selective = selective
+        self.set(value)
         self.busy = selective
         self._blocks = 0
         self._lock = threading.Lock()
+
+    def set(self, value: Level) -> None:
+        """Let `value` hold from the next pass on."""
+        with torch.inference_mode(False):  # as in attach.parameters
+            self.scalar = torch.tensor(value) if isinstance(value, float) else None
+        self.value = value
 
     def now(self) -> Level:
         """What holds here and now."""
