@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 from lineas.models import autograd
 from lineas.models.autograd import (
+    _moved,
     _segments,
     _torch_affine,
     _torch_pool,
@@ -166,7 +167,12 @@ def test_pool_takes_masks_of_any_dtype(dtype):
     assert torch.equal(pool(x, MASKS["left"].to(dtype)), pool(x, MASKS["left"]))
 
 
-@pytest.mark.parametrize("function", [pool, _torch_pool])
+def pool_elsewhere(x, mask, mode):
+    """What `pool` does on an accelerator."""
+    return _torch_pool(x, _moved(mask, x.device, mode), mode)
+
+
+@pytest.mark.parametrize("function", [pool, pool_elsewhere])
 @pytest.mark.parametrize("mode", ["mean", "min", "max", "last"])
 def test_pool_refuses_a_row_without_tokens(function, mode):
     mask = torch.tensor([[True, True], [False, False]])

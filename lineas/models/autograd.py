@@ -7,7 +7,9 @@ The twins accept CPU tensors too, which is how they are tested against the engin
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,9 +172,6 @@ def _torch_pool(x: Tensor, mask: Tensor | None, mode: str) -> Tensor:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if mode == "all":
         return x[mask]
-    some = mask.any(dim=1)
-    if not some.all():
-        raise ValueError(f"mask: row {int(some.long().argmin())} keeps no token")
     real = mask[:, :, None]
     if mode == "mean":
         # where, not a product: a padded position may hold NaN
@@ -184,6 +183,27 @@ def _torch_pool(x: Tensor, mask: Tensor | None, mode: str) -> Tensor:
     if mode == "max":
         return x.masked_fill(~real, -torch.inf).max(dim=1).values
     return x.masked_fill(~real, torch.inf).min(dim=1).values
+
+
+# The latest mask that was moved, what it was then, and what became of it.
+_latest: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
+
+
+def _moved(mask: Tensor, device: torch.device, mode: str) -> Tensor:
+    """The mask as booleans on an accelerator, each row with a token: once for all modules, since both wait for it."""
+    global _latest
+    state = None if mask.is_inference() else (mask._version, device, mode == "all")
+    latest = _latest
+    if latest is not None and latest[0]() is mask and latest[1] == state:
+        return latest[2]
+    moved = mask.to(device) != 0
+    if mode != "all":
+        some = moved.any(dim=1)
+        if not some.all():
+            raise ValueError(f"mask: row {int(some.long().argmin())} keeps no token")
+    if state is not None:
+        _latest = weakref.ref(mask), state, moved
+    return moved
 
 
 def pool(x: Tensor, mask: Tensor | None = None, mode: str = "mean") -> Tensor:
@@ -216,7 +236,7 @@ def pool(x: Tensor, mask: Tensor | None = None, mode: str = "mean") -> Tensor:
     if mask is not None:
         if mask.shape != x.shape[:2]:
             raise ValueError(f"mask must have the shape {list(x.shape[:2])} of the tokens, got {list(mask.shape)}")
-        mask = mask.to(x.device) != 0
+        mask = mask.to(x.device) != 0 if on_engine(x) else _moved(mask, x.device, mode)
     return _Pool.apply(x, mask, mode) if on_engine(x) else _torch_pool(x, mask, mode)
 
 
@@ -287,8 +307,9 @@ class _TorchWasserstein(Function):
 
 def _torch_wasserstein(us: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:
     """Twin of `wasserstein` in torch operations."""
-    for u, name in zip(us, names, strict=True):
-        check_finite(u, name)
+    if not torch.stack([u.isfinite().all() for u in us]).all():  # one wait for all
+        for u, name in zip(us, names, strict=True):
+            check_finite(u, name)
     return tuple(_TorchWasserstein.apply(u, target) for u, target in zip(us, targets, strict=True))
 
 
