@@ -77,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         "earlier ones on; the others: each module by itself (default: %(default)s)",
     )
     fit.add_argument("--pooling", default="mean", help="mean, min, max, last or all, over the tokens (default: mean)")
+    fit.add_argument(
+        "--tokens",
+        type=_tokens,
+        default="all",
+        help="tokens that the maps are for, here and when they generate: all, last (whose output a token is predicted "
+        "from), prompt, or a slice of positions such as -3: (default: all)",
+    )
     fit.add_argument("--max-length", type=int, metavar="N", help="cut prompts to N tokens")
     only = fit.add_argument_group("end-to-end fits only")
     only.add_argument("--steps", type=int, metavar="N", help="steps (default: 20)")
@@ -149,6 +156,15 @@ def _rate(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
+def _tokens(text: str) -> str | slice:
+    if ":" not in text:
+        return text
+    try:
+        return slice(*(int(part) if part else None for part in text.split(":")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a word or start:stop:step, got {text!r}") from None
+
+
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="folder or hub id of a transformers model")
     command.add_argument(
@@ -186,6 +202,7 @@ def _fit(args: argparse.Namespace) -> int:
         "tokenizer": tokenizer,
         "max_length": args.max_length,
         "pooling": args.pooling,
+        "tokens": args.tokens,
         "progress": not args.quiet,
     }
     if args.method == "end-to-end":
@@ -197,7 +214,10 @@ def _fit(args: argparse.Namespace) -> int:
     else:
         before, after = (lineas.collect(model, prompts, **shared) for prompts in (source, target))
         fitted = lineas.fit(before, after, method=args.method)
-        origin = {"model": args.model, "layers": shared["layers"], "pooling": args.pooling}
+        from .models.tokens import spell
+
+        origin = {key: shared[key] for key in ("layers", "pooling")}
+        origin |= {"model": args.model, "tokens": spell(args.tokens)}
         maps, interrupted = lineas.SteeringMaps(fitted, {**fitted.metadata, **origin}), False
     maps.save(args.output)
     print(f"{maps!r}\nwritten to {args.output}")

@@ -94,16 +94,26 @@ def test_held_out_prompts_choose_a_strength(fit, capsys):
 
 @pytest.mark.parametrize("method", ["mean", "gaussian", "linear"])
 def test_fit_local_methods_equal_the_library(fit, folder, method):
-    code, path = fit("--method", method, "--pooling", "last")
+    code, path = fit("--method", method, "--pooling", "max", "--tokens=-2:")
     assert code == 0
-    settings = {"layers": NORMS, "tokenizer": models_zoo.tokenizer(), "pooling": "last"}
+    tokens = slice(-2, None)
+    settings = {"layers": NORMS, "tokenizer": models_zoo.tokenizer(), "pooling": "max", "tokens": tokens}
     source, target = (
         lineas.collect(models_zoo.llama(), read(folder / f"{name}.txt"), **settings) for name in ("source", "target")
     )
     maps = lineas.load(path)
     assert maps == lineas.fit(source, target, method=method)
     assert maps.metadata["method"] == method
-    assert maps.metadata["layers"] == NORMS and maps.metadata["pooling"] == "last"
+    assert maps.metadata["layers"] == NORMS and maps.metadata["pooling"] == "max"
+    with maps.attach(models_zoo.llama()) as handle:
+        assert handle.tokens == tokens
+
+
+@pytest.mark.parametrize("method", ["incremental", "end-to-end"])
+def test_maps_for_some_tokens_say_so_in_their_file(fit, method):
+    code, path = fit("--method", method, "--tokens", "last", *(["--steps", "1"] if method == "end-to-end" else []))
+    assert code == 0
+    assert lineas.load(path).metadata["tokens"] == "last"
 
 
 def test_fit_incremental_equals_the_library(fit, folder):
@@ -187,6 +197,12 @@ def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
         ({}, ("--held-out-fraction", "1.5"), "--held-out-fraction: expected 0 < x < 1, got 1.5"),
         ({}, ("--held-out-fraction", "0.9"), "at least 2 prompts on each side, got 1 fitted and 7 held out of"),
         ({}, ("--pooling", "median"), "pooling must be one of"),
+        ({}, ("--tokens", "generated"), "tokens='generated' selects nothing in a fit"),
+        (
+            {},
+            ("--tokens", "first"),
+            "tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable, got 'f",
+        ),
         ({}, ("--steps", "0"), "steps must be >= 1, got 0"),
         ({}, ("--resume", str(tmp_path / "none")), "No such file or directory"),
         ({}, ("--device", "nowhere"), "--device: expected a device of this machine, got 'nowhere'"),
@@ -283,6 +299,10 @@ def test_usage(capsys):
             cli.main(unknown)
         assert stop.value.code == 2
         assert "unrecognized arguments: " in (err := capsys.readouterr().err) and err.endswith("--unknown\n")
+    for text in ("1:x", "1:2:3:4"):
+        with pytest.raises(SystemExit):
+            cli.main(["fit", "model", "--tokens", text])
+        assert f"argument --tokens: expected a word or start:stop:step, got '{text}'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0

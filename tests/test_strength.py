@@ -107,7 +107,7 @@ def test_the_dtype_is_kept_and_rounded_to_once(dtype):
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=3),
     st.sampled_from(["left", "right"]),
@@ -215,6 +215,33 @@ def test_a_schedule_over_the_timesteps_of_a_diffusion_model():
     assert torch.equal(rows[0], plain) and torch.equal(rows[1][0], plain[0])
     torch.testing.assert_close(rows[1][1], mapped[1])
     assert seen == [(0, 900, None), (1, 600, None), (2, 300, None), (0, 1, None)]
+
+
+def test_a_schedule_sees_the_timesteps_of_a_pipeline():
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = diffusers.UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, **blocks)
+    pipeline = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(num_train_timesteps=1000))
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(batch_size=2, num_inference_steps=4, generator=generator, output_type="np").images
+
+    def rows_then_none(tokens):
+        timestep = int(tokens.kwargs["timestep"])
+        seen.append((tokens.step, timestep))
+        return [0.0, 1.0] if timestep > 400 else 0.0
+
+    plain = run()
+    with random_maps({"conv_in": 8}).attach(unet, strength=rows_then_none) as handle:
+        steered = run()
+        with handle.at(strength=0):
+            assert np.array_equal(run(), plain)
+    assert seen == [(0, 750), (1, 500), (2, 250), (3, 0)]
+    np.testing.assert_allclose(steered[0], plain[0], atol=1e-5)
+    assert np.abs(steered[1] - plain[1]).max() > 0.01
 
 
 def test_a_schedule_is_asked_once_a_pass():

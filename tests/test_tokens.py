@@ -304,7 +304,7 @@ slices = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.integers(1, 8), min_size=1, max_size=4),
     st.sampled_from(["left", "right"]),
@@ -323,7 +323,7 @@ def test_any_slice_selects_from_a_padded_row_what_python_selects_from_a_list(len
         assert row == (pad + expected if side == "left" else expected + pad)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.integers(1, 7), min_size=2, max_size=3),
     st.sampled_from(FAMILIES),
