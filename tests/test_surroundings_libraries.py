@@ -367,7 +367,7 @@ def test_fits_through_quantised_weights_are_those_of_their_values(quantise):
 
 
 @row(
-    "fits through torch's dynamic quantisation, bitsandbytes' 4 bits on a CPU",
+    "fits through torch's dynamic quantisation",
     "refused",
     "has no gradient, so maps cannot",
 )
