@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import baselines
-from ._fits import collect, fit_end_to_end, fit_incremental, fit_jointly, sparse_path_end_to_end
+from ._fits import collect, fit_end_to_end, fit_incremental, fit_jointly, sites, sparse_path_end_to_end
 from ._threads import get_num_threads, set_num_threads
 from .local import GaussianMap, bures_map, covariance, fit
 from .losses import prox_sparse_group, wasserstein, wasserstein_grad
@@ -51,6 +51,7 @@ __all__ = [
     "moments",
     "prox_sparse_group",
     "set_num_threads",
+    "sites",
     "sparse_path",
     "sparse_path_end_to_end",
     "wasserstein",

@@ -14,8 +14,60 @@ if TYPE_CHECKING:
 
     from .maps import SteeringMaps
     from .models.path import EndToEndPath
+    from .models.survey import Sites
     from .models.tokens import Tokens
     from .models.train import FitResult
+
+
+def sites(
+    model: Any,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+) -> Sites:
+    """List the modules of a model that maps can sit on, and suggest some of them.
+
+    Modules of one class whose names differ in numbers only, such as those of a layer, share a row. Suggested are the
+    sites of the paper (LinEAS, arXiv 2503.10679): in language models the norms after attention, in image models every
+    norm; in models that it does not treat, the norms in their place. Lists of modules, dropout and rotary embeddings
+    are left out. Experts that are fused into one tensor have no module of their own to be listed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model. Without `data` nothing is run: its weights may be on any device, also on "meta".
+    data : list[str], batch or list of batches, optional
+        As in `collect`. The first batch (of texts, the first two) is run once. Then rows come in the order of their
+        first calls and tell widths and shapes that only a run can, and modules that were not called or whose output
+        can take no map are left out.
+    tokenizer, max_length, forward
+        As in `collect`.
+
+    Returns
+    -------
+    lineas.models.survey.Sites
+        A sequence of rows, printed as a table, in notebooks too. A row has ``glob`` (for ``layers=``; it matches its
+        modules and no other), ``kind`` (the class), ``width`` (neurons: a number, several, or None where only a run
+        tells), ``count``, ``suggested``, ``names`` and, with `data`, ``shape``. ``suggested`` of the whole are globs
+        for all suggested modules.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no torch module, or `data` no texts or batch.
+    ValueError
+        If texts come without a tokenizer.
+
+    Examples
+    --------
+    >>> found = lineas.sites(model)  # doctest: +SKIP
+    >>> acts = lineas.collect(model, texts, layers=found.suggested, tokenizer=tokenizer)  # doctest: +SKIP
+    """
+    from .models.survey import sites
+
+    return sites(model, data, tokenizer=tokenizer, max_length=max_length, forward=forward)
 
 
 def collect(

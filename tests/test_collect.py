@@ -93,22 +93,31 @@ def test_a_mask_of_another_length_than_the_activation_is_an_error_that_names_the
     batch = {"x": torch.ones(2, 4, 5), "attention_mask": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=r"^0: the attention mask must have the shape \[2, 4\] .*, got \[2, 3\]"):
         lineas.collect(model, batch, layers="0", forward=lambda model, batch: model(batch["x"]))
-    flat = {"x": torch.ones(6, 5), "attention_mask": torch.ones(2, 3)}
-    with pytest.raises(ValueError, match=r"^0: the output must have a row for each of the 2 prompts .*, got 6 rows"):
+    flat = {"x": torch.ones(7, 5), "attention_mask": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=r"^0: the output must have a row for each of the 2 prompts .*, got 7 rows"):
         lineas.collect(model, flat, layers="0", forward=lambda model, batch: model(batch["x"]))
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_an_output_without_a_row_for_each_prompt_is_an_error_without_a_mask_too():
+def test_tokens_in_one_axis_are_pooled_by_prompt():
+    # So see the experts of a mixture, and OPT, all tokens.
+    model, batch = models_zoo.mlp(), {"x": torch.randn(2, 3, 5), "input_ids": torch.ones(2, 3, dtype=torch.long)}
+
+    def flat(model, batch):
+        return model(batch["x"].flatten(0, 1))
+
+    masked = batch | {"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    for data, rows in ((batch, [[0, 1, 2], [0, 1, 2]]), (masked, [[1, 2], [0, 1, 2]])):
+        expected = [model[0](x)[kept].mean(dim=0).detach().numpy() for x, kept in zip(data["x"], rows, strict=True)]
+        found = lineas.collect(model, data, layers="0", forward=flat)["0"]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_rows_for_neither_prompts_nor_tokens_are_an_error_without_a_mask_too():
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
-
-    def flattened(model, batch):  # as the experts of a mixture see tokens
-        return model(torch.ones(6, 5))
-
-    with pytest.raises(
-        ValueError, match=r"^0: the output must have a row for each of the 2 prompts .* got 6 rows\. Rout"
-    ):
-        lineas.collect(models_zoo.mlp(), batch, layers="0", forward=flattened)
+    match = r"^0: the output must have a row for each of the 2 prompts or 6 tokens to be pooled, got 5 rows"
+    with pytest.raises(ValueError, match=match):
+        lineas.collect(models_zoo.mlp(), batch, layers="0", forward=lambda model, batch: model(torch.ones(5, 5)))
 
 
 def test_a_prompt_without_real_tokens_is_an_error():

@@ -59,6 +59,7 @@ def test_every_kernel_has_a_twin():
 @pytest.mark.parametrize(
     ("name", "module"),
     [
+        ("sites", "survey"),
         ("collect", "collect"),
         ("fit_end_to_end", "train"),
         ("fit_jointly", "joint"),

@@ -193,6 +193,16 @@ def test_channels_are_on_the_last_axis_otherwise(module, shape):
     assert tokens.is_contiguous()
 
 
+class Patches(nn.Module):
+    """As of a vision transformer: three channels come in, not out."""
+
+    num_channels = 3
+
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Conv2d(3, 5, 2)
+
+
 class AdaLayerNorm(nn.Module):
     """The norm of a diffusion transformer, which tells its width by the norm inside."""
 
@@ -283,6 +293,7 @@ def test_an_output_without_tokens_and_channels_is_refused():
         (models_zoo.llama().model.norm, models_zoo.WIDTH),
         (models_zoo.gemma2().model.norm, models_zoo.WIDTH),
         (AdaLayerNorm(7), 7),
+        (Patches(), None),
         (nn.PReLU(), None),  # one weight for all channels
         (nn.LazyLinear(4), 4),
         (nn.LazyBatchNorm1d(), None),

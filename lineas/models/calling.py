@@ -23,7 +23,8 @@ Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 OnOutput: TypeAlias = Callable[[str, nn.Module, Tensor], Tensor | None]
 
 # How transformers call the decoder of an encoder-decoder, and what in it sees the encoder's tokens.
-_ENCODER_DECODER = re.compile(r"(^|\.)decoder\.")
+_TOKENS = ("input_ids", "inputs_embeds")
+_DECODER = re.compile(r"(^|\.)decoder\.")
 _CROSS = re.compile(r"\.(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(.*\.)?(k|v|key|value|[kv]_proj)$")
 
 
@@ -52,21 +53,25 @@ class Batch:
         In an encoder-decoder that is ``attention_mask`` for the encoder and the keys and values of the decoder's
         attention to it, and ``decoder_attention_mask``, where there is one, for the rest of the decoder.
         """
-        if not _ENCODER_DECODER.search(name) or _CROSS.search(name):
+        if not self._in_decoder(name, model):
             return self.mask
-        two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if two is True or any(key.startswith("decoder_") for key in self.kwargs):
-            mask = self.kwargs.get("decoder_attention_mask")
-            return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        return self.mask
+        mask = self.kwargs.get("decoder_attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    @property
-    def prompts(self) -> int | None:
-        """How many prompts there are, where mask or token ids tell."""
-        for tensor in (self.mask, self.kwargs.get("input_ids"), self.kwargs.get("inputs_embeds")):
-            if isinstance(tensor, Tensor):
-                return len(tensor)
+    def size_of(self, name: str, model: nn.Module) -> tuple[int, int] | None:
+        """Numbers of prompts and of tokens that module `name` of `model` sees, where mask or token ids tell."""
+        side = "decoder_" if self._in_decoder(name, model) else ""
+        for tensor in (self.mask_of(name, model), *(self.kwargs.get(side + key) for key in _TOKENS)):
+            if isinstance(tensor, Tensor) and tensor.ndim > 1:
+                return tensor.shape[0], tensor.shape[1]
         return None
+
+    def _in_decoder(self, name: str, model: nn.Module) -> bool:
+        """Whether a module sees the tokens of the decoder of an encoder-decoder."""
+        if not _DECODER.search(name) or _CROSS.search(name):
+            return False
+        two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return two is True or any(key.startswith("decoder_") for key in self.kwargs)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,12 @@ from .tokens import Choice, Selection, check_fit_tokens
 
 
 def pool_output(
-    name: str, module: nn.Module, tensor: Tensor, mask: Tensor | None, pooling: str, prompts: int | None = None
+    name: str,
+    module: nn.Module,
+    tensor: Tensor,
+    mask: Tensor | None,
+    pooling: str,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Pool the output `tensor` of a module over its tokens, or pixels, to one row a prompt.
 
@@ -24,14 +29,16 @@ def pool_output(
     name, module : str, torch.nn.Module
         The module, and what to call it in error messages.
     tensor : Tensor
-        Its output: [B, T, d], [B, d], or with further axes of positions; see `sites.to_tokens`.
+        Its output: [B, T, d], [B T, d] in the order of [B, T, d], [B, d], or with further axes of positions; see
+        `sites.to_tokens`.
     mask : Tensor [B, T] or None
         The attention mask of the module's tokens. Outputs without an axis of tokens, [B, d] and images, are pooled
         without it.
     pooling : str
         See `lineas.models.autograd.pool`.
-    prompts : int, optional
-        B, where it is known. An output [B, d] must have as many rows.
+    size : (int, int), optional
+        B and T, where they are known. An output of two axes must have B or B T rows; the experts of mixtures, and OPT,
+        see all tokens in one axis.
 
     Returns
     -------
@@ -40,19 +47,22 @@ def pool_output(
     Raises
     ------
     ValueError
-        When the mask is of another length than the output, or the output has no row for each prompt; names the module.
+        When the mask is of another length than the output, or the output has rows for neither prompts nor tokens;
+        names the module.
     """
+    if tensor.ndim == 2 and size is not None and len(tensor) != size[0]:
+        prompts, length = size
+        if len(tensor) != prompts * length:
+            raise ValueError(
+                f"{name}: the output must have a row for each of the {prompts} prompts or {prompts * length} tokens "
+                f"to be pooled, got {len(tensor)} rows"
+            )
+        tensor = tensor.unflatten(0, size)
     tokens = sites.to_tokens(module, tensor, name)
     if tensor.ndim == 3 and mask is not None and mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"{name}: the attention mask must have the shape {list(tokens.shape[:2])} of the output's tokens, "
             f"got {list(mask.shape)}"
-        )
-    if tensor.ndim == 2 and prompts is not None and prompts != len(tensor):
-        raise ValueError(
-            f"{name}: the output must have a row for each of the {prompts} prompts to be pooled, got {len(tensor)} "
-            "rows. Routers and experts of mixtures see the tokens of all prompts in one axis: choose the module "
-            "around them"
         )
     return pool(tokens, mask if tensor.ndim == 3 else None, pooling)
 
@@ -119,7 +129,7 @@ def _pooled(
     def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
         if name not in found:  # a module called twice counts with its first call
             mask = choice.mask(name, module, tensor)
-            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, batch.prompts))
+            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, choice.size(name)))
 
     calling.Capture().run(model, batch, names, on_output, forward=forward)
     return found

@@ -114,7 +114,7 @@ class _Walk:
 
     def _rows(self, name: str, module: nn.Module, tensor: Tensor, choice: Choice) -> NDArray[np.float32]:
         mask = choice.mask(name, module, tensor)
-        return to_numpy(pool_output(name, module, tensor, mask, self.pooling, choice.batch.prompts))
+        return to_numpy(pool_output(name, module, tensor, mask, self.pooling, choice.size(name)))
 
     def _fit(self, name: str, rows: NDArray[np.float32]) -> None:
         # As a mapping of one, so that errors name the module.

@@ -146,7 +146,7 @@ class Objective:
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
                 seen = tensor if replaced is None else replaced
                 mask = choice.mask(name, module, tensor)
-                pooled[name] = pool_output(name, module, seen, mask, self.pooling, batch.prompts)
+                pooled[name] = pool_output(name, module, seen, mask, self.pooling, choice.size(name))
             return replaced
 
         capture.run(self.model, batch, names, on_output, last=self.loss_names[-1], forward=self.forward)

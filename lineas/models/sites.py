@@ -102,8 +102,10 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
 
 def width(module: nn.Module) -> int | None:
     """Number of channels of the output of `module`, or None where only a forward pass can tell."""
+    leaf = next(module.children(), None) is None
     for attribute in _WIDTH_ATTRIBUTES:
-        value = getattr(module, attribute, None)
+        # What blocks call "num_channels" and the like may be those of their input, as in ViT's patches.
+        value = getattr(module, attribute, None) if leaf or attribute.startswith("out_") else None
         if isinstance(value, int) and value > 0:  # 0: a lazy module that has not seen its input yet
             return value
     shape = getattr(module, "normalized_shape", None)
@@ -189,13 +191,10 @@ def _channel_axis_of_images(module: nn.Module, tensor: Tensor, name: str) -> int
     """`channel_axis` of what may be [B, C, H, W] or [B, H, W, C]; the sizes of images are no evidence."""
     if isinstance(module, _OVER_PIXELS) or getattr(module, "data_format", None) == "channels_first":
         return 1
-    if width(module) == tensor.shape[-1]:
-        return -1
     parts = list(module.modules())
-    second = {width(part) for part in parts if isinstance(part, _CHANNELS_SECOND)}
-    if tensor.shape[1] in second:
+    if tensor.shape[1] in {width(part) for part in parts if isinstance(part, _CHANNELS_SECOND)}:
         return 1
-    if tensor.shape[-1] in second | {width(part) for part in parts}:
+    if tensor.shape[-1] in {width(part) for part in parts}:
         return -1
     raise ValueError(
         f"{_called(module, name)} has shape {tuple(tensor.shape)}, and the module does not tell whether its channels "

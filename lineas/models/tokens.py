@@ -237,6 +237,10 @@ class Choice:
         self.tokens, self.model, self.batch, self.pooling = tokens, model, batch, pooling
         self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Numbers of prompts and tokens that a module sees, where they are known."""
+        return self.batch.size_of(name, self.model)
+
     def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         """What of the output `tensor` of a module is pooled: [B, T], nonzero where it is, or None for everything.
 

@@ -1,0 +1,296 @@
+"""Model families: one tiny model with random weights of each, its batches, and the modules that the paper would map.
+
+A family is an entry of `FAMILIES`; tests/compatibility.py says what is done with it.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import models_zoo as zoo
+import torch
+import transformers as tf
+import x_transformers
+from torch import nn
+
+WIDTH, LAYERS = 16, 2
+BLOCKS = "model.layers.*"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model.
+
+    Attributes
+    ----------
+    name : str
+        What the table calls it.
+    build : callable
+        Makes the model, in eval mode.
+    batch : callable
+        ``batch(count, seed)`` makes a batch of prompts or images.
+    sites : list of str
+        What `lineas.sites` suggests: globs of the modules that the paper maps, or their like.
+    count : int
+        How many modules these match.
+    generate : callable, optional
+        ``generate(model, batch, use_cache)`` returns greedy tokens.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int, int], Any]
+    sites: list[str]
+    count: int
+    generate: Callable[[nn.Module, Any, bool], torch.Tensor] | None = None
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The model, made once: no step may leave a trace on it."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.build().eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    # As wide as makes activations differ between prompts; gains and biases are not left at 1 and 0.
+                    parameter.add_(torch.randn(parameter.shape) * 0.15)
+            return model
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+
+def prompts(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Sentences of different lengths, padded on the left."""
+    tokens = zoo.tokenizer()(zoo.texts(count, seed=seed), return_tensors="pt", padding=True)
+    return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+
+
+def greedy(model: nn.Module, batch: dict[str, torch.Tensor], use_cache: bool) -> torch.Tensor:
+    inputs = {key: value for key, value in batch.items() if not key.startswith("decoder_")}
+    settings = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    return model.generate(**inputs, **settings, use_cache=use_cache)
+
+
+def decoder(name: str, config: type, model: type, sites: list[str], count: int = LAYERS, **settings: Any) -> Family:
+    """A decoder-only language model of transformers."""
+    common = {
+        "vocab_size": zoo.VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+    }
+    return Family(name, lambda: model(config(**common | settings)), prompts, sites, count, greedy)
+
+
+POST = [f"{BLOCKS}.post_attention_layernorm"]
+POST_BOTH = [*POST, f"{BLOCKS}.post_feedforward_layernorm"]
+HEADS = {"head_dim": WIDTH // 2}
+
+LANGUAGE_MODELS = [
+    decoder("Llama", tf.LlamaConfig, tf.LlamaForCausalLM, POST),
+    decoder("Qwen2", tf.Qwen2Config, tf.Qwen2ForCausalLM, POST),
+    decoder("Qwen3", tf.Qwen3Config, tf.Qwen3ForCausalLM, POST, **HEADS),
+    decoder("Mistral", tf.MistralConfig, tf.MistralForCausalLM, POST, sliding_window=8),
+    decoder("Gemma2", tf.Gemma2Config, tf.Gemma2ForCausalLM, POST_BOTH, 4, **HEADS, sliding_window=8),
+    decoder("Gemma3 (text)", tf.Gemma3TextConfig, tf.Gemma3ForCausalLM, POST_BOTH, 4, **HEADS, sliding_window=8),
+    decoder("Phi3", tf.Phi3Config, tf.Phi3ForCausalLM, POST),
+    decoder("GPT-2", tf.GPT2Config, tf.GPT2LMHeadModel, ["transformer.h.*.ln_2"]),
+    decoder("GPT-NeoX", tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM, ["gpt_neox.layers.*.post_attention_layernorm"]),
+    decoder("OLMo2", tf.Olmo2Config, tf.Olmo2ForCausalLM, POST_BOTH, 4),
+    decoder("OPT", tf.OPTConfig, tf.OPTForCausalLM, ["model.decoder.layers.*.final_layer_norm"], ffn_dim=2 * WIDTH,
+            word_embed_proj_dim=WIDTH),
+    decoder("Mixtral", tf.MixtralConfig, tf.MixtralForCausalLM, POST, num_local_experts=4),
+    decoder("Qwen3-MoE", tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM, POST, **HEADS, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=WIDTH),
+]  # fmt: skip
+
+
+# --- other models of text ---------------------------------------------------------------------------------------------
+
+
+def bert() -> nn.Module:
+    return tf.BertModel(
+        tf.BertConfig(
+            vocab_size=zoo.VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def t5() -> nn.Module:
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=zoo.VOCABULARY,
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=2 * WIDTH,
+            num_layers=LAYERS,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def question_and_answer(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Both sides padded, to different lengths."""
+    answers = zoo.tokenizer(padding_side="right")(
+        zoo.texts(count, seed=seed + 100, shortest=2, longest=5), return_tensors="pt", padding=True
+    )
+    return prompts(count, seed) | {
+        "decoder_input_ids": answers["input_ids"],
+        "decoder_attention_mask": answers["attention_mask"],
+    }
+
+
+def x_decoder() -> nn.Module:
+    layers = x_transformers.Decoder(dim=WIDTH, depth=LAYERS, heads=2, attn_dim_head=8)
+    return x_transformers.TransformerWrapper(num_tokens=zoo.VOCABULARY, max_seq_len=32, attn_layers=layers)
+
+
+def tokens_alone(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, zoo.VOCABULARY, (count, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def x_greedy(model: nn.Module, batch: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    wrapper = x_transformers.AutoregressiveWrapper(model)
+    return wrapper.generate(batch, 6, temperature=0.0, cache_kv=use_cache)
+
+
+TEXT_MODELS = [
+    Family("BERT", bert, prompts, ["encoder.layer.*.attention.output.LayerNorm"], LAYERS),
+    Family("T5", t5, question_and_answer, ["decoder.block.*.layer.2.layer_norm", "encoder.block.*.layer.1.layer_norm"],
+           2 * LAYERS, greedy),
+    Family("x-transformers", x_decoder, tokens_alone, ["attn_layers.final_norm", "attn_layers.layers.?.0.0"],
+           2 * LAYERS + 1, x_greedy),
+]  # fmt: skip
+
+
+# --- models of images -------------------------------------------------------------------------------------------------
+
+
+def images(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Of another mean for another seed, as two concepts would be."""
+    return {"pixel_values": zoo.images(count, seed=seed, size=8) + 0.5 * seed}
+
+
+def vit() -> nn.Module:
+    return tf.ViTModel(
+        tf.ViTConfig(
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        )
+    )
+
+
+def resnet() -> nn.Module:
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    return tf.ResNetModel(config)
+
+
+def unet() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5 * seed
+
+
+def latents_and_text(count: int, seed: int) -> dict[str, torch.Tensor]:
+    return {
+        "sample": noise(0, count, 4, 8, 8),
+        "timestep": torch.full((count,), 399),
+        "encoder_hidden_states": noise(seed, count, 5, WIDTH),
+    }
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=LAYERS,
+        num_single_layers=LAYERS,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def packed_latents_and_text(count: int, seed: int) -> dict[str, torch.Tensor]:
+    return {
+        "hidden_states": noise(0, count, 9, 4),
+        "encoder_hidden_states": noise(seed, count, 5, WIDTH),
+        "pooled_projections": noise(seed, count, WIDTH),
+        "timestep": torch.full((count,), 0.5),
+        "img_ids": torch.zeros(9, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+def dit() -> nn.Module:
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        norm_num_groups=4,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
+def latents_and_class(count: int, seed: int) -> dict[str, torch.Tensor]:
+    return {
+        "hidden_states": noise(0, count, 4, 4, 4),
+        "timestep": torch.full((count,), 3),
+        "class_labels": torch.full((count,), seed),
+    }
+
+
+def rows(count: int, seed: int) -> torch.Tensor:
+    return noise(seed, count, 5)
+
+
+IMAGE_MODELS = [
+    Family("ViT", vit, images, ["layers.*.layernorm_after"], LAYERS),
+    Family("ResNet", resnet, images, ["*norm*"], 6),
+    Family("Stable Diffusion UNet", unet, latents_and_text, ["*norm*"], 33),
+    Family("Flux", flux, packed_latents_and_text, [
+        "norm_out", "single_transformer_blocks.?.norm", "transformer_blocks.*.norm1",
+        "transformer_blocks.*.norm1_context", "transformer_blocks.*.norm2", "transformer_blocks.*.norm2_context",
+    ], 11),
+    Family("DiT", dit, latents_and_class, ["norm_out", "transformer_blocks.*.norm1", "transformer_blocks.*.norm3"], 5),
+    Family("plain CNN", zoo.cnn, lambda count, seed: images(count, seed)["pixel_values"], ["bn", "gn"], 2),
+    Family("nn.Sequential", zoo.mlp, rows, [], 0),
+]  # fmt: skip
+
+FAMILIES = [*LANGUAGE_MODELS, *TEXT_MODELS, *IMAGE_MODELS]
