@@ -187,9 +187,11 @@ def apply(tensor: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
 
     Plain torch operations: they run wherever the model does and every kind of autograd goes through them.
     """
-    shape = [1] * tensor.ndim
-    shape[axis] = -1
-    return torch.addcmul(bias.view(shape), tensor.to(weight.dtype), weight.view(shape)).to(tensor.dtype)
+    if axis != -1:  # else as they are, and as a hook's plan has them: checkpointing compares the shapes of what is saved
+        shape = [1] * tensor.ndim
+        shape[axis] = -1
+        weight, bias = weight.view(shape), bias.view(shape)
+    return torch.addcmul(bias, tensor.to(weight.dtype), weight).to(tensor.dtype)
 
 
 def blend(tensor: Tensor, weight: Tensor, bias: Tensor, strengths: Tensor, axis: int) -> Tensor:
