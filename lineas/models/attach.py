@@ -187,7 +187,8 @@ def apply(tensor: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
 
     Plain torch operations: they run wherever the model does and every kind of autograd goes through them.
     """
-    if axis != -1:  # else as they are, and as a hook's plan has them: checkpointing compares the shapes of what is saved
+    # Along the last axis as they are, and as a plan has them: checkpointing compares the shapes of what is saved.
+    if axis != -1:
         shape = [1] * tensor.ndim
         shape[axis] = -1
         weight, bias = weight.view(shape), bias.view(shape)
