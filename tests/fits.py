@@ -61,3 +61,8 @@ def short_fit(model, source=None, target=None, **settings):
     target = prompts(6, 2) if target is None else target
     settings = {"layers": zoo.NORMS["llama"], "lr": 0.02, "steps": 4, **QUIET, **settings}
     return fit_end_to_end(model, source, target, **settings)
+
+
+def named(value):
+    """What to call a parameter of a test: functions by name, not by the place in memory that no two processes share."""
+    return getattr(value, "__name__", str(value))

@@ -4,7 +4,7 @@ import models_zoo as zoo
 import numpy as np
 import pytest
 import torch
-from fits import QUIET, prompts, same_maps, short_fit, snapshot
+from fits import QUIET, named, prompts, same_maps, short_fit, snapshot
 
 import lineas
 from lineas.models import sites
@@ -45,7 +45,7 @@ def by_hand(model, text, maps=None, part=None):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pooling", list(REDUCE))
-@pytest.mark.parametrize(("tokens", "part"), SELECTIONS, ids=str)
+@pytest.mark.parametrize(("tokens", "part"), SELECTIONS, ids=named)
 def test_activations_are_pooled_over_the_selected_tokens(tokens, part, pooling, side):
     model = zoo.llama()
     found = lineas.collect(
@@ -98,7 +98,7 @@ def fit(model, method, tokens, **settings):
 
 
 @pytest.mark.parametrize("method", ["end to end", "joint", "incremental", "path"])
-@pytest.mark.parametrize("tokens", ["last", slice(1, None), second], ids=str)
+@pytest.mark.parametrize("tokens", ["last", slice(1, None), second], ids=named)
 def test_maps_say_which_tokens_they_were_fitted_for_and_act_on_them(method, tokens, tmp_path):
     model = zoo.llama()
     before = snapshot(model)
@@ -118,7 +118,7 @@ def test_maps_say_which_tokens_they_were_fitted_for_and_act_on_them(method, toke
         assert handle.tokens == tokens
 
 
-@pytest.mark.parametrize(("tokens", "part"), [("last", slice(-1, None)), (slice(1, 3), slice(1, 3))], ids=str)
+@pytest.mark.parametrize(("tokens", "part"), [("last", slice(-1, None)), (slice(1, 3), slice(1, 3))], ids=named)
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_the_last_module_of_an_incremental_fit_comes_to_the_target_at_the_tokens(tokens, part, batch_size):
     model, source, target = zoo.llama(), zoo.texts(6, seed=1), zoo.texts(6, seed=2)
@@ -131,7 +131,7 @@ def test_the_last_module_of_an_incremental_fit_comes_to_the_target_at_the_tokens
         np.testing.assert_allclose(steered.std(axis=0), wanted.std(axis=0), atol=1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "part"), [("last", [-1]), (slice(1, 3), slice(1, 3))], ids=str)
+@pytest.mark.parametrize(("tokens", "part"), [("last", [-1]), (slice(1, 3), slice(1, 3))], ids=named)
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_the_loss_of_an_end_to_end_fit_is_that_of_the_selected_tokens_with_maps_on_them_alone(tokens, part, batch_size):
     model, source, target = zoo.llama(), zoo.texts(6, seed=1), zoo.texts(6, seed=2)

@@ -6,6 +6,7 @@ import functools
 import models_zoo as zoo
 import pytest
 import torch
+from fits import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attach import hooks_on, language_model, logits, random_maps
@@ -87,7 +88,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("tokens", "long", "short"), PLAIN, ids=str)
+@pytest.mark.parametrize(("tokens", "long", "short"), PLAIN, ids=named)
 def test_a_plain_pass_maps_the_selected_tokens_of_each_row_and_no_padding(tokens, long, short, side):
     model, maps = steered("llama")
     batch = ids([5, 3], side)
@@ -111,7 +112,7 @@ LATER = [
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize(("tokens", "long", "short"), LATER, ids=str)
+@pytest.mark.parametrize(("tokens", "long", "short"), LATER, ids=named)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_positions_go_on_through_the_cache(family, tokens, long, short, static):
     model, maps = steered(family)
@@ -128,7 +129,7 @@ def test_positions_go_on_through_the_cache(family, tokens, long, short, static):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tokens", SELECTIONS, ids=str)
+@pytest.mark.parametrize("tokens", SELECTIONS, ids=named)
 def test_the_same_text_with_and_without_a_cache_together_and_alone(family, tokens):
     model, maps = steered(family)
     lengths = [7, 4, 9]
@@ -163,7 +164,7 @@ GENERATIONS = {
 }
 
 
-@pytest.mark.parametrize("tokens", ["last", "prompt", "generated", slice(-2, 20)], ids=str)
+@pytest.mark.parametrize("tokens", ["last", "prompt", "generated", slice(-2, 20)], ids=named)
 @pytest.mark.parametrize("way", list(GENERATIONS))
 def test_other_ways_to_generate_give_each_row_what_it_gets_alone(way, tokens):
     model, maps = steered("llama")
@@ -180,7 +181,7 @@ def test_other_ways_to_generate_give_each_row_what_it_gets_alone(way, tokens):
     assert len(together) == 2 * count and together == alone
 
 
-@pytest.mark.parametrize("tokens", ["last", "prompt", "generated", slice(-2, 9)], ids=str)
+@pytest.mark.parametrize("tokens", ["last", "prompt", "generated", slice(-2, 9)], ids=named)
 def test_several_tokens_tried_at_once_give_the_same_text(tokens):
     model, maps = steered("llama")
     prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])

@@ -84,9 +84,10 @@ class FitResult:
         losses = self.history["loss"]
         course = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}" if len(losses) else "no step"
         held_out = "" if self.held_out_loss is None else f", held-out {self.held_out_loss:.4g}"
+        strength = "" if self.best_strength == 1 else f", best_strength={self.best_strength:g}"
         return (
             f"FitResult({len(self.maps)} maps, {course} in {len(losses)} steps{held_out}, "
-            f"best_step={self.best_step}, stopped={self.stopped!r})"
+            f"best_step={self.best_step}{strength}, stopped={self.stopped!r})"
         )
 
 
