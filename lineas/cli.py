@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every prompt; default: 0")
     generate.set_defaults(run=_generate)
+
+    sites = commands.add_parser(
+        "sites", help="list the modules of a model that can carry maps", description="List the modules of a model that "
+        "can carry maps, by glob, with the suggested ones marked. Reads its configuration, not its weights.",
+    )  # fmt: skip
+    sites.add_argument("model", metavar="MODEL", help="folder or hub id of a transformers model")
+    sites.set_defaults(run=_sites)
+
+    fold = commands.add_parser(
+        "fold", help="write a model with maps in its weights", description="Put maps into the weights of a model, "
+        "exactly or not at all, and write it as a folder that runs without lineas.",
+    )  # fmt: skip
+    _add_model(fold)
+    fold.add_argument("--maps", required=True, type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
+    fold.add_argument("--strength", type=float, default=1.0, metavar="X", help="default: 1")
+    fold.add_argument(
+        "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
+    )
+    fold.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    fold.set_defaults(run=_fold)
 
     info = commands.add_parser("info", help="describe a file of maps", description="Describe a file of maps.")
     info.add_argument("maps", type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
@@ -272,6 +293,32 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sites(args: argparse.Namespace) -> int:
+    torch, transformers = _libraries()
+    config = transformers.AutoConfig.from_pretrained(args.model)
+    with torch.device("meta"):
+        print(lineas.sites(transformers.AutoModelForCausalLM.from_config(config)))
+    return 0
+
+
+def _fold(args: argparse.Namespace) -> int:
+    if args.output.exists():
+        raise ValueError(f"--output: {args.output} exists")
+    if not args.output.absolute().parent.is_dir():
+        raise ValueError(f"--output: the folder of {args.output} does not exist")
+    maps = lineas.load(args.maps)
+    model, tokenizer = _load_model(args)
+    folded = maps.fold(model, args.strength, inplace=not args.convert, convert=args.convert)
+    # Beside its place, and there in one step: a folder that is there is whole.
+    with tempfile.TemporaryDirectory(dir=args.output.absolute().parent, prefix=f".{args.output.name}-") as place:
+        made = Path(place, "model")
+        folded.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        made.rename(args.output)
+    print(f"{type(folded).__name__} with {len(maps)} maps at strength {args.strength:g}\nwritten to {args.output}")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     maps = lineas.load(args.maps)
     print(repr(maps))
@@ -316,7 +363,8 @@ def _split(path: Path, prompts: list[str], fraction: float) -> tuple[list[str], 
     return prompts[:kept], prompts[kept:]
 
 
-def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+def _libraries() -> tuple[Any, Any]:
+    """torch and transformers."""
     try:
         import torch
         import transformers
@@ -324,6 +372,11 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ImportError(
             f'this command needs torch and transformers: pip install "lineas[torch]" ({error})'
         ) from error
+    return torch, transformers
+
+
+def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    torch, transformers = _libraries()
     if args.quiet:
         transformers.utils.logging.disable_progress_bar()
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)

@@ -92,6 +92,31 @@ def test_held_out_prompts_choose_a_strength(fit, capsys):
         assert f"(at strength {metadata['history']['best_strength']:g} of the fit)" in capsys.readouterr().out
 
 
+def test_sites_are_listed_from_the_configuration_alone(folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
+    assert cli.main(["sites", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{lineas.sites(models_zoo.llama())}\n"
+
+
+def test_a_folded_model_is_the_librarys(fit, folder, tmp_path, capsys):
+    _, path = fit("--method", "linear")
+    made = tmp_path / "folded"
+    arguments = ["fold", str(folder / "model"), "--maps", str(path), "--strength", "0.5", "--quiet", "-o"]
+    assert cli.main([*arguments, str(made)]) == 0
+    assert capsys.readouterr().out.endswith(f"3 maps at strength 0.5\nwritten to {made}\n")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    batch = AutoTokenizer.from_pretrained(made)(models_zoo.texts(2), return_tensors="pt", padding=True)
+    expected = lineas.load(path).fold(models_zoo.llama(), 0.5)
+    assert (AutoModelForCausalLM.from_pretrained(made)(**batch).logits == expected(**batch).logits).all()
+    fails(capsys, cli.main([*arguments, str(made)]), f"--output: {made} exists")
+    nowhere = tmp_path / "no" / "folded"
+    fails(capsys, cli.main([*arguments, str(nowhere)]), f"--output: the folder of {nowhere} does not exist")
+    lineas.SteeringMaps({"model.layers.9.mlp": lineas.AffineMap.identity(16)}).save(path)
+    fails(capsys, cli.main([*arguments, str(tmp_path / "other")]), "has no module 'model.layers.9.mlp'")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folded", "maps.safetensors"]
+
+
 @pytest.mark.parametrize("method", ["mean", "gaussian", "linear"])
 def test_fit_local_methods_equal_the_library(fit, folder, method):
     code, path = fit("--method", method, "--pooling", "max", "--tokens=-2:")
