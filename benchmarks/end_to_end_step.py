@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from _machine import cpu_name
@@ -56,25 +57,21 @@ def bare_step(model: nn.Module, ids: Tensor, first: nn.Module, last: nn.Module) 
     torch.autograd.grad(found["end"].sum(), found["leaf"])
 
 
-def seconds(function) -> float:
+def seconds(function: Callable[[], None], device: torch.device) -> float:
     start = time.perf_counter()
     function()
+    if device.type != "cpu":
+        torch.get_device_module(device.type).synchronize(device)
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=23, help="paired measurements (default 23)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    lineas.set_num_threads(args.threads)
-
-    model, _ = load_smollm2()
+def measure(model: nn.Module, layers: str, prompts: int, tokens: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of the bare step and of the whole one, in each of the rounds."""
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    source, target = torch.randint(model.config.vocab_size, (2, PROMPTS, TOKENS), generator=generator)
-    mask = torch.ones(PROMPTS, TOKENS, dtype=torch.long)
-    names = sites.resolve(model, LAYERS)
+    source, target = torch.randint(model.config.vocab_size, (2, prompts, tokens), generator=generator).to(device)
+    mask = torch.ones(prompts, tokens, dtype=torch.long, device=device)
+    names = sites.resolve(model, layers)
     batch, other = (calling.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask) for x in (source, target))
 
     with calling.frozen(model):
@@ -96,18 +93,35 @@ def main() -> None:
 
         step(), bare()
         pairs = []
-        for turn in range(args.rounds):
+        for turn in range(rounds):
             first, second = (bare, step) if turn % 2 == 0 else (step, bare)
-            times = [seconds(first), seconds(second)]
+            times = [seconds(first, device), seconds(second, device)]
             pairs.append(times if turn % 2 == 0 else times[::-1])
-
     bare_times, step_times = zip(*pairs, strict=True)
-    ratios = sorted(s / b for b, s in pairs)
-    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, kernels {lineas._core.cpu()}")
-    print(f"SmolLM2-135M, {PROMPTS} prompts x {TOKENS} tokens, {len(names)} modules x {objective.widths[names[0]]}")
-    print(f"bare step        {statistics.median(bare_times):7.3f} s (median of {args.rounds})")
+    return list(bare_times), list(step_times)
+
+
+def report(bare_times: list[float], step_times: list[float]) -> None:
+    """Print medians, and the median of the paired ratios."""
+    ratios = sorted(s / b for b, s in zip(bare_times, step_times, strict=True))
+    print(f"bare step        {statistics.median(bare_times):7.3f} s (median of {len(ratios)})")
     print(f"end-to-end step  {statistics.median(step_times):7.3f} s")
     print(f"ratio            {statistics.median(ratios):7.3f}   (from {ratios[0]:.3f} to {ratios[-1]:.3f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=23, help="paired measurements (default 23)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lineas.set_num_threads(args.threads)
+
+    model, _ = load_smollm2()
+    times = measure(model, LAYERS, PROMPTS, TOKENS, args.rounds)
+    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, kernels {lineas._core.cpu()}")
+    print(f"SmolLM2-135M, {PROMPTS} prompts x {TOKENS} tokens, {len(sites.resolve(model, LAYERS))} modules")
+    report(*times)
 
 
 if __name__ == "__main__":
