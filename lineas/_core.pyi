@@ -87,16 +87,8 @@ def moments_update(
     """
 
 def moments_merge(
-    count: int,
-    mean: Array,
-    m2: Array,
-    low: Array,
-    high: Array,
-    count_b: int,
-    mean_b: Array,
-    m2_b: Array,
-    low_b: Array,
-    high_b: Array,
+    count: int, mean: Array, m2: Array, low: Array, high: Array,
+    count_b: int, mean_b: Array, m2_b: Array, low_b: Array, high_b: Array,
 ) -> int:
     """Merge state b into the first one in place; returns the new count."""
 
