@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..maps import AffineMap
 from . import sites
-from .autograd import working_dtype
+from .autograd import slopes_at, working_dtype
 from .calling import unwrap
 from .compiled import forget
 from .passes import Tracker
@@ -99,7 +99,7 @@ class _Hook:
         """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
         if torch.compiler.is_compiling():
             weight, bias = (part.to(tensor.device, working_dtype(tensor.dtype)) for part in self._whole)
-            return (weight, bias) if strength == 1 else (_slopes(weight, strength), strength * bias)
+            return (weight, bias) if strength == 1 else (slopes_at(weight, strength), strength * bias)
         return self._ready(tensor, strength)[2:]
 
     def _ready(self, tensor: Tensor, strength: float) -> tuple[Any, AffineMap, Tensor, Tensor]:
@@ -200,12 +200,7 @@ def blend(tensor: Tensor, weight: Tensor, bias: Tensor, strengths: Tensor, axis:
     shape = [1] * tensor.ndim
     shape[axis] = -1
     weight, bias = weight.view(shape), bias.view(shape)
-    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), _slopes(weight, strengths)).to(tensor.dtype)
-
-
-def _slopes(weight: Tensor, strengths: Tensor | float) -> Tensor:
-    """Slopes at strengths as in AffineMap.with_strength: strength 1 gives them to the last bit, and 1 stays 1."""
-    return torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
+    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), slopes_at(weight, strengths)).to(tensor.dtype)
 
 
 def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -117,6 +117,11 @@ def _torch_affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float, chan
     return torch.addcmul(shift.view(shape), z.to(weight.dtype), slope.view(shape)).to(z.dtype)
 
 
+def slopes_at(weight: Tensor, strengths: Tensor | float) -> Tensor:
+    """Slopes at strengths as in AffineMap.with_strength: strength 1 gives them to the last bit, and 1 stays 1."""
+    return torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
+
+
 def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, channel_axis: int = -1) -> Tensor:
     """Apply the map at a strength: z + strength ((weight - 1) z + bias), channel by channel.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _core
 from .._threads import get_num_threads
 from ..maps import AffineMap
-from .autograd import on_engine
+from .autograd import on_engine, slopes_at
 
 ADAM_EPS = 1e-8
 
@@ -73,12 +73,8 @@ class FlatMaps:
         }
 
     def at(self, strength: float) -> tuple[Tensor, Tensor]:
-        """Slopes and shifts [D] that do at strength 1 what the maps do at `strength`: copies.
-
-        As `AffineMap.with_strength`: strength 1 gives the maps to the bit, and a slope of 1 stays one.
-        """
-        weight = torch.where(self.weight == 1, self.weight, (1 - strength) + strength * self.weight)
-        return weight, strength * self.bias
+        """Slopes and shifts [D] that do at strength 1 what the maps do at `strength`: copies."""
+        return slopes_at(self.weight, strength), strength * self.bias
 
     def snapshot(self) -> dict[str, AffineMap]:
         """The maps as they stand, copied."""
