@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .._arrays import as_strength
+from .tokens import Tokens, name_of
 
-if TYPE_CHECKING:
-    from .tokens import Tokens
-
-Strength: TypeAlias = float | ArrayLike | Tensor | Callable[["Tokens"], Any]
+Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
 """What a user may set."""
 
 
@@ -91,7 +89,7 @@ class Schedule:
         return level
 
     def __repr__(self) -> str:
-        return getattr(self.function, "__name__", None) or type(self.function).__name__
+        return name_of(self.function)
 
 
 Level: TypeAlias = float | Levels | Schedule
