@@ -13,11 +13,11 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from _machine import describe, set_threads
+from _study import ROOT, write_between
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -26,8 +26,8 @@ from lineas._demo_model import load_smollm2
 from lineas.models import sites
 
 LAYERS = "model.layers.*.post_attention_layernorm"
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- measured: python benchmarks/generation_cost.py --write -->", "<!-- end of generation -->"
+PAGE = ROOT / "docs" / "benchmarks.md"
+MARKS = "<!-- measured: python benchmarks/generation_cost.py --write -->", "<!-- end of generation -->"
 BAR = 1.03
 NONE, AGAIN = "no maps", "no maps, again"
 
@@ -208,10 +208,7 @@ def main() -> None:
             print("\n".join(found), flush=True)
             table += found
     if args.write:
-        text = PAGE.read_text()
-        head, _, rest = text.partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        PAGE.write_text("\n".join([head + BEGIN, "", *table, "", END + tail]))
+        write_between(PAGE, MARKS, table)
 
 
 if __name__ == "__main__":
