@@ -202,7 +202,7 @@ def fit_end_to_end(
     strengths : list of float, default (1.0,)
         Strengths at which the maps are tried on the held-out sets at every step; the best of them is kept, and the maps
         are returned so that strength 1 is that one. The steps go on from strength 1. Fits to few prompts go too far, as
-        means of few samples differ by chance as well: ``(0.6, 0.7, 0.8, 0.9, 1.0)`` finds how much to hold back
+        means of few samples differ by chance as well: ``(0.7, 0.85, 1.0)`` finds how much to hold back
         (docs/end-to-end-fits.md), at a forward pass of the held-out source each.
     batch_size : int, optional
         Prompts in a forward pass, in every set; default: those of `mini_batch`, without it all texts, or each batch as
