@@ -87,7 +87,7 @@ browser: .venv-test/stamp
 		{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo 'NO CHROMIUM: the explorer is not tested in a browser'
 	.venv-test/bin/$(PIP) install --quiet --editable '.[test-browser]'
-	.venv-test/bin/python -m pytest -v tests/test_explore_browser.py
+	.venv-test/bin/python -m pytest -v tests/notebook/test_explore_browser.py
 
 bench: .venv-test/stamp
 	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)
@@ -280,8 +280,8 @@ freethreaded: .venv-freethreaded/stamp
 	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -c 'import lineas, sys; sys.exit(sys._is_gil_enabled())'
 	PYTHONSAFEPATH=1 .venv-freethreaded/bin/python -m pytest -q -p no:cacheprovider --parallel-threads=4 \
 		--mark-hypothesis-as-unsafe -o thread_unsafe_functions=doctest.testmod \
-		--deselect tests/test_properties.py::test_files_keep_everything \
-		$(filter-out tests/test_storage.py,$(shell cat tests/arrays.txt))
+		--deselect tests/arrays/test_properties.py::test_files_keep_everything \
+		$(filter-out tests/maps/test_files.py,$(shell cat tests/arrays.txt))
 
 # ---- what a release uploads ------------------------------------------------------------------------------------------
 

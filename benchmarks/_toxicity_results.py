@@ -191,7 +191,7 @@ def draw(curves: Curves, ours: Sequence[str], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from lineas.plot import BLUE, ORANGE
+    from lineas.notebook.plot import BLUE, ORANGE
 
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -17,7 +17,7 @@ from _machine import Case, copy_floor, main, scaled_error
 from torch import Tensor
 
 from lineas import _core
-from lineas._arrays import widen
+from lineas._checks import widen
 
 NEURONS = 2048
 

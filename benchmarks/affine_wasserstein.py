@@ -16,7 +16,8 @@ from _machine import Case, copy_floor, error, main, scaled_error
 from torch import Tensor
 from wasserstein import samples
 
-from lineas import _core, reference
+from lineas import _core
+from lineas.arrays import reference
 
 
 def engine(z: np.ndarray, v: np.ndarray, weight: np.ndarray, bias: np.ndarray, gradient: int) -> list:

@@ -15,7 +15,7 @@ from _machine import Case, error, main, scaled_error
 from wasserstein import with_torch
 
 import lineas
-from lineas import reference
+from lineas.arrays import reference
 
 
 def cases() -> Iterator[Case]:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lineas
-from lineas.models.train import FitResult
+from lineas.fitting.end_to_end import FitResult
 
 LAYERS = "model.layers.*.post_attention_layernorm"
 ONE = "model.layers.0.post_attention_layernorm"

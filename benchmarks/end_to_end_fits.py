@@ -30,12 +30,13 @@ from _toxicity import insults_sets
 from numpy.typing import NDArray
 
 import lineas
-from lineas._demo_model import load_smollm2
-from lineas.demo import LAYERS, sentences
-from lineas.models import calling
-from lineas.models.course import AutomaticSteps, ScheduledSteps
-from lineas.models.optim import FlatMaps, ProximalOptimizer
-from lineas.models.problem import find, pose, read, trial_loss
+from lineas.demo import sentences
+from lineas.demo.model import load_smollm2
+from lineas.demo.run import LAYERS
+from lineas.fitting.loop import AutomaticSteps, ScheduledSteps
+from lineas.fitting.parameters import FlatMaps, ProximalOptimizer
+from lineas.fitting.problem import find, pose, read, trial_loss
+from lineas.inputs import frozen
 
 kept = Kept("end-to-end-fits")
 MARKS = "<!-- measured: python benchmarks/end_to_end_fits.py --write -->", "<!-- end -->"
@@ -83,7 +84,7 @@ class Problem:
         self.test_batches = read(*parts["fit"], parts["test"], tokenizer, MAX_LENGTH)
 
     def __enter__(self) -> Problem:
-        self.frozen = calling.frozen(self.model)
+        self.frozen = frozen.frozen(self.model)
         self.frozen.__enter__()
         torch.manual_seed(0)
         shared = (self.names, self.names, None, "mean")

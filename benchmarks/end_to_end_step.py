@@ -20,11 +20,12 @@ from _machine import cpu_name
 from torch import Tensor, nn
 
 import lineas
-from lineas._demo_model import load_smollm2
-from lineas.models import calling, sites
-from lineas.models.autograd import sort_columns
-from lineas.models.objective import Objective, Sets
-from lineas.models.optim import FlatMaps, ProximalOptimizer
+from lineas.demo.model import load_smollm2
+from lineas.fitting.autograd import sort_columns
+from lineas.fitting.objective import Objective, Sets
+from lineas.fitting.parameters import FlatMaps, ProximalOptimizer
+from lineas.hooks import modules
+from lineas.inputs import batches, frozen
 
 LAYERS = "model.layers.*.post_attention_layernorm"
 PROMPTS, TOKENS = 32, 32
@@ -71,10 +72,10 @@ def measure(model: nn.Module, layers: str, prompts: int, tokens: int, rounds: in
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randint(model.config.vocab_size, (2, prompts, tokens), generator=generator).to(device)
     mask = torch.ones(prompts, tokens, dtype=torch.long, device=device)
-    names = sites.resolve(model, layers)
-    batch, other = (calling.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask) for x in (source, target))
+    names = modules.resolve(model, layers)
+    batch, other = (batches.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask) for x in (source, target))
 
-    with calling.frozen(model):
+    with frozen.frozen(model):
         objective = Objective(model, names, names, forward=None, pooling="mean", scaling="layer-mean")
         sets = Sets("source", [batch], sort_columns(objective.survey([other]), names))
         maps = FlatMaps(objective.widths, objective.dtype, objective.device)
@@ -120,7 +121,7 @@ def main() -> None:
     model, _ = load_smollm2()
     times = measure(model, LAYERS, PROMPTS, TOKENS, args.rounds)
     print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, kernels {lineas._core.cpu()}")
-    print(f"SmolLM2-135M, {PROMPTS} prompts x {TOKENS} tokens, {len(sites.resolve(model, LAYERS))} modules")
+    print(f"SmolLM2-135M, {PROMPTS} prompts x {TOKENS} tokens, {len(modules.resolve(model, LAYERS))} modules")
     report(*times)
 
 

@@ -3,7 +3,7 @@
 A real kernel is started, as a notebook has one. The time is that from setting ``view.index`` on a path of 57 modules
 of 2048 neurons to the end of the last comm message sent, over 100 moves; once alone, and once with the maps on a model
 with modules of that size, which get the maps of the new point in that time as well. That the messages were sent is
-counted on the other side. The browser's part is measured by tests/test_explore_browser.py (make browser).
+counted on the other side. The browser's part is measured by tests/notebook/test_explore_browser.py (make browser).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LIMIT_MS = 50.0
 SOURCE = f"""
 import sys, time
 import numpy as np, torch
-sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / "tests")!r})
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / "tests" / "helpers")!r})
 import paths
 import lineas
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import lineas
-from lineas._demo_model import load_smollm2
-from lineas.models import sites
+from lineas.demo.model import load_smollm2
+from lineas.hooks import modules
 
 LAYERS = "model.layers.*.post_attention_layernorm"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -180,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     set_threads(1)
     model, _ = load_smollm2()
-    names = sites.resolve(model, LAYERS)
+    names = modules.resolve(model, LAYERS)
     width = model.config.hidden_size
     switch = Switch([model.get_submodule(name) for name in names])
     dense, tenth, hundredth = (random_maps(names, width, share) for share in (1.0, 0.1, 0.01))

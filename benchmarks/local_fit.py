@@ -17,7 +17,7 @@ from _machine import Case, Floor, main, scaled_error
 from torch import Tensor
 
 import lineas
-from lineas import reference
+from lineas.arrays import reference
 
 
 def samples(n: int, d: int, modules: int) -> list[dict[str, np.ndarray]]:

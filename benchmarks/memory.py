@@ -30,12 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import lineas
-from lineas._demo_model import load_smollm2
-from lineas.models import calling, sites
-from lineas.models.autograd import sort_columns
-from lineas.models.batches import split
-from lineas.models.objective import Objective, Sets
-from lineas.models.optim import FlatMaps, ProximalOptimizer
+from lineas.demo.model import load_smollm2
+from lineas.fitting.autograd import sort_columns
+from lineas.fitting.objective import Objective, Sets
+from lineas.fitting.parameters import FlatMaps, ProximalOptimizer
+from lineas.hooks import modules
+from lineas.inputs import batches, frozen
+from lineas.inputs.batches import split
 
 TOKENS = 64
 # What runs, prompts, prompts in a forward pass, dtype, and the row that it is compared with.
@@ -100,13 +101,13 @@ def measure(model_name: str, case: str) -> float:
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randint(model.config.vocab_size, (2, prompts, TOKENS), generator=generator)
     mask = torch.ones(prompts, TOKENS, dtype=torch.long)
-    names = sites.resolve(model, LAYERS)
+    names = modules.resolve(model, LAYERS)
     batches, others = (
-        split([calling.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask)], batch_size, "source")
+        split([batches.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask)], batch_size, "source")
         for x in (source, target)
     )
     ends = [model.get_submodule(names[0]), model.get_submodule(names[-1])]
-    with calling.frozen(model):
+    with frozen.frozen(model):
         if kind == "bare":
             return growth(lambda: bare_step(model, source, *ends))
         objective = Objective(model, names, names, forward=None, pooling="mean", scaling="layer-mean")

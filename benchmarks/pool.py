@@ -16,7 +16,7 @@ import torch
 from _machine import Case, main, read_floor, scaled_error
 
 from lineas import _core
-from lineas._arrays import widen
+from lineas._checks import widen
 
 BATCH, TOKENS, NEURONS = 32, 128, 2048
 

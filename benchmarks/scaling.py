@@ -25,7 +25,8 @@ from sort import sort
 from wasserstein import errors, ours, samples, with_torch
 
 import lineas
-from lineas import _core, reference
+from lineas import _core
+from lineas.arrays import reference
 
 Arrays = list[np.ndarray]
 

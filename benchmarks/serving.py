@@ -3,7 +3,7 @@
     python benchmarks/serving.py            # print the table
     python benchmarks/serving.py --write    # and write it into docs/compatibility.md
 
-The rows are the cases of tests/fold_cases.py, whose tests say what else holds for them.
+The rows are the cases of tests/helpers/fold_cases.py, whose tests say what else holds for them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from _study import ROOT, write_between
 
-sys.path.insert(0, str(Path(ROOT) / "tests"))
+sys.path.insert(0, str(Path(ROOT) / "tests" / "helpers"))
 
 MARKS = "<!-- measured: python benchmarks/serving.py --write -->", "<!-- end -->"
 

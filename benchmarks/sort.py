@@ -15,7 +15,7 @@ import torch
 from _machine import Case, copy_floor, main, scaled_error
 
 from lineas import _core
-from lineas._arrays import widen
+from lineas._checks import widen
 
 SIZES = ((32, 2048), (32, 8192), (128, 256), (256, 256), (512, 256), (1000, 256), (10000, 256))
 COPY = 3.5 if _core.cpu() == "avx512" else 4.5

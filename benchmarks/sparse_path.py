@@ -15,7 +15,8 @@ import numpy as np
 from _machine import Case, main
 
 import lineas
-from lineas import _core, reference
+from lineas import _core
+from lineas.arrays import reference
 
 
 def samples(n: int, d: int, modules: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 
 import lineas
 from lineas import AffineMap, SteeringMaps
-from lineas._demo_model import load_smollm2
-from lineas.demo import LAYERS, bootstrap_interval, sample, sentences, text_loss
-from lineas.models import calling
-from lineas.models import path as internals
-from lineas.models.descent import Descent
-from lineas.models.optim import FlatMaps
-from lineas.models.problem import find, pose, read
+from lineas.demo import sentences
+from lineas.demo.model import load_smollm2
+from lineas.demo.run import LAYERS, bootstrap_interval, sample, text_loss
+from lineas.fitting import sparse_path
+from lineas.fitting.parameters import FlatMaps
+from lineas.fitting.problem import find, pose, read
+from lineas.fitting.step_sizes import Descent
+from lineas.inputs import frozen
 
 MARKS = "<!-- measured: python benchmarks/sparse_path_smollm2.py --write -->", "<!-- end -->"
 
@@ -173,7 +174,7 @@ class Study:
             batches = read(data["source"], data["target"], held_out, tokenizer, max_length)
             names, _ = find(self.model, LAYERS, None)
             dense, penalties = self.dense(seed), self.path(seed)["penalties"]
-            with calling.frozen(self.model):
+            with frozen.frozen(self.model):
                 objective, fitted, trial = pose(self.model, batches, names, names, None, "mean", "layer-mean")
                 maps = FlatMaps(objective.widths, objective.dtype, objective.device)
                 maps.load(self.maps(dense["weight"], dense["bias"]))
@@ -184,7 +185,7 @@ class Study:
                     for _ in range(PATH["steps"]):
                         descent.step((float(penalty), 0.0, float(penalty), 0.0))
                     support = int(descent.place.support().sum())
-                    rows.append((penalty, support, descent.place.loss, internals._trial_loss(descent, trial)))
+                    rows.append((penalty, support, descent.place.loss, sparse_path._trial_loss(descent, trial)))
             keys = ("penalties", "support", "loss", "held_out")
             columns = (np.array(column[::-1]) for column in zip(*rows, strict=True))
             return {**dict(zip(keys, columns, strict=True)), "passes": descent.passes + int(dense["passes"])}
@@ -322,7 +323,7 @@ class Results:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        from lineas.plot import BLUE, GREY, ORANGE
+        from lineas.notebook.plot import BLUE, GREY, ORANGE
 
         figure = Figure(figsize=(12, 4.1), layout="constrained")
         FigureCanvasAgg(figure)

@@ -16,7 +16,8 @@ import torch
 from _machine import Case, Floor, main, scaled_error
 from torch import Tensor
 
-from lineas import _core, reference
+from lineas import _core
+from lineas.arrays import reference
 
 MODULES, NEURONS = 57, 2048
 OFFSETS = np.arange(MODULES + 1, dtype=np.int64) * NEURONS

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 
 import lineas
 from lineas import AffineMap, SteeringMaps, baselines
-from lineas._demo_model import load_smollm2
-from lineas.models.sites import resolve
+from lineas.demo.model import load_smollm2
+from lineas.hooks.modules import resolve
 
 MARKS = "<!-- measured: python benchmarks/toxicity.py --write -->", "<!-- end -->"
 LAYERS = "model.layers.*.post_attention_layernorm"

@@ -31,11 +31,13 @@ from sparse_path_smollm2 import MORE_PROMPTS
 
 import lineas
 from lineas import AffineMap, SteeringMaps
-from lineas._demo_model import load_smollm2
-from lineas.demo import LAYERS, bootstrap_interval, sentences
-from lineas.models import calling, tasks
-from lineas.models.optim import FlatMaps
-from lineas.models.problem import find, pose_tasks, read
+from lineas.demo import sentences
+from lineas.demo.model import load_smollm2
+from lineas.demo.run import LAYERS, bootstrap_interval
+from lineas.fitting import tasks
+from lineas.fitting.parameters import FlatMaps
+from lineas.fitting.problem import find, pose_tasks, read
+from lineas.inputs import frozen
 
 MARKS = "<!-- measured: python benchmarks/two_concepts.py --write -->", "<!-- end -->"
 SENTENCES, MAX_LENGTH = 24, 16  # in each of the eight sets; tokens of the longest
@@ -136,7 +138,7 @@ class Study:
             names, _ = find(self.model, LAYERS, None)
             rows = {name: None if name == "none" else self.maps(name, seed) for name in NAMES}
             losses = {}
-            with calling.frozen(self.model):
+            with frozen.frozen(self.model):
                 objective, posed = pose_tasks(
                     self.model, data, names, names, None, "mean", "layer-mean", batch_size=None, mini_batch=None, seed=0
                 )

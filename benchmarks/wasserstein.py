@@ -18,8 +18,9 @@ from _machine import Case, Floor, copy_floor, error, main, scaled_error
 from torch import Tensor
 
 import lineas
-from lineas import _core, reference
-from lineas._arrays import widen
+from lineas import _core
+from lineas._checks import widen
+from lineas.arrays import reference
 
 SIZES = ((32, 2048), (32, 8192), (256, 256), (1000, 256), (10000, 256))
 GOALS = {

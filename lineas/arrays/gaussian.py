@@ -1,0 +1,169 @@
+"""Covariances and the map between Gaussians that mixes neurons (Bures)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _core
+from .._checks import (
+    as_engine,
+    as_mass,
+    as_not_negative,
+    as_sample,
+    as_strength,
+    check_dense,
+    is_tensor,
+    result_dtype,
+    widen,
+)
+
+
+def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
+    """Covariance matrix of the columns of a sample, computed in float64 by OpenBLAS.
+
+    Parameters
+    ----------
+    x : array_like or torch.Tensor
+        [n, d], n >= 2; float16, bfloat16, float32 or float64.
+    weights : array_like, optional
+        Weights of the rows [n]: not negative, with a positive sum.
+
+    Returns
+    -------
+    ndarray
+        float64 [d, d], symmetric; ddof = 1, with `weights` the weighted population covariance.
+
+    Raises
+    ------
+    TypeError
+        If the dtype is another one.
+    ValueError
+        If shapes do not fit, a value is not finite (its row and column are named), or the weights are not weights.
+    """
+    x = as_sample(x, "x", min_rows=2)
+    return _core.covariance(x, None if weights is None else as_mass(weights, len(x), "weights"), "x")[1]
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMap:
+    """A map that mixes neurons: T(z) = matrix z + bias.
+
+    Parameters
+    ----------
+    matrix : ndarray
+        float64 [d, d].
+    bias : ndarray
+        float64 [d].
+    """
+
+    matrix: NDArray
+    bias: NDArray
+
+    def __post_init__(self) -> None:
+        matrix, bias = as_engine(self.matrix, "matrix"), as_engine(self.bias, "bias")
+        if matrix.dtype != np.float64 or bias.dtype != np.float64:
+            raise TypeError(f"matrix and bias must be float64, got dtypes {matrix.dtype} and {bias.dtype}")
+        if bias.ndim != 1 or matrix.shape != bias.shape * 2:
+            raise ValueError(f"matrix and bias must have shapes [d, d] and [d], got {matrix.shape} and {bias.shape}")
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "bias", bias)
+
+    def __repr__(self) -> str:
+        return f"GaussianMap(d={self.bias.size})"
+
+    def transform(self, z: Any, strength: float = 1.0) -> Any:
+        """Apply the map at a strength along the last axis: z + strength (matrix z + bias - z).
+
+        Parameters
+        ----------
+        z : array_like or torch.Tensor
+            [..., d]; float16, bfloat16, float32 or float64.
+        strength : float, default 1.0
+            0 is off, 1 the map.
+
+        Returns
+        -------
+        ndarray or torch.Tensor
+            A new array or tensor with the shape and dtype of `z`. Computed in float32, for float64 `z` in float64,
+            and rounded once.
+
+        Raises
+        ------
+        TypeError
+            If the dtype of `z` is another one, or `strength` is not a real number.
+        ValueError
+            If the last axis of `z` is not d long, or `strength` is not finite.
+        """
+        s = as_strength(strength)
+        matrix, bias = (1 - s) * np.eye(self.bias.size) + s * self.matrix, s * self.bias
+        if is_tensor(z):
+            import torch
+
+            from ..hooks.affine import working_dtype as torch_working_dtype
+
+            check_dense(z, "z")
+            self._check_width(tuple(z.shape))
+            dtype = torch_working_dtype(z.dtype)
+            slopes, shifts = (torch.from_numpy(x).to(z.device, dtype) for x in (matrix, bias))
+            return (z.to(dtype) @ slopes.mT + shifts).to(z.dtype)
+        array = as_engine(z, "z")
+        self._check_width(array.shape)
+        work = widen(array)
+        out = work @ matrix.T.astype(work.dtype) + bias.astype(work.dtype)
+        return out.astype(result_dtype(z, array), copy=False)
+
+    def _check_width(self, shape: tuple[int, ...]) -> None:
+        if not shape or shape[-1] != self.bias.size:
+            raise ValueError(f"z must have {self.bias.size} channels on the last axis, got shape {shape}")
+
+    def inverse(self) -> "GaussianMap":
+        """Return the map that undoes this one at strength 1.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is singular, which it is where the source had fewer rows than neurons and no ridge.
+        """
+        d = self.bias.size
+        if np.linalg.matrix_rank(self.matrix) < d:
+            raise ValueError(f"the map has no inverse: its matrix of {d} neurons is singular; fit it with a ridge > 0")
+        matrix = np.linalg.inv(self.matrix)
+        return GaussianMap(matrix, -matrix @ self.bias)
+
+
+def bures_map(source: ArrayLike, target: ArrayLike, *, ridge: float = 0.0) -> GaussianMap:
+    """The optimal transport map between the Gaussians with the means and covariances of two samples.
+
+    z -> A (z - mean(source)) + mean(target) with A symmetric and A cov(source) A = cov(target)
+    (Dowson and Landau 1982). Unlike the maps of `fit` it also matches the correlations of neurons.
+
+    Parameters
+    ----------
+    source, target : array_like or torch.Tensor
+        Samples [n, d] and [m, d], n, m >= 2; float16, bfloat16, float32 or float64.
+    ridge : float, default 0.0
+        Added to the variances of both. Directions in which the source has none are otherwise mapped to the mean of
+        the target; with fewer rows than neurons there always are some.
+
+    Returns
+    -------
+    GaussianMap
+        ``matrix`` [d, d] and ``bias`` [d], float64.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is another one, or `ridge` is not a real number.
+    ValueError
+        If shapes do not fit, a value is not finite, or `ridge` is negative or not finite.
+    """
+    u, v = as_sample(source, "source", min_rows=2), as_sample(target, "target", min_rows=2)
+    if u.shape[1] != v.shape[1]:
+        raise ValueError(f"source and target must have the same number of columns, got shapes {u.shape} and {v.shape}")
+    ridge = as_not_negative(ridge, "ridge")
+    mean_u, cov_u = _core.covariance(u, None, "source")
+    mean_v, cov_v = _core.covariance(v, None, "target")
+    matrix = _core.bures_map(cov_u, cov_v, ridge)
+    return GaussianMap(matrix, mean_v - matrix @ mean_u)

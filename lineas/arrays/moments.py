@@ -1,0 +1,209 @@
+"""Streaming statistics of activations: for data larger than memory."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _core
+from .._checks import as_int, as_sample, check_dense, is_tensor
+from .._threads import get_num_threads
+
+# Elements read at once from one big array: 16 MiB of float32, far more than a call costs, far less than a memory.
+_CHUNK = 1 << 22
+
+
+# Of each neuron the mean, the sum of squared deviations from it, the minimum and the maximum: float64 [d].
+_State = tuple[NDArray, NDArray, NDArray, NDArray]
+
+
+def _start(d: int) -> _State:
+    return np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
+
+
+class Moments:
+    """Count, mean, variance, minimum and maximum of d neurons, updated batch by batch.
+
+    Everything is kept in float64. Batches may come in any order and be merged in any grouping; the results then
+    agree to rounding (Chan, Golub and LeVeque 1979).
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> seen = lineas.Moments()
+    >>> for batch in np.arange(12.0).reshape(3, 2, 2):
+    ...     seen = seen.update(batch)
+    >>> seen.count, seen.mean, seen.max
+    (6, array([5., 6.]), array([10., 11.]))
+    """
+
+    __slots__ = ("_count", "_state")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._state: _State | None = None
+
+    def _read(self, which: int) -> NDArray:
+        if self._state is None:
+            raise ValueError("these moments have seen no rows yet")
+        return self._state[which].copy()
+
+    @property
+    def count(self) -> int:
+        """The number of rows seen."""
+        return self._count
+
+    @property
+    def d(self) -> int | None:
+        """The number of neurons; None before the first row."""
+        return None if self._state is None else self._state[0].size
+
+    @property
+    def mean(self) -> NDArray:
+        """Mean of each neuron: float64 [d]. ValueError before the first row."""
+        return self._read(0)
+
+    @property
+    def min(self) -> NDArray:
+        """Smallest value of each neuron: float64 [d]. ValueError before the first row."""
+        return self._read(2)
+
+    @property
+    def max(self) -> NDArray:
+        """Largest value of each neuron: float64 [d]. ValueError before the first row."""
+        return self._read(3)
+
+    def variance(self, ddof: int = 1) -> NDArray:
+        """Return the variance of each neuron.
+
+        Parameters
+        ----------
+        ddof : int, default 1
+            The sum of squared deviations is divided by count - ddof.
+
+        Returns
+        -------
+        ndarray
+            float64 [d].
+
+        Raises
+        ------
+        ValueError
+            If there are not more than `ddof` rows, or `ddof` is negative.
+        """
+        if ddof < 0:
+            raise ValueError(f"ddof must be at least 0, got {ddof}")
+        if self._count <= ddof:
+            raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} rows, got {self._count}")
+        return self._read(1) / (self._count - ddof)
+
+    def std(self, ddof: int = 1) -> NDArray:
+        """Return the standard deviation of each neuron: the root of `variance`."""
+        return np.sqrt(self.variance(ddof))
+
+    def update(self, x: ArrayLike) -> "Moments":
+        """Take in the rows of `x` and return self.
+
+        Parameters
+        ----------
+        x : array_like or torch.Tensor
+            [n, d], n >= 1; float16, bfloat16, float32 or float64.
+
+        Raises
+        ------
+        TypeError
+            If the dtype is another one.
+        ValueError
+            If `x` is not [n, d] with the d of before, or holds a value that is not finite (its row and column are
+            named). Nothing is taken in then.
+        """
+        return self._update(x, "x")
+
+    def _update(self, x: ArrayLike, name: str) -> "Moments":
+        x = as_sample(x, name)
+        state = self._state or _start(x.shape[1])
+        if x.shape[1] != state[0].size:
+            raise ValueError(f"{name} must have {state[0].size} columns as before, got shape {x.shape}")
+        self._count = _core.moments_update(x, self._count, *state, name, get_num_threads())
+        self._state = state  # a first batch that is not sound leaves none
+        return self
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Take in what another `Moments` has seen, and return self; `other` is not changed.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not a `Moments`.
+        ValueError
+            If it has another number of neurons.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be a Moments, got {type(other).__name__}")
+        if other._state is None:
+            return self
+        if other is self:
+            return self.merge(Moments().merge(self))  # the engine wants two states, not one twice
+        d = other._state[0].size
+        self._state = self._state or _start(d)
+        if self._state[0].size != d:
+            raise ValueError(f"cannot merge moments of {self._state[0].size} and {d} neurons")
+        self._count = _core.moments_merge(self._count, *self._state, other._count, *other._state)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self._count}, d={self.d})"
+
+
+def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = None) -> Moments:
+    """Statistics of one array, or of batches as they come, without holding them all in memory.
+
+    Parameters
+    ----------
+    data : ndarray, torch.Tensor or iterable of arrays
+        One array [n, d] (memory-mapped, say), read in chunks of rows; or any iterable of such arrays, such as a
+        generator. float16, bfloat16, float32 or float64.
+    chunk_rows : int, optional
+        Rows of one array read at once. Default: as many as make 4 million entries.
+
+    Returns
+    -------
+    Moments
+        Update it further, merge it, or read it.
+
+    Raises
+    ------
+    TypeError
+        If `data` is neither an array nor an iterable, a dtype is another one, or `chunk_rows` is not an integer.
+    ValueError
+        If a batch is not [n, d] with n >= 1 and one d throughout, a value is not finite (batch or chunk, row and
+        column are named), or there is no batch.
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> lineas.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).variance()
+    array([2., 0.])
+    """
+    if chunk_rows is not None and (chunk_rows := as_int(chunk_rows, "chunk_rows")) < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    out = Moments()
+    if is_tensor(data):
+        check_dense(data, "data")
+    if isinstance(data, np.ndarray) or is_tensor(data):
+        if data.ndim != 2 or len(data) == 0:
+            as_sample(data, "data")  # for its error message
+        rows = chunk_rows or max(1, _CHUNK // max(1, data.shape[1]))
+        for start in range(0, len(data), rows):
+            # The name carries the offset, as the row that an error message gives is that in the chunk.
+            end = min(start + rows, len(data))
+            name = "data" if end - start == len(data) else f"data[{start}:{end}]"
+            out._update(data[start:end], name)
+        return out
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be an array or an iterable of arrays, got {type(data).__name__}")
+    for number, batch in enumerate(data):
+        out._update(batch, f"batch {number}")
+    if out.count == 0:
+        raise ValueError("data must hold at least one batch")
+    return out

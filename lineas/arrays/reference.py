@@ -1,0 +1,437 @@
+"""NumPy twins of the engine's kernels: slow and readable, what the C is tested against.
+
+A twin has the name and the arguments of its kernel in ``lineas._core`` with three differences: it takes one module
+where the kernel takes a batch of them, it has no ``names`` and ``threads``, and it does not look for bad input.
+uint16 stands for bfloat16 bits here too. Sums are taken in float64 and results are rounded to the working type
+(float64 for float64 input, else float32).
+
+References
+----------
+LinEAS: arXiv 2503.10679. AcT: arXiv 2410.23054.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._checks import widen
+
+
+def narrow(x: NDArray, like: NDArray) -> NDArray:
+    """Round `x`, float32 or float64, once to the type of `like`, where uint16 means bfloat16 bits."""
+    if like.dtype != np.uint16:
+        return x.astype(like.dtype)
+    bits = x.astype(np.float32).view(np.uint32)
+    to_even = 0x7FFF + ((bits >> 16) & 1)
+    rounded = ((bits + to_even) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def sort_columns(x: NDArray) -> NDArray:
+    """Sort every column of `x` [n, d] in the working type; -0 comes before +0."""
+    x = widen(x)
+    return np.take_along_axis(x, np.lexsort((~np.signbit(x), x), axis=0), axis=0)
+
+
+def segments(p: NDArray, q: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Where the step functions with steps `p` [n] and `q` [m] overlap: the monotone coupling of two samples.
+
+    Both must be positive or zero with the same sum; whole numbers keep it exact. Returns (i, k, mass), each with at
+    most n + m - 1 entries: step i of the first meets step k of the second on an interval of length mass > 0.
+    """
+    rows = []
+    i = k = 0
+    left_p, left_q = p[0], q[0]
+    while True:
+        mass = min(left_p, left_q)
+        if mass > 0:
+            rows.append((i, k, mass))
+        left_p, left_q = left_p - mass, left_q - mass
+        if left_p <= left_q:
+            i += 1
+            if i == len(p):
+                break
+            left_p = p[i]
+        else:
+            k += 1
+            if k == len(q):  # only where rounding left a crumb of p over
+                break
+            left_q = q[k]
+    i_all, k_all, mass_all = zip(*rows, strict=True)
+    return np.array(i_all), np.array(k_all), np.array(mass_all, dtype=np.float64)
+
+
+def _coupling(
+    u: NDArray, v: NDArray, u_mass: NDArray | None, v_mass: NDArray | None
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Rows i of `u` [n] and k of `v` [m] that meet when both are sorted, the masses, and the row masses of `u`."""
+    n, m = len(u), len(v)
+    order_u, order_v = np.argsort(u, kind="stable"), np.argsort(v, kind="stable")
+    if u_mass is None and v_mass is None:  # in units of 1 / (n m) every breakpoint is a whole number
+        i, k, mass = segments(np.full(n, m), np.full(m, n))
+        return order_u[i], order_v[k], mass / (n * m), np.full(n, 1 / n)
+    p = np.full(n, 1 / n) if u_mass is None else u_mass / u_mass.sum()
+    q = np.full(m, 1 / m) if v_mass is None else v_mass / v_mass.sum()
+    i, k, mass = segments(p[order_u], q[order_v])
+    return order_u[i], order_v[k], mass, p
+
+
+def wasserstein(
+    u: NDArray,
+    v: NDArray,
+    weight: NDArray | None = None,
+    bias: NDArray | None = None,
+    u_mass: NDArray | None = None,
+    v_mass: NDArray | None = None,
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Squared W2 of each column of (weight * u + bias) [n, d] against that of `v` [m, d], and its gradients.
+
+    Tied entries of a column share the mean of their target quantiles, so the gradient does not depend on the order
+    of the rows. Returns (value [d], gradient in u [n, d], in weight [d], in bias [d]).
+    """
+    u, v = widen(u), widen(v)
+    (n, d), dtype = u.shape, u.dtype
+    weight = np.ones(d, dtype) if weight is None else weight
+    bias = np.zeros(d, dtype) if bias is None else bias
+    x = weight * u + bias
+    value, grad = np.empty(d), np.zeros((n, d))
+    for j in range(d):
+        xj, vj = x[:, j].astype(np.float64), v[:, j].astype(np.float64)
+        i, k, mass, p = _coupling(xj, vj, u_mass, v_mass)
+        value[j] = np.sum(mass * (xj[i] - vj[k]) ** 2)
+        tie = np.unique(xj, return_inverse=True)[1]
+        tie_mass = np.bincount(tie[i], weights=mass, minlength=n)
+        tie_target = np.bincount(tie[i], weights=mass * vj[k], minlength=n)
+        some = tie_mass[tie] > 0  # rows without mass have no target and no gradient
+        grad[some, j] = 2 * p[some] * (xj[some] - tie_target[tie][some] / tie_mass[tie][some])
+    grad_weight = np.sum(grad * u, axis=0)
+    grad_bias = np.sum(grad, axis=0)
+    return value.astype(dtype), (grad * weight).astype(dtype), grad_weight.astype(dtype), grad_bias.astype(dtype)
+
+
+def _at_strength(weight: NDArray, strength: float) -> NDArray:
+    """Slopes of a map at a strength, float64: exactly 1 where they are 1, exactly `weight` at strength 1."""
+    return np.where(weight == 1, 1, (1 - strength) + strength * weight.astype(np.float64))
+
+
+def affine_apply(z: NDArray, weight: NDArray, bias: NDArray, strength: float) -> NDArray:
+    """z + s ((weight - 1) z + bias) on `z` [outer, d, inner], in the type of `z`."""
+    work = widen(z)
+    slope = _at_strength(weight, strength).astype(work.dtype)
+    shift = (strength * bias.astype(np.float64)).astype(work.dtype)
+    return narrow(slope[:, None] * work + shift[:, None], like=z)
+
+
+def affine_backward(
+    z: NDArray, weight: NDArray, strength: float, grad_out: NDArray
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Gradients of `affine_apply` in z (with its type), weight [d] and bias [d] (in the working type)."""
+    work, grad = widen(z), widen(grad_out)
+    slope = _at_strength(weight, strength).astype(work.dtype)
+    grad_weight = strength * np.sum(grad.astype(np.float64) * work, axis=(0, 2))
+    grad_bias = strength * np.sum(grad, axis=(0, 2), dtype=np.float64)
+    grad_z = narrow(slope[:, None] * grad, like=z)
+    return grad_z, grad_weight.astype(work.dtype), grad_bias.astype(work.dtype)
+
+
+def pool(x: NDArray, mask: NDArray | None, mode: str) -> tuple[NDArray, NDArray | None]:
+    """Pool `x` [B, T, d] over the tokens where `mask` [B, T] is not zero; see ``_core.pool`` for the modes.
+
+    Returns ([B, d], or [sum(mask), d] for "all", in the working type; the winning token [B, d] for min and max).
+    """
+    work = widen(x)
+    batch, tokens, d = x.shape
+    real = np.ones((batch, tokens), dtype=bool) if mask is None else mask != 0
+    if mode == "all":
+        return work[real], None
+    out = np.empty((batch, d), dtype=work.dtype)
+    index = np.empty((batch, d), dtype=np.int32)
+    for b in range(batch):
+        at = np.flatnonzero(real[b])
+        if mode == "mean":
+            out[b] = np.mean(work[b, at], axis=0, dtype=np.float64)
+        elif mode == "last":
+            out[b] = work[b, at[-1]]
+        else:
+            best = np.argmin if mode == "min" else np.argmax
+            index[b] = at[best(work[b, at], axis=0)]
+            out[b] = np.take_along_axis(work[b], index[None, b], axis=0)[0]
+    return out, index if mode in ("min", "max") else None
+
+
+def pool_backward(grad_out: NDArray, mask: NDArray | None, mode: str, index: NDArray | None, tokens: int) -> NDArray:
+    """Gradient of `pool` in x [B, tokens, d]: a mean spreads it, the other modes hand it to the chosen tokens."""
+    d = grad_out.shape[1]
+    if mask is not None:
+        real = mask != 0
+    else:
+        real = np.ones((len(grad_out) // tokens if mode == "all" else len(grad_out), tokens), dtype=bool)
+    grad = np.zeros((len(real), tokens, d), dtype=grad_out.dtype)
+    if mode == "all":
+        grad[real] = grad_out
+        return grad
+    for b in range(len(real)):
+        at = np.flatnonzero(real[b])
+        if mode == "mean":
+            grad[b, at] = grad_out[b] / len(at)
+        elif mode == "last":
+            grad[b, at[-1]] = grad_out[b]
+        else:
+            assert index is not None  # min and max come with one
+            grad[b, index[b], np.arange(d)] = grad_out[b]
+    return grad
+
+
+def moments_update(x: NDArray, count: int, mean: NDArray, m2: NDArray, low: NDArray, high: NDArray) -> int:
+    """Merge the rows of `x` [n, d] into the float64 state [d] in place; returns the new count."""
+    x = widen(x).astype(np.float64)
+    mean_x = x.mean(axis=0)
+    m2_x = np.sum((x - mean_x) ** 2, axis=0)
+    return moments_merge(count, mean, m2, low, high, len(x), mean_x, m2_x, x.min(axis=0), x.max(axis=0))
+
+
+def moments_merge(
+    count: int, mean: NDArray, m2: NDArray, low: NDArray, high: NDArray,
+    count_b: int, mean_b: NDArray, m2_b: NDArray, low_b: NDArray, high_b: NDArray,
+) -> int:  # fmt: skip
+    """Merge state b into the first one in place (Chan, Golub and LeVeque 1979); returns the new count."""
+    total = count + count_b
+    if count_b:
+        shift = mean_b - mean
+        mean += shift * (count_b / total)
+        m2 += m2_b + shift**2 * (count * count_b / total)
+        np.minimum(low, low_b, out=low)
+        np.maximum(high, high_b, out=high)
+    return total
+
+
+def prox_sparse_group(x: NDArray, tau: float, l1: float, group: float) -> NDArray:
+    """prox of tau (l1 ||x||_1 + group sqrt(d) ||x||_2) at `x` [d]: soft threshold, then group shrink."""
+    soft = np.sign(x) * np.maximum(np.abs(x) - x.dtype.type(tau * l1), 0)
+    norm = np.sqrt(np.sum(soft.astype(np.float64) ** 2))
+    if norm == 0:
+        return np.zeros_like(x)
+    return x.dtype.type(max(1 - tau * group * np.sqrt(len(x)) / norm, 0)) * soft
+
+
+def step(
+    weight: NDArray,
+    bias: NDArray,
+    grad_weight: NDArray,
+    grad_bias: NDArray,
+    offsets: NDArray,
+    lr: float,
+    l1: float,
+    group: float,
+    l1_bias: float,
+    group_bias: float,
+    adam: tuple[NDArray, NDArray, NDArray, NDArray, int, float, float, float] | None = None,
+) -> tuple[float, int]:
+    """One SGD or Adam step, then the prox with tau = lr, in place on flat parameters; see ``_core.step``.
+
+    Returns (the penalty of the new parameters, the number of neurons that are not the identity).
+    """
+    if adam is None:
+        weight -= lr * grad_weight
+        bias -= lr * grad_bias
+    else:
+        m_weight, v_weight, m_bias, v_bias, t, beta1, beta2, eps = adam
+        for x, g, m, v in ((weight, grad_weight, m_weight, v_weight), (bias, grad_bias, m_bias, v_bias)):
+            m[...] = beta1 * m + (1 - beta1) * g
+            v[...] = beta2 * v + (1 - beta2) * g * g
+            x -= lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
+    penalty = 0.0
+    for a, b in pairwise(offsets):
+        weight[a:b] = 1 + prox_sparse_group(weight[a:b] - 1, lr, l1, group)
+        bias[a:b] = prox_sparse_group(bias[a:b], lr, l1_bias, group_bias)
+        for x, lam1, lam2 in ((weight[a:b] - 1, l1, group), (bias[a:b], l1_bias, group_bias)):
+            x = x.astype(np.float64)
+            penalty += lam1 * np.sum(np.abs(x)) + lam2 * np.sqrt(len(x)) * np.sqrt(np.sum(x * x))
+    return float(penalty), int(np.count_nonzero((weight != 1) | (bias != 0)))
+
+
+def _mean_and_variance(x: NDArray, mass: NDArray | None) -> tuple[float, float]:
+    """Of one column: ddof = 1, with `mass` the weighted population variance; exactly 0 for a constant column."""
+    p = np.full(len(x), 1 / len(x)) if mass is None else mass / mass.sum()
+    used = x[p > 0]
+    mean = float(np.sum(p * x))
+    if np.all(used == used[0]):
+        return mean, 0.0
+    variance = float(np.sum(p * (x - mean) ** 2))
+    return mean, variance if mass is not None else variance * len(x) / (len(x) - 1)
+
+
+def fit_local(
+    source: NDArray, target: NDArray, source_mass: NDArray | None, target_mass: NDArray | None, method: str
+) -> tuple[NDArray, NDArray]:
+    """Closed-form map of `source` [n, d] to `target` [m, d]: (weight [d], bias [d]) in the working type.
+
+    "mean" moves the mean, "gaussian" also matches the standard deviation, "linear" is the least-squares line
+    through the sorted pairs (Lin-AcT, AcT). A constant source column gets slope 1 and the shift of the mean.
+    """
+    source, target = widen(source), widen(target)
+    d = source.shape[1]
+    weight, bias = np.ones(d), np.empty(d)
+    for j in range(d):
+        u, v = source[:, j].astype(np.float64), target[:, j].astype(np.float64)
+        mean_u, var_u = _mean_and_variance(u, source_mass)
+        mean_v, var_v = _mean_and_variance(v, target_mass)
+        if method == "gaussian" and var_u > 0:
+            weight[j] = np.sqrt(var_v / var_u)
+        elif method == "linear" and var_u > 0:
+            i, k, mass, p = _coupling(u, v, source_mass, target_mass)
+            weight[j] = np.sum(mass * (u[i] - mean_u) * (v[k] - mean_v)) / np.sum(p * (u - mean_u) ** 2)
+        bias[j] = mean_v - weight[j] * mean_u
+    return weight.astype(source.dtype), bias.astype(source.dtype)
+
+
+def quantile_moments(
+    source: NDArray, target: NDArray, source_mass: NDArray | None = None, target_mass: NDArray | None = None
+) -> NDArray:
+    """Moments of the paired quantiles of `source` [n, d] and `target` [m, d]: float64 [5, d], as ``_core`` has them."""
+    source, target = widen(source), widen(target)
+    out = np.empty((5, source.shape[1]))
+    for j in range(source.shape[1]):
+        u, v = source[:, j].astype(np.float64), target[:, j].astype(np.float64)
+        i, k, mass, _ = _coupling(u, v, source_mass, target_mass)
+        mean_u, mean_v = np.sum(mass * u[i]), np.sum(mass * v[k])
+        x, y = u[i] - mean_u, v[k] - mean_v
+        out[:, j] = mean_u, mean_v, np.sum(mass * x * x), np.sum(mass * x * y), np.sum(mass * y * y)
+    return out
+
+
+def sparse_loss(moments: NDArray, weight: NDArray, bias: NDArray) -> float:
+    """Sum over neurons of squared W2 at slopes >= 0 and shifts [d], from moments [5, d]."""
+    mean_u, mean_v, var_u, cov, var_v = moments
+    gap = mean_u * weight + bias - mean_v
+    return float(np.sum((weight * var_u - 2 * cov) * weight + var_v + gap * gap))
+
+
+def _sparse_gradient(moments: NDArray, x: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
+    """Gradient of `sparse_loss` in x = weight - 1 and in b."""
+    mean_u, mean_v, var_u, cov, _ = moments
+    gap = mean_u * (1 + x) + b - mean_v
+    return 2 * (var_u * (1 + x) - cov + mean_u * gap), 2 * gap
+
+
+def _soft(h: NDArray, l1: float) -> NDArray:
+    return np.sign(h) * np.maximum(np.abs(h) - l1, 0)
+
+
+def kkt_distance(moments: NDArray, weight: NDArray, bias: NDArray, l1: float, group: float) -> float:
+    """Distance of 0 to the subdifferential of `sparse_loss` plus penalties under weight >= 0, at a map [d]."""
+    x, tau, total = weight - 1, group * np.sqrt(len(weight)), 0.0
+    for part, slope, is_weight in zip((x, bias), _sparse_gradient(moments, x, bias), (True, False), strict=True):
+        norm = np.linalg.norm(part)
+        if norm == 0:
+            total += max(float(np.linalg.norm(_soft(slope, l1))) - tau, 0.0) ** 2
+            continue
+        slope = slope + tau * part / norm
+        left = np.where(part == 0, _soft(slope, l1), slope + l1 * np.sign(part))
+        if is_weight:  # at weight 0 a slope that points out of the bound is allowed
+            left = np.where(weight == 0, np.minimum(left, 0), left)
+        total += float(np.sum(left**2))
+    return float(np.sqrt(total))
+
+
+def largest_penalty(moments: NDArray, l1_ratio: float) -> float:
+    """The smallest penalty at which the sparse map is the identity, by bisection."""
+    largest = 0.0
+    group = (1 - l1_ratio) * np.sqrt(moments.shape[1])
+    for h in _sparse_gradient(moments, np.zeros(moments.shape[1]), np.zeros(moments.shape[1])):
+        low, high = 0.0, float(np.linalg.norm(h)) / max(group, l1_ratio / np.sqrt(len(h))) if h.any() else 0.0
+        while (middle := low + (high - low) / 2) > low and middle < high:
+            if np.linalg.norm(_soft(h, middle * l1_ratio)) > middle * group:
+                low = middle
+            else:
+                high = middle
+        largest = max(largest, high)
+    return largest
+
+
+def _prox_bounded(v: NDArray, l1: float, tau: float) -> NDArray:
+    """prox of l1 |x|_1 + tau ||x||_2 under x >= -1: the group shrink, in which entries at the bound stay there."""
+    soft = _soft(v, l1)
+    norm = np.linalg.norm(soft)
+    if norm <= tau:
+        return np.zeros_like(v)
+    x = (1 - tau / norm) * soft
+    if x.min() >= -1:
+        return x
+    low, high = 0.0, float(norm)  # the norm of the solution
+    for _ in range(200):
+        size = (low + high) / 2
+        x = np.maximum(soft * size / (size + tau), -1)
+        low, high = (size, high) if np.linalg.norm(x) > size else (low, size)
+    return x
+
+
+def sparse_map(
+    moments: NDArray, l1: float, group: float, start: tuple[NDArray, NDArray] | None = None,
+    tolerance: float = 1e-9, iterations: int = 100_000,
+) -> tuple[NDArray, NDArray, int]:  # fmt: skip
+    """One point of the sparse path by proximal gradient steps with restarts (FISTA, Beck and Teboulle 2009).
+
+    Returns (weight [d], bias [d], steps). Ends when `kkt_distance` is at most `tolerance`.
+    """
+    mean_u, _, var_u, _, _ = moments
+    tau = group * np.sqrt(len(mean_u))
+    a = var_u + mean_u**2
+    rate = 1 / np.max(a + 1 + np.sqrt((a - 1) ** 2 + 4 * mean_u**2))  # largest curvature: of [[2 a, 2 m], [2 m, 2]]
+    x, b = (np.zeros(len(a)), np.zeros(len(a))) if start is None else (start[0] - 1, start[1].copy())
+    ahead_x, ahead_b, momentum = x, b, 1.0
+    for k in range(iterations):
+        if k % 10 == 0 and kkt_distance(moments, 1 + x, b, l1, group) <= tolerance:
+            return 1 + x, b, k
+        slope_x, slope_b = _sparse_gradient(moments, ahead_x, ahead_b)
+        new_x = _prox_bounded(ahead_x - rate * slope_x, rate * l1, rate * tau)
+        new_b = prox_sparse_group(ahead_b - rate * slope_b, rate, l1, group)
+        uphill = np.sum((ahead_x - new_x) * (new_x - x)) + np.sum((ahead_b - new_b) * (new_b - b)) > 0
+        following = 1.0 if uphill else (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        push = 0.0 if uphill else (momentum - 1) / following
+        ahead_x, ahead_b = new_x + push * (new_x - x), new_b + push * (new_b - b)
+        x, b, momentum = new_x, new_b, following
+    return 1 + x, b, iterations
+
+
+def sparse_path(
+    moments: NDArray, penalties: NDArray, l1_ratio: float, tolerance: float = 1e-9
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Points of the sparse path of one module: weight [K, d], bias [K, d] and loss [K], by `sparse_map`."""
+    start, points = None, []
+    for penalty in penalties:
+        weight, bias, _ = sparse_map(moments, penalty * l1_ratio, penalty * (1 - l1_ratio), start, tolerance)
+        start = (weight, bias)
+        points.append((weight, bias, sparse_loss(moments, weight, bias)))
+    weights, biases, losses = zip(*points, strict=True)
+    return np.array(weights), np.array(biases), np.array(losses)
+
+
+def covariance(x: NDArray, mass: NDArray | None = None) -> tuple[NDArray, NDArray]:
+    """(mean [d], covariance [d, d]) in float64; ddof = 1, with `mass` the weighted population covariance."""
+    x = widen(x).astype(np.float64)
+    p = np.full(len(x), 1 / len(x)) if mass is None else mass / mass.sum()
+    mean = p @ x
+    centred = x - mean
+    cov = (p[:, None] * centred).T @ centred
+    cov = (cov + cov.T) / 2
+    return mean, cov if mass is not None else cov * (len(x) / (len(x) - 1))
+
+
+def bures_map(cov_source: NDArray, cov_target: NDArray, ridge: float = 0.0) -> NDArray:
+    """Symmetric A [d, d] with A (cov_source + ridge I) A = cov_target + ridge I: optimal transport of Gaussians.
+
+    Directions without variance in the source (eigenvalue <= d eps max) are mapped to zero.
+    """
+    d = len(cov_source)
+    values, vectors = np.linalg.eigh(cov_source + ridge * np.eye(d))
+    keep = values > d * np.finfo(np.float64).eps * values[-1]
+    root = np.sqrt(np.where(keep, values, 0))
+    inverse_root = np.where(keep, 1 / np.where(keep, root, 1), 0)
+    middle = (root[:, None] * (vectors.T @ (cov_target + ridge * np.eye(d)) @ vectors)) * root
+    inner, basis = np.linalg.eigh(middle)
+    half = inverse_root[:, None] * basis
+    matrix = (half * np.sqrt(np.maximum(inner, 0))) @ half.T
+    matrix = vectors @ matrix @ vectors.T
+    return (matrix + matrix.T) / 2

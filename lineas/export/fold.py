@@ -1,0 +1,231 @@
+"""Maps into the weights: a model that does without hooks what it does with them."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import as_strength
+from ..hooks.attach import attach
+from ..inputs.batches import Batch
+from ..inputs.call import Forward, call
+from ..inputs.frozen import frozen
+from ..inputs.tokenize import as_batches
+from ..maps.affine import AffineMap
+from ..maps.steering import SteeringMaps
+from .bias_settings import Setting, check_conversion, find_homes, switch_on, to_llama
+from .fold_module import fold_gain
+from .parameter_changes import Edits, write_parameters
+from .readers import (
+    Consumers,
+    Refusal,
+    check_consumers,
+    check_maps,
+    count_places,
+    dense_weight,
+    find_consumers,
+    is_conv1d,
+    shift_through,
+)
+
+# Largest difference between hooks and folded weights that passes for rounding, root mean square over that of the
+# output. Also in float64 models some norms compute in float32.
+_TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def fold(
+    maps: SteeringMaps,
+    model: nn.Module,
+    strength: float = 1.0,
+    *,
+    inplace: bool = False,
+    consumers: Consumers | None = None,
+    convert: bool = False,
+    check: Any = None,
+    tokenizer: Any = None,
+    forward: Forward | None = None,
+) -> nn.Module:
+    """Put the maps into the weights of a model, for good: it then runs, saves and loads without lineas.
+
+    A map goes into the gain and the bias of the module whose output it changes: LayerNorm, GroupNorm, BatchNorm,
+    RMSNorm (also Gemma's, whose gain is 1 + weight), Linear, convolutions, and the adaptive norms of diffusers.
+    The shift after a norm without a bias goes into the biases of the Linears that read its output, as W @ bias.
+    For Llama and other families whose configuration has ``attention_bias`` or ``mlp_bias`` these settings are
+    switched on, so that the folded model survives ``save_pretrained`` and ``from_pretrained``. Everything is
+    computed in float64 and rounded once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model with modules of these names, and no maps attached.
+    strength : float, default 1.0
+        The strength for good; 1 is the maps.
+    inplace : bool, default False
+        Change `model` itself and return it; otherwise a deep copy is changed.
+    consumers : dict[str, list[str]], optional
+        For models of one's own: by name of a norm, the names of all Linears that read its output, where nothing
+        else reads it. A wrong list gives a wrong model: use `check`.
+    convert : bool, default False
+        Make a LlamaForCausalLM of a Mistral or Qwen2 model, which have no place for biases in their MLP.
+    check : list[str], batch or list of batches, optional
+        Data to compare with: the model with the maps attached and the folded one must give the same up to the
+        rounding of the model's dtype, otherwise nothing is changed. Most exact on a float32 model.
+    tokenizer : transformers tokenizer, optional
+        Where `check` is texts.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the model for `check` where ``model(**batch)`` or ``model(batch)`` do not
+        fit.
+
+    Returns
+    -------
+    torch.nn.Module
+        The folded copy, or `model`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong type.
+    ValueError
+        If maps cannot be folded exactly. All of them are named with the reason, before anything is changed: a
+        shift that no bias on disk could hold, weights that are quantised, offloaded or tied to others, modules
+        without a gain. Also if maps are attached to the model, these maps are for some tokens only, a module is
+        missing or has another width, or `check` finds a difference.
+    """
+    strength = as_strength(strength)
+    for name, flag in (("inplace", inplace), ("convert", convert)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    if inplace and convert:
+        raise ValueError("convert makes a model of another class: it cannot be done in place")
+    check_maps(maps, model, "a fold")
+    consumers = check_consumers(consumers, maps, model)
+    if convert:
+        check_conversion(model)
+    batches = None if check is None else as_batches(check, tokenizer=tokenizer, argument="check")
+
+    edits, settings, biases = _plan(maps, model, strength, consumers, convert)
+    values = _rounded(edits)
+    for name in sorted(biases - {f"{module}.{kind}" for module, kind in values}):
+        weight = model.get_submodule(name.removesuffix(".bias"))._parameters["weight"]
+        assert weight is not None  # the Linear of a bias that a setting adds
+        rows = dense_weight(model, name.removesuffix(".bias")).shape[0]
+        values[name.removesuffix(".bias"), "bias"] = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
+
+    hooked = None
+    if batches is not None:
+        with attach(maps, model, strength):
+            hooked = _outputs(model, batches, forward)
+    target = model if inplace else to_llama(model) if convert else copy.deepcopy(model)
+    undo = write_parameters(target, values)
+    try:
+        if hooked is not None:
+            _compare(hooked, _outputs(target, batches or [], forward), next(model.parameters()).dtype)
+    except BaseException:
+        undo()
+        raise
+    switch_on(target, settings)
+    return target
+
+
+def parameters_of(affine: AffineMap, strength: float) -> tuple[Tensor, Tensor]:
+    """Slopes and shifts [d] at `strength`, float64 on the CPU."""
+    wide = AffineMap(affine.weight.astype(np.float64), affine.bias.astype(np.float64)).with_strength(strength)
+    return torch.tensor(wide.weight), torch.tensor(wide.bias)
+
+
+def refuse(refused: Mapping[str, str], total: int, what: str) -> None:
+    """Raise one ValueError that names every module of `refused` and why; nothing where there is none."""
+    if refused:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+        raise ValueError(
+            f"{len(refused)} of {total} maps cannot be {what}, and nothing was changed; maps.attach(model) applies all "
+            f"of them, and maps.select([...]) picks others:\n{reasons}"
+        )
+
+
+def _plan(
+    maps: SteeringMaps, model: nn.Module, strength: float, consumers: Consumers, convert: bool
+) -> tuple[Edits, list[Setting], set[str]]:
+    """All new parameters, the settings that give them a home on disk, and the biases that come by those."""
+    edits, places, refused = Edits(model), count_places(model), {}
+    for name, affine in maps.items():
+        weight, bias = parameters_of(affine, strength)
+        if (weight == 1).all() and (bias == 0).all():
+            continue
+        try:
+            left = fold_gain(edits, name, weight, bias)
+            if (left != 0).any():
+                _shift_consumers(edits, name, left, consumers, places)
+        except Refusal as error:
+            refused[name] = str(error.args[0])
+    settings: list[Setting] = []
+    biases: set[str] = set()
+    if edits.homeless and not convert:
+        try:
+            settings, biases = find_homes(model, edits.homeless)
+        except Refusal as error:
+            reason, lost = error.args
+            for linear in lost:
+                for name in edits.homeless[linear]:
+                    refused.setdefault(name, f"its shift is not 0, {linear!r} {reason}")
+    refuse({name: refused[name] for name in maps if name in refused}, len(maps), "folded")
+    return edits, settings, biases
+
+
+def _shift_consumers(edits: Edits, name: str, shift: Tensor, consumers: Consumers, places: Counter[int]) -> None:
+    try:
+        readers = find_consumers(edits.model, name, shift.numel(), consumers, places)
+        for reader in readers:
+            dense_weight(edits.model, reader)
+    except Refusal as error:
+        kind = type(edits.model.get_submodule(name)).__name__
+        raise Refusal(f"its shift is not 0, {kind} has no bias, and {error}") from None
+    for reader in readers:
+        # As it will be: a map of the reader's own output may be in there already.
+        weight = edits.read(reader, "weight")
+        weight = weight.T if is_conv1d(edits.model.get_submodule(reader)) else weight
+        edits.add_to_bias(reader, shift_through(weight, shift), wanted_by=name)
+
+
+def _rounded(edits: Edits) -> dict[tuple[str, str], Tensor]:
+    try:
+        return edits.rounded()
+    except Refusal as error:
+        raise ValueError(f"the maps cannot be folded, and nothing was changed: {error}") from None
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def _outputs(model: nn.Module, batches: list[Batch], forward: Forward | None) -> list[Tensor]:
+    with frozen(model, gradients=False):
+        return [tensor for batch in batches for tensor in _tensors(call(model, batch, forward))]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output.detach().to("cpu", torch.float64)
+    elif isinstance(output, Mapping):
+        yield from (tensor for value in output.values() for tensor in _tensors(value))
+    elif isinstance(output, tuple | list):
+        yield from (tensor for value in output for tensor in _tensors(value))
+
+
+def _compare(hooked: list[Tensor], folded: list[Tensor], dtype: torch.dtype) -> None:
+    tolerance = _TOLERANCES[dtype]
+    if not hooked:
+        raise ValueError("check: the model gave no floating-point tensor to compare")
+    for by_hook, by_fold in zip(hooked, folded, strict=True):
+        size, error = (math.sqrt(float(x.square().mean())) for x in (by_hook, by_hook - by_fold))
+        if not error <= tolerance * size:  # also where it is not a number
+            raise ValueError(
+                f"check: the folded model gives something else than the model with hooks (root mean square {error:.3g} "
+                f"of {size:.3g}, and {tolerance:g} of it is taken for rounding in {dtype}); nothing was changed. "
+                "If consumers= was given, it is not all that reads the outputs"
+            )

@@ -1,0 +1,223 @@
+"""Which Linears read the output of a norm, and what can be read and written of a module's parameters.
+
+A shift after a norm without a bias of its own can move into the biases of what reads its output, and only there. What
+reads it cannot be seen in the modules of a model, so it is written down here for the decoder layers of transformers,
+or said by the user.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..hooks.modules import get_module, near_names, output_width
+from ..maps.steering import SteeringMaps
+
+Consumers: TypeAlias = Mapping[str, Sequence[str]]
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj")
+_Layer: TypeAlias = dict[str, tuple[str, ...]]
+_LLAMA: _Layer = {"input_layernorm": _ATTENTION, "post_attention_layernorm": _MLP}
+_GEMMA2: _Layer = {"input_layernorm": _ATTENTION, "pre_feedforward_layernorm": _MLP}
+_MIXTURE: _Layer = {"input_layernorm": _ATTENTION}  # the experts' weights are no Linears
+
+# Read in the forward of each class (transformers 5.24): nothing else sees the output of these norms. The first dict
+# is by class of the decoder layer, the second by the name of the norm in it.
+DECODER_LAYERS: dict[str, _Layer] = {
+    "GemmaDecoderLayer": _LLAMA,
+    "Gemma2DecoderLayer": _GEMMA2,
+    "Gemma3DecoderLayer": _GEMMA2,
+    "GPT2Block": {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
+    "GPTNeoXLayer": {
+        "input_layernorm": ("attention.query_key_value",),
+        "post_attention_layernorm": ("mlp.dense_h_to_4h",),
+    },
+    "GraniteDecoderLayer": _LLAMA,
+    "LlamaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "MixtralDecoderLayer": _MIXTURE,
+    "PhiDecoderLayer": {"input_layernorm": (*_ATTENTION, "mlp.fc1")},
+    "Phi3DecoderLayer": {
+        "input_layernorm": ("self_attn.qkv_proj",),
+        "post_attention_layernorm": ("mlp.gate_up_proj",),
+    },
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen3DecoderLayer": _LLAMA,
+    "Qwen3MoeDecoderLayer": _MIXTURE,
+    "SmolLM3DecoderLayer": _LLAMA,
+}
+
+
+class Refusal(ValueError):
+    """Why one module cannot be folded or written as an adapter."""
+
+
+def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> None:
+    """Refuse maps that weights cannot hold, and what `attach` would refuse, too.
+
+    Raises
+    ------
+    TypeError
+        When `model` is no torch module.
+    ValueError
+        When maps are on the model, these maps were fitted for some tokens only, a module is missing or has another
+        width.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    tokens = _tokens(maps.metadata)
+    if tokens != "all":
+        raise ValueError(
+            f"these maps were fitted for the tokens {tokens!r}; weights act on all tokens, so {use} would change the "
+            "others as well: use maps.attach(model), or lineas.SteeringMaps(dict(maps)) for all tokens all the same"
+        )
+    for name, module in model.named_modules():
+        if any(type(hook).__module__.startswith("lineas.") for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"maps are attached to {name!r} of this model: remove() them first, or they would act twice"
+            )
+    for name, affine in maps.items():
+        width = output_width(get_module(model, name))
+        if width is not None and width != affine.d:
+            raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
+
+
+def _tokens(metadata: dict) -> object:
+    """The token selection of maps, or of any that they were composed of; "all" where nothing is said."""
+    parts = metadata.get("parts")
+    if "tokens" in metadata or not isinstance(parts, list):
+        return metadata.get("tokens", "all")
+    inner = [_tokens(part) for part in parts if isinstance(part, dict)]
+    return next((one for one in inner if one != "all"), "all")
+
+
+def check_consumers(consumers: Consumers | None, maps: SteeringMaps, model: nn.Module) -> Consumers:
+    """`consumers` as the user gave them, checked as far as they can be.
+
+    Raises
+    ------
+    TypeError
+        When they are no mapping from names to lists of names.
+    ValueError
+        When there is no map for a key, a list is empty, or the model lacks a module.
+    """
+    if consumers is None:
+        return {}
+    if not isinstance(consumers, Mapping):
+        raise TypeError(f"consumers must be a mapping from module name to names, got {type(consumers).__name__}")
+    for name, readers in consumers.items():
+        if name not in maps:
+            near = near_names(str(name), maps)
+            raise ValueError(
+                f"consumers: there is no map for module {name!r}" + ("; similar: " + ", ".join(near) if near else "")
+            )
+        if not isinstance(readers, list | tuple) or not all(isinstance(reader, str) for reader in readers):
+            raise TypeError(f"consumers[{name!r}] must be a list of module names, got {readers!r}")
+        if not readers:
+            raise ValueError(f"consumers[{name!r}] is empty")
+        for reader in readers:
+            try:
+                get_module(model, reader)
+            except ValueError as error:
+                raise ValueError(f"consumers[{name!r}]: {error}") from None
+    return consumers
+
+
+def count_places(model: nn.Module) -> Counter[int]:
+    """In how many places of the model each module is, by its id."""
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
+def find_consumers(model: nn.Module, name: str, width: int, given: Consumers, places: Counter[int]) -> list[str]:
+    """Full names of the Linears that read the output, of `width` neurons, of norm `name`, and that nothing else feeds.
+
+    `places` is what `count_places` says of the model.
+
+    Raises
+    ------
+    Refusal
+        When it is not known what reads the output, or a reader is no plain Linear of that width.
+    """
+    if name in given:
+        readers = list(given[name])
+    else:
+        parent, _, last = name.rpartition(".")
+        layer = model.get_submodule(parent)
+        known = DECODER_LAYERS.get(type(layer).__name__, {}) if is_from(layer, "transformers.models") else {}
+        if last not in known:
+            raise Refusal(
+                f"it is not known which Linears alone read the output of {last!r} in {type(layer).__name__} "
+                "(consumers= can say it, where there are such)"
+            )
+        readers = [f"{parent}.{reader}" for reader in known[last]]
+    for used in (name, *readers):
+        count = places[id(model.get_submodule(used))]
+        if count > 1:
+            raise Refusal(f"{used!r} is used in {count} places of the model")
+    for reader in readers:
+        inputs = dense_weight(model, reader).shape[1]
+        if inputs != width:
+            raise Refusal(f"{reader!r} reads {inputs} neurons, not {width}")
+    return readers
+
+
+def is_from(module: nn.Module, package: str) -> bool:
+    """Whether the class of `module` is defined in `package`."""
+    return f"{type(module).__module__}.".startswith(f"{package}.")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's Linear, whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and is_from(module, "transformers")
+
+
+def parameter(model: nn.Module, name: str, kind: str) -> Tensor:
+    """Parameter `kind` of module `name`: a plain floating-point tensor that is there.
+
+    Raises
+    ------
+    Refusal
+        When there is none, or it is computed from others, quantised, sharded or offloaded.
+    """
+    module = model.get_submodule(name)
+    if is_parametrized(module, kind):
+        raise Refusal(f"{kind} of {name!r} is computed by a parametrization")
+    value = module._parameters.get(kind)
+    if value is None:
+        raise Refusal(f"{name!r}, {type(module).__name__}, has no parameter {kind!r}")
+    # Of the data: Parameter hides the class of what it holds.
+    if type(value.data) is not Tensor or not value.is_floating_point() or value.element_size() < 2:
+        raise Refusal(
+            f"{kind} of {name!r} is {value.dtype} in a {type(value.data).__name__}: "
+            "quantised or sharded weights cannot be read as they are"
+        )
+    if value.device.type == "meta":
+        raise Refusal(f"{kind} of {name!r} is offloaded: load the model without offloading")
+    return value.detach()
+
+
+def dense_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight [out, in] of the plain Linear `name`.
+
+    Raises
+    ------
+    Refusal
+        When the module is no such Linear; see `parameter`.
+    """
+    module = model.get_submodule(name)
+    if type(module) is not nn.Linear and not is_conv1d(module) and not is_parametrized(module):
+        hint = ": merge the adapter first" if is_from(module, "peft") else ""
+        raise Refusal(f"{name!r} is a {type(module).__module__}.{type(module).__name__}, no plain Linear{hint}")
+    weight = parameter(model, name, "weight")
+    return weight.T if is_conv1d(module) else weight
+
+
+def shift_through(weight: Tensor, shift: Tensor) -> Tensor:
+    """``weight @ shift`` in float64, on the CPU; a block of rows at a time: a Linear may be large."""
+    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # there is no float64 on mps
+    shift = shift.to(device)
+    return torch.cat([block.to(device, torch.float64) @ shift for block in weight.split(1024)]).cpu()

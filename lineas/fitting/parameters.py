@@ -1,0 +1,203 @@
+"""The parameters of all maps at once and their proximal gradient step: the C engine on the CPU, torch elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _core
+from .._threads import get_num_threads
+from ..hooks.affine import on_engine, slopes_at
+from ..maps.affine import AffineMap
+
+ADAM_EPS = 1e-8
+
+
+def cosine_rate(lr: float, step: int, steps: int) -> float:
+    """Rate of step 0..steps-1: half a cosine from ``lr`` down towards ``lr / 1000``."""
+    floor = 1e-3 * lr
+    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * step / steps))
+
+
+class FlatMaps:
+    """The slopes and shifts of the maps of several modules, one module after the other in two flat tensors.
+
+    Parameters
+    ----------
+    widths : mapping of str to int
+        The number of neurons of every module, in execution order. The maps start as identities.
+    dtype : torch.dtype
+        float32 or float64.
+    device : torch.device
+        Where the parameters live.
+    """
+
+    def __init__(self, widths: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.names = list(widths)
+        self.offsets = np.cumsum([0, *widths.values()], dtype=np.int64)
+        total = int(self.offsets[-1])
+        self.weight = torch.ones(total, dtype=dtype, device=device)
+        self.bias = torch.zeros(total, dtype=dtype, device=device)
+
+    def load(self, maps: Mapping[str, AffineMap]) -> None:
+        """Copy maps in.
+
+        Raises
+        ------
+        ValueError
+            If the names or the widths of ``maps`` are not those of the modules.
+        """
+        missing, extra = sorted(set(self.names) - set(maps)), sorted(set(maps) - set(self.names))
+        if missing or extra:
+            raise ValueError(
+                f"init must have one map for each of the {len(self.names)} mapped modules: "
+                f"missing {missing[:3]}, not mapped {extra[:3]}"
+            )
+        for name, width, start in zip(self.names, np.diff(self.offsets), self.offsets, strict=False):
+            if len(maps[name].weight) != width:
+                raise ValueError(f"init: module {name!r} has {width} neurons, its map has {len(maps[name].weight)}")
+            self.weight[start : start + width] = torch.tensor(maps[name].weight)
+            self.bias[start : start + width] = torch.tensor(maps[name].bias)
+
+    def leaves(self, strength: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Slopes and shifts of every module as gradient leaves, which at strength 1 share the flat memory."""
+        sizes = np.diff(self.offsets).tolist()
+        weights, biases = (self.weight, self.bias) if strength == 1 else self.at(strength)
+        return {
+            name: (weight.detach().requires_grad_(), bias.detach().requires_grad_())
+            for name, weight, bias in zip(self.names, weights.split(sizes), biases.split(sizes), strict=True)
+        }
+
+    def at(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Slopes and shifts [D] that do at strength 1 what the maps do at `strength`: copies."""
+        return slopes_at(self.weight, strength), strength * self.bias
+
+    def snapshot(self) -> dict[str, AffineMap]:
+        """The maps as they stand, copied."""
+        sizes = np.diff(self.offsets).tolist()
+        weights, biases = self.weight.cpu().split(sizes), self.bias.cpu().split(sizes)
+        return {
+            name: AffineMap(weight.numpy().copy(), bias.numpy().copy())
+            for name, weight, bias in zip(self.names, weights, biases, strict=True)
+        }
+
+
+class ProximalOptimizer:
+    """Gradient steps on `FlatMaps`, each followed by the proximal operator of the sparse group lasso.
+
+    The penalty is l1 ||x||_1 + group sqrt(d) ||x||_2, summed over the groups x = weight - 1 and x = bias of every
+    module (LinEAS, arXiv 2503.10679, section 3).
+
+    Parameters
+    ----------
+    maps : FlatMaps
+        The parameters; every step updates them in place.
+    optimizer : {"sgd", "adam"}
+        Plain gradient descent without momentum, or Adam with bias correction, eps 1e-8 and no weight decay.
+    betas : (float, float)
+        Adam's decay rates of the first and second moment.
+    l1, group : float
+        Penalties of the slopes.
+    l1_bias, group_bias : float
+        Penalties of the shifts.
+    """
+
+    def __init__(
+        self,
+        maps: FlatMaps,
+        *,
+        optimizer: str,
+        betas: tuple[float, float],
+        l1: float,
+        group: float,
+        l1_bias: float,
+        group_bias: float,
+    ) -> None:
+        self.maps = maps
+        self.penalties = (l1, group, l1_bias, group_bias)
+        self.betas = betas
+        self.taken = 0
+        start = (maps.weight, maps.weight, maps.bias, maps.bias)
+        self.moments = [torch.zeros_like(x) for x in start] if optimizer == "adam" else None
+
+    def step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
+        """Take one step at rate ``lr``, which is also the tau of the proximal operator.
+
+        Returns
+        -------
+        penalty : float
+            The penalty after the step, not multiplied by the rate.
+        support : int
+            How many neurons have a slope other than 1 or a shift other than 0.
+
+        Raises
+        ------
+        ValueError
+            If a gradient is not finite; the parameters are then unchanged.
+        """
+        step = self._engine_step if on_engine(self.maps.weight) else self._torch_step
+        result = step(grad_weight, grad_bias, lr)
+        self.taken += 1
+        return result
+
+    def _engine_step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
+        adam = None
+        if self.moments is not None:
+            m_weight, v_weight, m_bias, v_bias = (moment.numpy() for moment in self.moments)
+            adam = (m_weight, v_weight, m_bias, v_bias, self.taken + 1, *self.betas, ADAM_EPS)
+        return _core.step(
+            self.maps.weight.numpy(),
+            self.maps.bias.numpy(),
+            grad_weight.numpy(),
+            grad_bias.numpy(),
+            self.maps.offsets,
+            lr,
+            *self.penalties,
+            adam,
+            get_num_threads(),
+        )
+
+    def _torch_step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
+        """Twin of the engine's step in torch operations."""
+        weight, bias = self.maps.weight, self.maps.bias
+        for name, grad in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
+            if not grad.isfinite().all():
+                raise ValueError(f"{name} is not finite at {int((~grad.isfinite()).nonzero()[0])}")
+        if self.moments is None:
+            weight.sub_(grad_weight, alpha=lr)
+            bias.sub_(grad_bias, alpha=lr)
+        else:
+            m_weight, v_weight, m_bias, v_bias = self.moments
+            self._adam(weight, grad_weight, m_weight, v_weight, lr)
+            self._adam(bias, grad_bias, m_bias, v_bias, lr)
+        l1, group, l1_bias, group_bias = self.penalties
+        penalty = weight.new_zeros(())
+        for start, stop in zip(self.maps.offsets[:-1], self.maps.offsets[1:], strict=True):
+            moved, cost = _torch_prox(weight[start:stop] - 1, lr, l1, group)
+            weight[start:stop] = 1 + moved
+            penalty += cost
+            moved, cost = _torch_prox(bias[start:stop], lr, l1_bias, group_bias)
+            bias[start:stop] = moved
+            penalty += cost
+        return penalty.item(), int(((weight != 1) | (bias != 0)).sum())
+
+    def _adam(self, values: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float) -> None:
+        beta1, beta2 = self.betas
+        taken = self.taken + 1
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (second / (1 - beta2**taken)).sqrt_().add_(ADAM_EPS)
+        values.addcdiv_(first, root, value=-lr / (1 - beta1**taken))
+
+
+def _torch_prox(x: Tensor, tau: float, l1: float, group: float) -> tuple[Tensor, Tensor]:
+    """Proximal operator of one group x [d] at ``tau``, and the penalty at the result; no copy to the host."""
+    x = torch.nn.functional.softshrink(x, tau * l1)
+    width = math.sqrt(len(x))
+    norm = x.norm().clamp(min=torch.finfo(x.dtype).tiny)  # a zero group stays zero, without 0 / 0
+    x = x * (1 - tau * group * width / norm).clamp(min=0)
+    return x, l1 * x.abs().sum() + group * width * x.norm()

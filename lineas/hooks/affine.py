@@ -1,0 +1,169 @@
+"""Maps on tensors: the C engine on the CPU, the same mathematics in torch on every other device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _core
+from ..maps.affine import AffineMap
+
+# Hooks run between torch's own parallel kernels, on data too small to pay for starting threads.
+_HOOK_THREADS = 1
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype computed in for activations of ``dtype``: float64 for float64, else float32.
+
+    Raises
+    ------
+    TypeError
+        If ``dtype`` is not float16, bfloat16, float32 or float64.
+    """
+    if dtype == torch.float64:
+        return torch.float64
+    if dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.float32
+    raise TypeError(f"activations must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def on_engine(tensor: Tensor) -> bool:
+    """Whether the engine can work on the tensor's memory."""
+    return tensor.device.type == "cpu"
+
+
+def _array(tensor: Tensor) -> NDArray:
+    """View the memory of a CPU tensor as the C-contiguous array the engine wants (bfloat16 as its uint16 bits)."""
+    tensor = tensor.detach().contiguous().resolve_neg()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _tensor(array: NDArray, dtype: torch.dtype) -> Tensor:
+    """View an engine result as a tensor of ``dtype``; the inverse of `_array`."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+
+class _Affine(Function):
+    """The engine's affine map.
+
+    It keeps the activation in its own dtype, where torch would keep a float32 copy, and sums both parameter
+    gradients in one pass over it; torch writes the product of activation and gradient out first.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor, strength: float, axis: int) -> Tensor:
+        flat = z.detach().contiguous().reshape(_blocks(z.shape, axis))
+        ctx.save_for_backward(flat, weight)
+        ctx.strength, ctx.shape = strength, z.shape
+        out = _core.affine_apply(_array(flat), _array(weight), _array(bias), strength, _HOOK_THREADS)
+        # Not a view, of which autograd would forbid an operation in place, such as that of a ReLU(inplace=True) that
+        # follows: a tensor of its own on the engine's memory.
+        memory = torch.from_numpy(out).untyped_storage()
+        # torch's stubs want strides, which it makes itself.
+        return torch.empty(0, dtype=z.dtype).set_(memory, 0, z.shape)  # type: ignore[call-overload]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        flat, weight = ctx.saved_tensors
+        grad_z, grad_weight, grad_bias = _core.affine_backward(
+            _array(flat),
+            _array(weight),
+            ctx.strength,
+            _array(grad.reshape(flat.shape)),
+            ctx.needs_input_grad[0],
+            _HOOK_THREADS,
+        )
+        return (
+            None if grad_z is None else _tensor(grad_z, flat.dtype).view(ctx.shape),
+            torch.from_numpy(grad_weight),
+            torch.from_numpy(grad_bias),
+            None,
+            None,
+        )
+
+
+def _blocks(shape: torch.Size, axis: int) -> tuple[int, int, int]:
+    """Shape [outer, d, inner] of a contiguous tensor of ``shape`` with its channels on ``axis``."""
+    axis = axis % len(shape)
+    return int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :]))
+
+
+def _torch_affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float, channel_axis: int = -1) -> Tensor:
+    """Twin of `affine` in torch operations: ``weight`` and ``bias`` in the working dtype of ``z``."""
+    shape = [1] * z.ndim
+    shape[channel_axis] = -1
+    # (1 - s) + s w, not 1 + s (w - 1): strength 1 gives w to the last bit, however small it is.
+    slope, shift = (1 - strength) + strength * weight, strength * bias
+    return torch.addcmul(shift.view(shape), z.to(weight.dtype), slope.view(shape)).to(z.dtype)
+
+
+def slopes_at(weight: Tensor, strengths: Tensor | float) -> Tensor:
+    """Slopes at strengths as in AffineMap.with_strength: strength 1 gives them to the last bit, and 1 stays 1."""
+    return torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
+
+
+def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, channel_axis: int = -1) -> Tensor:
+    """Apply the map at a strength: z + strength ((weight - 1) z + bias), channel by channel.
+
+    Computed in float32 (float64 for a float64 ``z``) and rounded once to the dtype of ``z``.
+
+    Parameters
+    ----------
+    z : Tensor
+        Activations of any shape, float16, bfloat16, float32 or float64.
+    weight, bias : Tensor [d]
+        Slopes and shifts, float32 or float64; they are moved to the device and working dtype of ``z``.
+    strength : float, default 1.0
+        0 leaves ``z`` as it is, 1 is the map itself.
+    channel_axis : int, default -1
+        The axis of ``z`` of length d.
+
+    Returns
+    -------
+    Tensor
+        A new tensor with the shape, dtype and device of ``z``; differentiable in ``z``, ``weight`` and ``bias``.
+    """
+    work = working_dtype(z.dtype)
+    weight, bias = weight.to(z.device, work), bias.to(z.device, work)
+    if on_engine(z):
+        return _Affine.apply(z, weight, bias, float(strength), channel_axis)
+    return _torch_affine(z, weight, bias, float(strength), channel_axis)
+
+
+def parameters(affine: AffineMap, strength: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Slopes and shifts [d] of `affine` at `strength`."""
+    # As AffineMap.with_strength, in float64 and without its checks.
+    slopes, shifts = affine.weight.astype(np.float64), affine.bias.astype(np.float64)
+    if strength != 1:
+        slopes, shifts = np.where(slopes == 1, 1, (1 - strength) + strength * slopes), strength * shifts
+    # Outside of inference mode: a tensor made inside it could not take part in a later forward that records gradients.
+    with torch.inference_mode(False):
+        weight, bias = (torch.tensor(array, dtype=dtype, device=device) for array in (slopes, shifts))
+    return weight, bias
+
+
+def apply(tensor: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
+    """``weight * tensor + bias`` along `axis`, computed in the dtype of `weight` and rounded once to `tensor`'s.
+
+    Plain torch operations: they run wherever the model does and every kind of autograd goes through them.
+    """
+    # Along the last axis as they are, and as a plan has them: checkpointing compares the shapes of what is saved.
+    if axis != -1:
+        shape = [1] * tensor.ndim
+        shape[axis] = -1
+        weight, bias = weight.view(shape), bias.view(shape)
+    return torch.addcmul(bias, tensor.to(weight.dtype), weight).to(tensor.dtype)
+
+
+def blend(tensor: Tensor, weight: Tensor, bias: Tensor, strengths: Tensor, axis: int) -> Tensor:
+    """`apply` at strengths that can be multiplied with `tensor`: a number for each row or token."""
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    weight, bias = weight.view(shape), bias.view(shape)
+    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), slopes_at(weight, strengths)).to(tensor.dtype)

@@ -1,0 +1,425 @@
+"""Maps into a model: forward hooks with a live strength, on all tokens or some."""
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..inputs.call import unwrap
+from ..maps.affine import AffineMap
+from . import outputs
+from .affine import apply, blend, parameters, slopes_at, working_dtype
+from .compile import forget
+from .forward_state import Tracker
+from .modules import get_module, output_width
+from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
+from .tokens import Selection, check_tokens, fitted_for, show
+
+# Parameters of a hook at strengths other than the latest, for threads that have their own.
+_KEPT = 32
+
+
+class _Hook:
+    """A map as a forward hook.
+
+    An object, not a closure, so that a model with maps can be pickled and copied. A copy of the model carries copies
+    of its hooks, as with any hook; a handle speaks of the model it was made for.
+    """
+
+    def __init__(
+        self, name: str, affine: AffineMap, dial: Dial, tokens: Selection, tracker: Tracker, place: tuple[Any, Any]
+    ) -> None:
+        self.name, self.dial, self.tokens, self.tracker, self.place = name, dial, tokens, tracker, place
+        self.set_map(affine)
+
+    def set_map(self, affine: AffineMap) -> None:
+        # At strength 1, where the output is likely to be.
+        self._whole = parameters(affine, 1.0, *self.place)
+        self.map = affine
+        self._cached: tuple[Any, AffineMap, Tensor, Tensor] | None = None
+        self._others: dict[Any, tuple[Any, AffineMap, Tensor, Tensor]] = {}
+        self._plan: tuple[Any, ...] | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(module, output)
+        dial = self.dial
+        # What was done to the last output is done to the next one in as few steps as can be, mostly one token later.
+        plan = self._plan
+        if plan is not None and not dial.busy and type(output) is Tensor:
+            strength, affine, dtype, device, axes, width, weight, bias = plan
+            shape = output.shape
+            if (
+                strength is dial.value
+                and affine is self.map
+                and output.dtype is dtype
+                and len(shape) == axes
+                and shape[-1] == width
+                and output.device == device
+            ):
+                return torch.addcmul(bias, output, weight)
+        strength = dial.value
+        if dial.busy or type(strength) is not float:
+            return self._in_general(module, output)
+        if strength == 0:
+            return None
+        tensor = outputs.take(output, self.name)
+        axis = self._axis(module, tensor)
+        _, affine, weight, bias = self._ready(tensor, strength)
+        # Not for images, where only the shape tells the axis.
+        if axis == -1 and tensor.ndim < 4 and weight.dtype == tensor.dtype and type(weight) is Tensor:
+            size = tensor.ndim, tensor.shape[-1]
+            self._plan = (strength, affine, tensor.dtype, tensor.device, *size, weight, bias)
+        return outputs.put(output, apply(tensor, weight, bias, axis))
+
+    def _compiled(self, module: nn.Module, output: Any) -> Any:
+        """The map in a graph that holds for every strength that is a number: it is a tensor there, and no constant."""
+        strength = self.dial.scalar
+        if strength is None or self.dial.busy:
+            return self._in_general(module, output)
+        tensor = outputs.take(output, self.name)
+        axis = self._axis(module, tensor)
+        return outputs.put(output, blend(tensor, *self._at_strength(tensor, 1.0), strength, axis))
+
+    def _axis(self, module: nn.Module, tensor: Tensor) -> int:
+        axis = outputs.channel_axis(module, tensor, self.name)
+        if tensor.shape[axis] != self.map.d:
+            raise ValueError(
+                f"{self.name}: the map is for {self.map.d} neurons, the output has {tensor.shape[axis]} "
+                f"(shape {tuple(tensor.shape)})"
+            )
+        return axis
+
+    def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+        """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
+        if torch.compiler.is_compiling():
+            weight, bias = (part.to(tensor.device, working_dtype(tensor.dtype)) for part in self._whole)
+            return (weight, bias) if strength == 1 else (slopes_at(weight, strength), strength * bias)
+        return self._ready(tensor, strength)[2:]
+
+    def _ready(self, tensor: Tensor, strength: float) -> tuple[Any, AffineMap, Tensor, Tensor]:
+        """What `_at_strength` gives, behind what it holds for and the map that it is of."""
+        key = (strength, tensor.device, working_dtype(tensor.dtype))
+        # Read once, and with its map: another thread may exchange either at any time.
+        cached, affine = self._cached, self.map
+        if cached is None or cached[0] != key or cached[1] is not affine:
+            cached = self._others.get(key)
+            if cached is None or cached[1] is not affine:
+                cached = (key, affine, *parameters(affine, *key))
+                if type(cached[2]) is not Tensor:
+                    return cached  # a fake one, of which nothing may be left behind
+                if len(self._others) >= _KEPT:
+                    self._others = {}
+                self._others[key] = cached
+            self._cached = cached
+        return cached
+
+    def _in_general(self, module: nn.Module, output: Any) -> Any:
+        """The map where tokens are selected, threads differ, or the strength is no number."""
+        level: Level = self.dial.now()
+        if isinstance(level, float) and level == 0:
+            return None
+        tensor = outputs.take(output, self.name)
+        axis = self._axis(module, tensor)
+        chosen = None
+        if self.tokens != "all":
+            chosen = self.tracker.current(self.name).chosen(self.tokens, self.name, module, tensor)
+            if chosen is None:
+                return None
+            chosen = chosen[:, :, None]
+        if isinstance(level, Schedule):
+            level = self.tracker.current(self.name).scheduled(level)
+            if isinstance(level, float) and level == 0:
+                return None
+        if isinstance(level, Levels):
+            strengths = self._strengths(level, module, tensor)
+            acts = strengths != 0
+            chosen = acts if chosen is None else chosen & acts
+            mapped = blend(tensor, *self._at_strength(tensor, 1.0), strengths, axis)
+        else:
+            assert isinstance(level, float)
+            mapped = apply(tensor, *self._at_strength(tensor, level), axis)
+        # Not a product: what is not selected keeps its bits, a NaN among them.
+        return outputs.put(output, mapped if chosen is None else torch.where(chosen, mapped, tensor))
+
+    def _strengths(self, levels: Levels, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Strengths as a tensor that can be multiplied with `tensor`."""
+        shape = levels.values.shape
+        where = tensor.device, working_dtype(tensor.dtype)
+        if levels.by_token:
+            if not levels.of_pass:
+                here = self.tracker.current(self.name)
+                here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
+            if shape[0] != tensor.shape[0] or (levels.of_pass and (tensor.ndim != 3 or shape[1] != tensor.shape[1])):
+                raise ValueError(self._misfit(shape, tensor))
+            if levels.of_pass:
+                return levels.moved(*where)[:, :, None]
+            positions = here.tokens().positions
+            assert positions is not None
+            return levels.at(positions, *where)[:, :, None]
+        if tensor.ndim < 2 or shape[0] != tensor.shape[0]:
+            raise ValueError(self._misfit(shape, tensor))
+        return levels.moved(*where).view(-1, *[1] * (tensor.ndim - 1))
+
+    def _misfit(self, shape: torch.Size, tensor: Tensor) -> str:
+        return f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}"
+
+
+def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the output of a module is likely to be, and in what maps of it are computed."""
+    for parameter in (*module.parameters(), *module.buffers(), *itertools.islice(model.parameters(), 1)):
+        if parameter.is_floating_point():
+            device = torch.device("cpu") if parameter.is_meta else parameter.device
+            return device, torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.device("cpu"), torch.float32
+
+
+class _Begin:
+    """The tracker's hook before the model's forward."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.tracker.begin(args, kwargs)
+
+
+class _End:
+    """The tracker's hook after the model's forward."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.tracker.end(output)
+
+
+class Handle:
+    """Maps that are on in a model; see `lineas.SteeringMaps.attach`.
+
+    The maps act from the start. As a with-block they are taken off at its end, also after an error::
+
+        with maps.attach(model, strength=0.8) as handle:
+            model.generate(...)
+            handle.strength = 0.3
+
+    Attributes
+    ----------
+    maps : Mapping[str, AffineMap]
+        The maps. Others of the same modules and widths may be set at any time, such as those of another point of a
+        sparse path; like `strength` they hold from the next forward pass on, for the same tokens. Anything else is a
+        TypeError or a ValueError that names the module, and the maps stay as they were.
+    strength : float, array or callable
+        0 leaves every output as it is, 1 applies the maps; any finite number will do. An array [B] has one for each row
+        of a batch, [B, T] one for each row and position: tokens past its end take the last column, padding takes none.
+        A callable is a schedule: at every forward pass it gets the `lineas.Tokens` of the pass and
+        returns a number, an array [B], or [B, T] for the tokens of this pass. Rows, tokens and passes at 0 keep their
+        bits. Any of these may be set at any time and holds from the next forward pass on; an array that does not fit a
+        batch is a ValueError there. Arrays are copied. Reading it gives what was set, not what `at` sets for a thread.
+    tokens : "all", "last", "prompt", "generated", slice or callable
+        The tokens that the maps act on.
+    attached : bool
+        Whether the maps are still on.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, AffineMap],
+        modules: Mapping[str, nn.Module],
+        model: nn.Module,
+        strength: Level,
+        tokens: Selection,
+    ) -> None:
+        self._maps = maps
+        self._tokens = tokens
+        self._root = unwrap(model)
+        self._dial = Dial(strength, selective=tokens != "all")
+        self._tracker = Tracker(self._root, self._dial)
+        self._hooks = [
+            _Hook(name, maps[name], self._dial, tokens, self._tracker, _place(module, model))
+            for name, module in modules.items()
+        ]
+        self._removable: list[RemovableHandle] = []
+        self._following = False
+        self._lock = threading.Lock()
+        try:
+            if tokens != "all":
+                self._follow(show(tokens))
+            self._prepare(strength)
+            for module, hook in zip(modules.values(), self._hooks, strict=True):
+                self._removable.append(module.register_forward_hook(hook))
+            forget()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _prepare(self, strength: Level) -> None:
+        """Follow the model's passes where a strength asks for it."""
+        if isinstance(strength, Schedule):
+            self._follow(None)
+        elif isinstance(strength, Levels) and strength.by_token:
+            self._follow(f"a strength of the shape {list(strength.values.shape)}")
+
+    def _follow(self, what: str | None) -> None:
+        """Follow the model's passes from now on; `what` it is that needs to know their tokens."""
+        if what is not None and self._tracker.two_texts:
+            raise ValueError(
+                f"{self._hooks[0].name}: {what} needs a model with one text, {self._tracker.label} has an encoder "
+                "and a decoder: only tokens='all' and a strength without an axis of tokens work there"
+            )
+        with self._lock:
+            if not self._following:
+                begin, end = _Begin(self._tracker), _End(self._tracker)
+                self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
+                self._removable.append(self._root.register_forward_hook(end, always_call=True))
+                self._following = True
+                forget()
+
+    @property
+    def maps(self) -> Mapping[str, AffineMap]:
+        return self._maps
+
+    @maps.setter
+    def maps(self, maps: Mapping[str, AffineMap]) -> None:
+        if not isinstance(maps, Mapping):
+            raise TypeError(f"maps must be a mapping from module name to AffineMap, got {type(maps).__name__}")
+        missing = [name for name in self._maps if name not in maps]
+        surplus = [name for name in maps if name not in self._maps]
+        if missing or surplus:
+            raise ValueError(
+                f"maps must be of the modules that are attached: {len(missing)} missing {missing[:3]}, "
+                f"{len(surplus)} not attached {surplus[:3]}"
+            )
+        for hook in self._hooks:
+            new = maps[hook.name]
+            if not isinstance(new, AffineMap):
+                raise TypeError(f"maps[{hook.name!r}] must be an AffineMap, got {type(new).__name__}")
+            if new.d != hook.map.d:
+                raise ValueError(f"{hook.name}: the map must be for {hook.map.d} neurons as before, got {new.d}")
+        for hook in self._hooks:
+            hook.set_map(maps[hook.name])
+        self._maps = maps
+
+    @property
+    def strength(self) -> Any:
+        return as_set(self._dial.value)
+
+    @strength.setter
+    def strength(self, value: Strength) -> None:
+        level = as_level(value)
+        if self.attached:
+            self._prepare(level)
+        self._dial.set(level)
+
+    @property
+    def tokens(self) -> Selection:
+        return self._tokens
+
+    @contextmanager
+    def at(self, strength: Strength) -> Iterator["Handle"]:
+        """Another strength for this thread, or asyncio task, alone, until the block ends.
+
+        For servers, whose threads run one model at the same time::
+
+            with handle.at(strength=0.3):
+                model.generate(...)
+
+        Blocks may be nested. Threads that are started inside of one do not take it over. Under gradient checkpointing
+        the backward pass belongs into the block too, since it runs layers again.
+
+        Parameters
+        ----------
+        strength : float, array or callable
+            As `Handle.strength`; 0 is off.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When it is no strength.
+        RuntimeError
+            When the maps are off the model.
+        """
+        level = as_level(strength)
+        self._check_attached()
+        self._prepare(level)
+        with self._dial.override(level):
+            yield self
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._removable)
+
+    def remove(self) -> None:
+        """Take the maps off the model. Does nothing where they are off already."""
+        while self._removable:
+            self._removable.pop().remove()
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise RuntimeError("these maps were removed from the model: attach them again")
+
+    def __enter__(self) -> "Handle":
+        self._check_attached()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        if not self.attached:
+            return f"Handle({len(self.maps)} modules, removed)"
+        chosen = "" if self._tokens == "all" else f", {show(self._tokens)}"
+        return f"Handle({len(self.maps)} modules, strength={self._dial.value}{chosen})"
+
+
+def attach(
+    maps: Mapping[str, AffineMap], model: nn.Module, strength: Strength = 1.0, *, tokens: Selection | None = None
+) -> Handle:
+    """Put the maps into a torch model at once, until ``remove()`` or the end of a with-block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model with modules of these names. Only forward hooks are added.
+    strength : float, array or callable, default 1.0
+        0 is off, 1 the maps; an array has a number for each row [B], or each row and position [B, T]; a callable
+        is asked at every forward pass. ``handle.strength`` changes it later, ``handle.at(strength=...)`` for one
+        thread. See `lineas.Handle`.
+    tokens : "all", "last", "prompt", "generated", slice or callable, optional
+        The tokens that the maps act on, with and without a key-value cache, on whatever side the padding is.
+        "last" are those whose output a token is predicted from: the last of the prompt and the generated ones. A
+        slice is over positions in the row, where negative numbers count from the end of the prompt: "last" is
+        ``slice(-1, None)``. A callable gets a `lineas.Tokens` and returns booleans [B, T]. Default:
+        the tokens that the maps were fitted for; "all" where the metadata do not say.
+
+    Returns
+    -------
+    lineas.Handle
+        With ``strength`` (live), ``at()``, ``remove()``, and usable as a with-block.
+
+    Raises
+    ------
+    TypeError
+        If `strength` or `tokens` is of a wrong type.
+    ValueError
+        If the model lacks a module, a module has another width, or the tokens are not given and the maps were
+        fitted for those that a callable selects; nothing is attached then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    level = as_level(strength)
+    chosen = fitted_for(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
+    modules = {}
+    for name, affine in maps.items():
+        modules[name] = get_module(model, name)
+        width = output_width(modules[name])
+        if width is not None and width != affine.d:
+            raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
+    return Handle(maps, modules, model, level, chosen)

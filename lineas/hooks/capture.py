@@ -1,0 +1,153 @@
+"""Run a model with hooks on named modules, and no further than needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..inputs.batches import Batch
+from ..inputs.call import Forward, call
+from . import outputs
+from .modules import get_module
+
+OnOutput: TypeAlias = Callable[[str, nn.Module, Tensor], Tensor | None]
+
+
+class _Leave(BaseException):
+    """Leaves a forward pass. Not an Exception, so that no ``except Exception`` on the way swallows it."""
+
+
+class Capture:
+    """Runs a model with hooks on named modules, and no further than needed.
+
+    On its own, ``Capture().run(...)`` removes its hooks when the run ends. As a context manager it keeps the hooks
+    of the latest run until the block ends, which a backward pass through gradient checkpointing needs: there the
+    layers run again, and must find the maps in place.
+
+    >>> with Capture() as capture:                                # doctest: +SKIP
+    ...     capture.run(model, batch, names, on_output)
+    ...     loss.backward()
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._held = False
+
+    def __enter__(self) -> Capture:
+        self._held = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held = False
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def run(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        names: Sequence[str],
+        on_output: OnOutput,
+        last: str | None = None,
+        forward: Forward | None = None,
+    ) -> list[str]:
+        """Call the model, hand the outputs of the modules to `on_output`, and leave once `last` has fired.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+        batch : Batch
+        names : sequence of str
+            Modules to watch.
+        on_output : callable
+            ``on_output(name, module, tensor)`` is called at every call of a watched module, with the hidden state of
+            its output; what it returns replaces that, None leaves it. It is called again when checkpointed layers
+            are recomputed, and must return the same values then; what it saves for its backward is its own.
+        last : str, optional
+            The module of `names` after whose first call the forward is left; None: once each has been called.
+        forward : callable, optional
+            See `call`.
+
+        Returns
+        -------
+        list of str
+            The modules in the order of their first calls.
+
+        Raises
+        ------
+        ValueError
+            When a watched module was not called, or `last` was not. A module called twice counts with its first
+            call: the forward may be left before the second.
+        """
+        order: dict[str, None] = {}
+        waiting = {last} if last is not None else set(names)
+        leave = _Leave()
+        running = True
+
+        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                tensor = outputs.take(output, name)
+                # Under checkpointing, tensors saved here must not be counted among those a recomputation saves again.
+                with torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
+                    replaced = on_output(name, module, tensor)
+                if running:
+                    order.setdefault(name)
+                    waiting.discard(name)
+                    if not waiting:
+                        raise leave
+                return None if replaced is None else outputs.put(output, replaced)
+
+            return hook
+
+        self.remove()
+        try:
+            for name in names:
+                handle = get_module(model, name).register_forward_hook(hook_for(name))
+                self._handles.append(handle)
+            try:
+                call(model, batch, forward)
+            except _Leave as reason:
+                if reason is not leave:
+                    raise
+                leave.__traceback__ = None  # it holds every frame of the forward, and those the activations
+        except BaseException:
+            self.remove()
+            raise
+        finally:
+            running = False
+            if not self._held:
+                self.remove()
+        missing = [name for name in names if name not in order]
+        if missing:
+            self.remove()
+            raise ValueError(
+                f"module {missing[0]!r} was not called"
+                + (f" before {last!r}" if last in order else "")
+                + " when the model ran"
+                + (f" (nor were {len(missing) - 1} others)" if len(missing) > 1 else "")
+            )
+        return list(order)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def execution_order(model: nn.Module, batch: Batch, names: Sequence[str], forward: Forward | None = None) -> list[str]:
+    """`names` in the order in which a run of `batch` calls them first. Runs no further than the last of them.
+
+    Raises
+    ------
+    ValueError
+        When one of them is not called.
+    """
+    with torch.no_grad():
+        return Capture().run(model, batch, names, lambda name, module, tensor: None, forward=forward)

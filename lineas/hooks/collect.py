@@ -1,0 +1,127 @@
+"""Pooled activations out of a model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..inputs.batches import Batch
+from ..inputs.call import Forward
+from ..inputs.frozen import frozen
+from ..inputs.tokenize import as_batches
+from .capture import Capture
+from .modules import Layers, resolve
+from .pooling import check_pooling, pool_output
+from .tokens import Choice, Selection, check_fit_tokens
+
+
+def collect(
+    model: nn.Module,
+    data: Any,
+    *,
+    layers: Layers,
+    tokenizer: Callable[..., Any] | None = None,
+    max_length: int | None = None,
+    batch_size: int | None = 32,
+    forward: Forward | None = None,
+    pooling: str = "mean",
+    tokens: Selection = "all",
+    progress: bool = False,
+) -> dict[str, NDArray[np.float32]]:
+    """Take pooled activations out of a model: one row a prompt, one array a module.
+
+    The model is called as it is, in eval mode, without gradients, and left early once the last of the modules has
+    been seen; mode, flags and random state are restored afterwards, also after an error.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded model.
+    data : list[str], batch or list of batches
+        Texts (these need `tokenizer`), one batch, or a list of batches. A batch that is a dict is passed as
+        ``model(**batch)``, a tensor as ``model(batch)``, a tuple as ``model(*batch)``.
+    layers : str, list[str] or re.Pattern
+        Modules by glob on their full dotted name, a list of globs, or a compiled regular expression that must match
+        the whole name.
+    tokenizer : transformers tokenizer, optional
+        For texts. One without a pad token is left as it is; the padding is done here.
+    max_length : int, optional
+        Longest text in tokens; longer ones are cut. Default: no limit.
+    batch_size : int, default 32
+        Texts a forward pass.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the model where the two ways above do not fit.
+    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
+        Over the tokens under the attention mask. "all" keeps each real token as a row of its own.
+    tokens : "all", "last", "prompt", slice or callable, default "all"
+        The tokens that are pooled: all of them ("all" and "prompt"), the last of each prompt, those at the positions of
+        a slice, where padding is not counted, or those for which a callable returns True; see `SteeringMaps.attach`.
+    progress : bool, default False
+        Show a progress bar.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        float32 [n, d] by module name, in execution order.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong type, texts come without a tokenizer, or a module's output holds no tensor.
+    ValueError
+        If no module matches `layers` (near names are listed), a matched module is not run, there is no prompt, or a
+        mask does not fit the activation it belongs to.
+    """
+    check_pooling(pooling)
+    tokens = check_fit_tokens(tokens, model)
+    batches = as_batches(data, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size, argument="data")
+    names = resolve(model, layers)
+    with frozen(model, gradients=False):
+        shown = tqdm(batches, "collect", disable=not progress)
+        return collect_batches(model, shown, names, forward=forward, pooling=pooling, tokens=tokens)
+
+
+def collect_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    *,
+    forward: Forward | None,
+    pooling: str,
+    tokens: Selection,
+) -> dict[str, NDArray[np.float32]]:
+    """Pooled activations [n, d] of the modules `names`, in execution order, over `batches`; the model is frozen."""
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    for batch in batches:
+        for name, rows in _pooled(model, batch, names, forward, pooling, tokens).items():
+            parts.setdefault(name, []).append(rows)
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _pooled(
+    model: nn.Module,
+    batch: Batch,
+    names: Sequence[str],
+    forward: Forward | None,
+    pooling: str,
+    tokens: Selection,
+) -> dict[str, NDArray[np.float32]]:
+    choice = Choice(tokens, model, batch, pooling)
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
+        if name not in found:  # a module called twice counts with its first call
+            mask = choice.mask(name, module, tensor)
+            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, choice.size(name)))
+
+    Capture().run(model, batch, names, on_output, forward=forward)
+    return found
+
+
+def to_numpy(pooled: Tensor) -> NDArray[np.float32]:
+    """Pooled activations, which share no memory with the model's, as a float32 array."""
+    return pooled.detach().to("cpu", torch.float32).numpy()

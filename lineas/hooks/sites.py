@@ -1,0 +1,327 @@
+"""The modules of a model that maps can sit on, as a table, and those that suit best."""
+
+import fnmatch
+import glob
+import html
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from torch import nn
+
+from ..inputs.batches import Batch
+from ..inputs.call import Forward, call
+from ..inputs.frozen import frozen
+from ..inputs.tokenize import as_batches
+from . import outputs
+from .modules import output_width
+
+# Norms between attention and feed-forward, where their name does not say "post"; with a number before them, in a block.
+_AFTER_ATTENTION = re.compile(
+    r"\.ln_2$"  # GPT-2 and its like
+    r"|\.norm_2$"  # MPT
+    r"|\.layer_norm2$"  # CLIP, SigLIP
+    r"|\.layernorm_after$"  # ViT
+    r"|\.final_layer_norm$"  # OPT, BART, Whisper: of the layer, not of the model
+    r"|\.attention\.output\.LayerNorm$"  # BERT and its like
+    r"|\.sa_layer_norm$"  # DistilBERT
+    r"|encoder\.block\.\d+\.layer\.1\.layer_norm$|decoder\.block\.\d+\.layer\.2\.layer_norm$"  # T5
+)
+_POST = re.compile(r"\.post_\w*norm$")
+_IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
+# Norms of queries and keys, which act on one attention head at a time.
+_OF_HEADS = re.compile(r"(^|\.)((q|k|query|key)_?(layer)?_?norm|norm_(added_)?[qk])$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A row of `Sites`: modules of one kind with names alike.
+
+    Attributes
+    ----------
+    glob : str
+        What to pass as ``layers=``; it matches these modules and no other.
+    kind : str
+        Their class.
+    width : int, tuple of int, or None
+        Neurons of their outputs, ascending where they differ; None where only a run tells (see ``data``).
+    count : int
+        How many there are.
+    suggested : bool
+        Whether maps are suggested for them.
+    names : tuple of str
+        Their names.
+    shape : tuple of int, or None
+        Of the output of the first of them when the model ran; None without ``data``.
+    """
+
+    glob: str
+    kind: str
+    width: int | tuple[int, ...] | None
+    count: int
+    suggested: bool
+    names: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+
+
+class Sites(Sequence[Site]):
+    """What `lineas.sites` found: a sequence of `Site`, printed as a table.
+
+    Attributes
+    ----------
+    suggested : list of str
+        Globs of the suggested modules, to be passed as ``layers=``; empty where nothing is suggested.
+    """
+
+    def __init__(self, rows: Iterable[Site], suggested: Sequence[str], model: str) -> None:
+        self._rows, self.suggested, self._model = tuple(rows), list(suggested), model
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Site]: ...
+    def __getitem__(self, index: int | slice) -> Site | Sequence[Site]:
+        return self._rows[index]
+
+    def _cells(self) -> list[list[str]]:
+        """Texts of the table, the head first."""
+        ran = any(row.shape is not None for row in self)
+        table = [["glob", "kind", "width", "count", *(["shape"] if ran else []), ""]]
+        for row in self:
+            width = "-" if row.width is None else str(row.width).strip("()")
+            shape = [str(list(row.shape)) if row.shape is not None else "-"] if ran else []
+            table.append([row.glob, row.kind, width, str(row.count), *shape, "suggested" if row.suggested else ""])
+        return table
+
+    def _summary(self) -> str:
+        if not self.suggested:
+            return "nothing is suggested: no module is a norm"
+        layers = self.suggested[0] if len(self.suggested) == 1 else self.suggested
+        return f"suggested: layers={layers!r}"
+
+    def __str__(self) -> str:
+        table = self._cells()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        right = {"width", "count"}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if name in right else cell.ljust(width)
+                for cell, width, name in zip(cells, widths, table[0], strict=True)
+            ).rstrip()
+            for cells in table
+        ]
+        return "\n".join([f"{self._model}: {sum(row.count for row in self)} modules", *lines, self._summary()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *body = self._cells()
+        rows = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+        for row, cells in zip(self, body, strict=True):
+            texts = [f"<code>{html.escape(cells[0])}</code>", *map(html.escape, cells[1:])]
+            style = ' style="font-weight: bold"' if row.suggested else ""
+            rows.append(f"<tr{style}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
+        caption = f"{html.escape(self._model)}. {html.escape(self._summary())}"
+        return f"<table><caption>{caption}</caption>{''.join(rows)}</table>"
+
+
+def sites(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    tokenizer: Callable[..., Any] | None = None,
+    max_length: int | None = None,
+    forward: Forward | None = None,
+) -> Sites:
+    """List the modules of a model that maps can sit on, and suggest some of them.
+
+    Modules of one class whose names differ in numbers only, such as those of a layer, share a row. Suggested are the
+    sites of the paper (LinEAS, arXiv 2503.10679): in language models the norms after attention, in image models every
+    norm; in models that it does not treat, the norms in their place. Lists of modules, dropout and rotary embeddings
+    are left out. Experts that are fused into one tensor have no module of their own to be listed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model. Without `data` nothing is run: its weights may be on any device, also on "meta".
+    data : list[str], batch or list of batches, optional
+        As in `collect`. The first batch (of texts, the first two) is run once. Then rows come in the order of their
+        first calls and tell widths and shapes that only a run can, and modules that were not called or whose output
+        can take no map are left out.
+    tokenizer, max_length, forward
+        As in `collect`.
+
+    Returns
+    -------
+    lineas.Sites
+        A sequence of rows, printed as a table, in notebooks too. A row has ``glob`` (for ``layers=``; it matches its
+        modules and no other), ``kind`` (the class), ``width`` (neurons: a number, several, or None where only a run
+        tells), ``count``, ``suggested``, ``names`` and, with `data`, ``shape``. ``suggested`` of the whole are globs
+        for all suggested modules.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no torch module, or `data` no texts or batch.
+    ValueError
+        If texts come without a tokenizer.
+
+    Examples
+    --------
+    >>> found = lineas.sites(model)  # doctest: +SKIP
+    >>> acts = lineas.collect(model, texts, layers=found.suggested, tokenizer=tokenizer)  # doctest: +SKIP
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__} (of a pipeline, pass the model in it, such "
+            "as its unet or transformer)"
+        )
+    modules = {name: module for name, module in model.named_modules() if name}
+    found = {name: module for name, module in modules.items() if _is_candidate(module)}
+    ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    if data is not None:
+        how: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "batch_size": 2}
+        ran = _run(model, as_batches(data, **how, argument="data")[0], found, forward)
+        found = {name: found[name] for name in ran}
+    chosen = _suggest(modules, found)
+    groups: dict[tuple[str, str, bool], list[str]] = {}
+    for name, module in found.items():
+        groups.setdefault((_template(name), type(module).__name__, name in chosen), []).append(name)
+    rows = []
+    for (_, kind, suggested), names in groups.items():
+        for pattern, members in _patterns(names, list(modules)):
+            widths = {ran[name][1] if name in ran else output_width(found[name]) for name in members}
+            first = ran.get(members[0], (None, None))[0]
+            rows.append(Site(pattern, kind, _common(widths), len(members), suggested, tuple(members), first))
+    if ran:
+        order = list(ran)
+        rows.sort(key=lambda row: order.index(row.names[0]))
+    return Sites(rows, _layers([row for row in rows if row.suggested], modules), type(model).__name__)
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether maps may sit on a module: lists of modules have no output, others none of their own."""
+    if type(module).forward is nn.Module.forward:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd | nn.Identity):
+        return False
+    return "rotary" not in type(module).__name__.lower()  # cosines and sines
+
+
+def _common(widths: set[int | None]) -> int | tuple[int, ...] | None:
+    known = sorted(width for width in widths if width is not None)
+    if len(known) < len(widths) or not known:
+        return None
+    return known[0] if len(known) == 1 else tuple(known)
+
+
+def _run(
+    model: nn.Module, batch: Batch, found: dict[str, nn.Module], forward: Forward | None
+) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """Shape and width of the outputs of modules, in the order of their first calls; only of those that take a map."""
+    ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            try:
+                tensor = outputs.take(output, name)
+                axis = outputs.channel_axis(module, tensor, name)
+            except (TypeError, ValueError):
+                return
+            if tensor.ndim > 1:
+                ran.setdefault(name, (tuple(tensor.shape), tensor.shape[axis]))
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in found.items():
+            handles.append(module.register_forward_hook(hook_for(name)))
+        with frozen(model, gradients=False):
+            call(model, batch, forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
+# --- what to suggest --------------------------------------------------------------------------------------------------
+
+
+def _suggest(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> set[str]:
+    """Names of the suggested modules among `found`.
+
+    Language models: the norms after attention that the paper maps (`post_attention_layernorm` and, where a block has
+    it, `post_feedforward_layernorm`), or the ones in their place. Others: every norm, as the paper does in UNets. Norms
+    inside of norms and those of attention heads are no sites.
+    """
+    norms = {name for name, module in modules.items() if _is_norm(module)}
+    outer = [name for name in found if name in norms and not _OF_HEADS.search(name) and not _inside(name, norms)]
+    blocks = [name for name in outer if _IN_A_BLOCK.search(name)]
+    post = [name for name in blocks if _POST.search(name)]
+    return set(post or [name for name in blocks if _AFTER_ATTENTION.search(name)] or outer)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and _is_candidate(module)
+
+
+def _inside(name: str, norms: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in norms for end in range(1, len(parts)))
+
+
+def _layers(rows: Sequence[Site], modules: dict[str, nn.Module]) -> list[str]:
+    """Globs for all modules of the rows: the paper's for UNets where it matches just them, else those of the rows."""
+    if len(rows) > 2 and set(_matches("*norm*", modules)) == {name for row in rows for name in row.names}:
+        return ["*norm*"]
+    return [row.glob for row in rows]
+
+
+# --- globs ------------------------------------------------------------------------------------------------------------
+
+
+def _matches(pattern: str, names: Iterable[str]) -> list[str]:
+    match = re.compile(fnmatch.translate(pattern)).match
+    return [name for name in names if match(name)]
+
+
+def _template(name: str) -> str:
+    """A name with its numbers as ``*``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _patterns(names: Sequence[str], everything: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Globs that together match `names`, all of one template, and each of them none but its own of `everything`.
+
+    As few as are found: ``*`` for numbers wherever that does; it also crosses dots, so for blocks, which have names
+    below them, ``?`` or ``*[0-9]`` are tried, and then `names` are divided.
+    """
+    split = [name.split(".") for name in names]
+    numbers = [k for k, part in enumerate(split[0]) if part.isdigit()]
+    varied = [k for k in numbers if len({parts[k] for parts in split}) > 1]
+
+    def spelled(mark: str, places: Sequence[int]) -> str:
+        marks = {k: mark * len(split[0][k]) if mark == "?" else mark for k in places}
+        return ".".join(marks.get(k, glob.escape(part)) for k, part in enumerate(split[0]))
+
+    wanted = set(names)
+    for pattern in (spelled("*", numbers), *(spelled(mark, varied) for mark in ("*", "?", "*[0-9]"))):
+        if set(_matches(pattern, everything)) == wanted:
+            return [(pattern, list(names))]
+    # By the number of digits, or by the number itself, in whichever place makes the fewest parts.
+    divisions = []
+    keys: tuple[Callable[[str], Any], ...] = (len, str)
+    for place in varied:
+        for key in keys:
+            parts: dict[Any, list[str]] = {}
+            for name, words in zip(names, split, strict=True):
+                parts.setdefault(key(words[place]), []).append(name)
+            if len(parts) > 1:
+                divisions.append(parts)
+    fewest = min(divisions, key=len)
+    return [pair for members in fewest.values() for pair in _patterns(members, everything)]

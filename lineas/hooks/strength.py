@@ -1,0 +1,193 @@
+"""How strongly maps act: one number, one for each row or token, or a schedule, and other values for a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .._checks import as_strength
+from .tokens import Tokens, name_of
+
+Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
+"""What a user may set."""
+
+
+class Levels:
+    """Strengths by row, [B], or by row and token, [B, T].
+
+    Parameters
+    ----------
+    values : Tensor [B] or [B, T]
+        float64, on the CPU, or wherever a schedule made them.
+    of_pass : bool
+        Whether the T columns are the tokens of one pass; else they are positions, and tokens past the last column take
+        that one.
+    """
+
+    def __init__(self, values: Tensor, *, of_pass: bool = False) -> None:
+        self.values, self.of_pass = values, of_pass
+        self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def by_token(self) -> bool:
+        return self.values.ndim == 2
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The values where and in what they are needed."""
+        key = device, dtype
+        found = self._moved.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # as in attach.parameters
+                found = self._moved[key] = self.values.to(device, dtype)
+        return found
+
+    def at(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The strengths [B, T] of tokens at positions [B, T]; 0 at padding."""
+        positions = positions.to(device)
+        found = self.moved(device, dtype).gather(1, positions.clamp(min=0, max=self.values.shape[1] - 1))
+        return found.masked_fill(positions < 0, 0)
+
+    def __repr__(self) -> str:
+        return f"array{tuple(self.values.shape)}"
+
+
+class Schedule:
+    """A strength that is worked out for every pass."""
+
+    def __init__(self, function: Callable[[Tokens], Any]) -> None:
+        self.function = function
+
+    def at(self, tokens: Tokens) -> float | Levels:
+        """The strength of a pass.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When the function gives something that is no strength; names it.
+        """
+        value = self.function(tokens)
+        if callable(value):
+            raise TypeError(f"strength: {self} must return a number or an array, got {type(value).__name__}")
+        try:
+            level = as_level(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}, from {self}") from None
+        assert not isinstance(level, Schedule)
+        if isinstance(level, Levels):
+            level.of_pass = True
+            if level.by_token and tokens.mask is not None and level.values.shape == tokens.mask.shape:
+                level.values = level.values.masked_fill(~tokens.mask.to(level.values.device), 0)
+        return level
+
+    def __repr__(self) -> str:
+        return name_of(self.function)
+
+
+Level: TypeAlias = float | Levels | Schedule
+
+
+def as_level(value: Any) -> Level:
+    """What a user set, checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is no finite real number, no array of them with one or two axes, and no callable.
+    """
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError(f"strength must be real, got {value.dtype}")
+        # float64 where the device has it: a schedule's tensor stays where it is.
+        values = value.detach() if value.is_floating_point() else value.detach().to(torch.float32)
+    elif isinstance(value, np.ndarray | list | tuple):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"strength must be a real number, an array of them or a callable, got {array.dtype}")
+        values = torch.tensor(array.astype(np.float64))
+    elif callable(value):
+        return Schedule(value)
+    else:
+        return as_strength(value)
+    if values.ndim == 0:
+        return as_strength(values.item())
+    if values.ndim > 2 or not values.numel():
+        raise ValueError(f"strength must be a number, [rows] or [rows, tokens], got the shape {list(values.shape)}")
+    if not values.isfinite().all():
+        raise ValueError("strength must be finite")
+    # A tensor of its own, and none of inference mode: see attach.parameters.
+    with torch.inference_mode(False):
+        return Levels(values.clone())
+
+
+def as_set(level: Level) -> float | NDArray | Callable[[Tokens], Any]:
+    """A level as the user knows it; arrays as a copy."""
+    if isinstance(level, Levels):
+        return level.values.to("cpu", torch.float64).numpy().copy()
+    return level.function if isinstance(level, Schedule) else level
+
+
+# By dial: what holds in this thread, or task, instead.
+_OVERRIDES: ContextVar[Mapping[Dial, Level]] = ContextVar("lineas strengths", default=MappingProxyType({}))
+
+
+class Dial:
+    """The strength that all hooks of a handle read.
+
+    Attributes
+    ----------
+    value : float, Levels or Schedule
+        What holds where no block says otherwise.
+    busy : bool
+        Whether more than `value` must be looked at: tokens are selected, or a block is open in some thread.
+    scalar : Tensor [] or None
+        `value` as a tensor where it is a number: what compiled graphs read, in which numbers would be constants.
+    """
+
+    def __init__(self, value: Level, *, selective: bool = False) -> None:
+        self.selective = selective
+        self.set(value)
+        self.busy = selective
+        self._blocks = 0
+        self._lock = threading.Lock()
+
+    def set(self, value: Level) -> None:
+        """Let `value` hold from the next pass on."""
+        with torch.inference_mode(False):  # as in attach.parameters
+            self.scalar = torch.tensor(value) if isinstance(value, float) else None
+        self.value = value
+
+    def now(self) -> Level:
+        """What holds here and now."""
+        return _OVERRIDES.get().get(self, self.value) if self.busy else self.value
+
+    @contextmanager
+    def override(self, value: Level) -> Iterator[None]:
+        """Let `value` hold in this thread, or task, until the block ends."""
+        self._count(1)
+        token = _OVERRIDES.set({**_OVERRIDES.get(), self: value})
+        try:
+            yield
+        finally:
+            _OVERRIDES.reset(token)
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._blocks += change
+            self.busy = self.selective or self._blocks > 0
+
+    # A copy of a model has the strength that its handle was set to.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": self.value, "selective": self.selective}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]

@@ -1,0 +1,312 @@
+"""Which tokens maps act on: what a selection may be, how it is written into metadata, and what it selects.
+
+A selection speaks of the positions of tokens in their rows, not of columns of a batch: padding has none, on whatever
+side it is, and positions go on through a key-value cache. docs/decisions/0015 says why it is so.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..inputs.batches import Batch
+from . import outputs
+
+WORDS = ("all", "last", "prompt", "generated")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of one forward pass, as selections and schedules that are callables get them.
+
+    Attributes
+    ----------
+    ids : Tensor [B, T] or None
+        The token ids of this pass; None where the model got embeddings, or something that is no text.
+    positions : Tensor [B, T] or None
+        The position of every token in its row, from 0, with what is in the cache counted; -1 for padding. None for
+        models that take no text.
+    prompt_length : Tensor [B] or None
+        Tokens of every row's prompt, padding not counted. None where it cannot be told, since the prompt came in
+        several passes, and for models that take no text.
+    mask : Tensor [B, T] or None
+        True where a token of this pass is real.
+    step : int
+        Passes since the sequence began: 0 for the prompt. For models that take no text, passes made in this thread
+        since the strength was set, or its `Handle.at` block began.
+    args, kwargs : tuple, dict
+        What the model was called with. In `kwargs` the positional arguments are under their names as well, so that
+        ``tokens.kwargs["timestep"]`` is there however a pipeline calls its denoiser.
+    """
+
+    ids: Tensor | None
+    positions: Tensor | None
+    prompt_length: Tensor | None
+    mask: Tensor | None
+    step: int = 0
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+Selection: TypeAlias = str | slice | Callable[[Tokens], Any]
+
+
+def check_tokens(tokens: Any) -> Selection:
+    """`tokens` as a selection; slices with Python's own integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is none of ``"all"``, ``"last"``, ``"prompt"``, ``"generated"``, a slice of integers with a step above
+        0, and a callable.
+    """
+    if isinstance(tokens, str):
+        if tokens not in WORDS:
+            raise ValueError(f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {tokens!r}")
+        return tokens
+    if isinstance(tokens, slice):
+        parts = []
+        for part, value in (("start", tokens.start), ("stop", tokens.stop), ("step", tokens.step)):
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+                raise TypeError(f"tokens: the {part} of a slice must be an integer or None, got {value!r}")
+            parts.append(None if value is None else operator.index(value))
+        if parts[2] is not None and parts[2] < 1:
+            raise ValueError(f"tokens: the step of a slice must be above 0, got {parts[2]}")
+        return slice(*parts)
+    if not callable(tokens):
+        raise TypeError(
+            f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {type(tokens).__name__}"
+        )
+    return tokens
+
+
+def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
+    """`check_tokens` for fits, where nothing is generated.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_tokens`; for ``"generated"``, and for anything but ``"all"`` in a model with two texts.
+    """
+    chosen = check_tokens(tokens)
+    if isinstance(chosen, str) and chosen == "generated":
+        raise ValueError("tokens='generated' selects nothing in a fit, where every token is of a prompt")
+    if chosen != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+        raise ValueError(
+            f"{show(chosen)} needs a model with one text, {type(model).__name__} has an encoder and a decoder: only "
+            "tokens='all' works there"
+        )
+    return chosen
+
+
+def spell(tokens: Selection) -> Any:
+    """`tokens` as something JSON can hold, for metadata: a word, or a dict with "slice" or "callable"."""
+    if isinstance(tokens, slice):
+        return {"slice": [tokens.start, tokens.stop, tokens.step]}
+    return tokens if isinstance(tokens, str) else {"callable": name_of(tokens)}
+
+
+def name_of(function: Any) -> str:
+    """What to call a selection or schedule."""
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def show(tokens: Selection) -> str:
+    """`tokens` for error messages."""
+    return f"tokens={name_of(tokens) if callable(tokens) else repr(tokens)}"
+
+
+def fitted_for(metadata: Mapping[str, Any]) -> Selection:
+    """The selection that maps with this metadata were fitted for; "all" where it says nothing of it.
+
+    Raises
+    ------
+    ValueError
+        When it was a callable, which no file holds, or the maps are composed of some that were fitted for different
+        tokens.
+    """
+    parts = metadata.get("parts")
+    if "tokens" not in metadata and isinstance(parts, list) and parts and all(isinstance(p, dict) for p in parts):
+        found = [fitted_for(part) for part in parts]
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                "these maps are composed of some that were fitted for different tokens: "
+                f"{', '.join(dict.fromkeys(map(show, found)))}; pass tokens= to say which ones they are to act on"
+            )
+        return found[0]
+    value = metadata.get("tokens", "all")
+    if isinstance(value, dict) and isinstance(value.get("callable"), str):
+        raise ValueError(
+            f"these maps were fitted for the tokens that {value['callable']} selects, which metadata cannot hold: "
+            "pass it, or another selection, as tokens="
+        )
+    try:
+        if isinstance(value, dict) and isinstance(value.get("slice"), list):
+            return check_tokens(slice(*value["slice"]))
+        return check_tokens(value) if isinstance(value, str) else "all"
+    except (TypeError, ValueError):
+        return "all"  # metadata may hold anything; this was not written by a fit
+
+
+def needs_prompt_length(tokens: Selection) -> bool:
+    """Whether what is selected depends on where the prompt ends."""
+    if isinstance(tokens, slice):
+        return any(bound is not None and bound < 0 for bound in (tokens.start, tokens.stop))
+    return tokens in ("last", "prompt", "generated")
+
+
+def select(tokens: Selection, here: Tokens) -> Tensor:
+    """The selected ones of the tokens `here`, bool [B, T]; never padding.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When a callable gives something else than booleans [B, T].
+    """
+    positions, length = here.positions, here.prompt_length
+    assert positions is not None and here.mask is not None
+    if callable(tokens):
+        return _called(tokens, here, positions) & here.mask
+    if isinstance(tokens, str):
+        if tokens == "all":
+            return here.mask
+        if tokens != "last":
+            assert length is not None
+            after = positions >= length[:, None]
+            return (after if tokens == "generated" else ~after) & here.mask
+        tokens = slice(-1, None)
+    start, stop = (_bound(bound, length) for bound in (tokens.start or 0, tokens.stop))
+    chosen = here.mask & (positions >= start)
+    if stop is not None:
+        chosen = chosen & (positions < stop)
+    if tokens.step not in (None, 1):
+        chosen = chosen & ((positions - start) % tokens.step == 0)
+    return chosen
+
+
+def _bound(value: int | None, length: Tensor | None) -> Any:
+    """A bound of a slice as a position; negative ones count from the end of the prompt, as far back as its start."""
+    if value is None or value >= 0:
+        return value
+    assert length is not None
+    return (length[:, None] + value).clamp(min=0)
+
+
+def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) -> Tensor:
+    value = function(here)
+    if not isinstance(value, Tensor | np.ndarray):
+        raise TypeError(
+            f"tokens: {name_of(function)} must return a boolean tensor or array, got {type(value).__name__}"
+        )
+    chosen = torch.as_tensor(value, device=positions.device)
+    if chosen.dtype != torch.bool:
+        raise TypeError(
+            f"tokens: {name_of(function)} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a "
+            "callable"
+        )
+    if chosen.shape != positions.shape:
+        raise ValueError(
+            f"tokens: {name_of(function)} must return the shape {list(positions.shape)} of the tokens of this pass, "
+            f"got {list(chosen.shape)}"
+        )
+    return chosen
+
+
+# --- in fits ----------------------------------------------------------------------------------------------------------
+
+
+class Choice:
+    """The tokens of one batch that count in a fit: which maps act on, and which are pooled.
+
+    Parameters
+    ----------
+    tokens : selection
+        "all" leaves everything to the attention mask: maps act on padding too, which nobody sees.
+    model : torch.nn.Module
+    batch : Batch
+    pooling : str
+    """
+
+    def __init__(self, tokens: Selection, model: nn.Module, batch: Batch, pooling: str) -> None:
+        self.tokens, self.model, self.batch, self.pooling = tokens, model, batch, pooling
+        self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
+
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Numbers of prompts and tokens that a module sees, where they are known."""
+        return self.batch.size_of(name, self.model)
+
+    def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+        """What of the output `tensor` of a module is pooled: [B, T], nonzero where it is, or None for everything.
+
+        Raises
+        ------
+        ValueError
+            When the output has no tokens, the attention mask is of another shape, or a row has no selected token.
+        """
+        if self.tokens == "all":
+            return self.batch.mask_of(name, self.model)
+        check_site(name, module, tensor, show(self.tokens))
+        key = tensor.shape[:2], tensor.device
+        if key not in self._masks:
+            self._masks[key] = self._select(name, tensor)
+        return self._masks[key]
+
+    def only(self, name: str, module: nn.Module, tensor: Tensor, mapped: Tensor) -> Tensor:
+        """`mapped` at the selected tokens, `tensor` elsewhere."""
+        if self.tokens == "all":
+            return mapped
+        chosen = self.mask(name, module, tensor)
+        assert chosen is not None
+        return torch.where(chosen[:, :, None], mapped, tensor)
+
+    def _select(self, name: str, tensor: Tensor) -> Tensor:
+        shape = tensor.shape[:2]
+        mask = self.batch.mask
+        if mask is None:
+            real = torch.ones(shape, dtype=torch.bool, device=tensor.device)
+        elif mask.shape != shape:
+            raise ValueError(
+                f"{name}: the attention mask must have the shape {list(shape)} of the output's tokens, got "
+                f"{list(mask.shape)}"
+            )
+        else:
+            real = mask.to(tensor.device) != 0
+        positions = (real.long().cumsum(dim=1) - 1).masked_fill(~real, -1)
+        here = Tokens(
+            ids=self._ids(shape),
+            positions=positions,
+            prompt_length=real.sum(dim=1),
+            mask=real,
+            args=self.batch.args,
+            kwargs=self.batch.kwargs,
+        )
+        chosen = select(self.tokens, here)
+        some = chosen.any(dim=1)
+        if not (some.any() if self.pooling == "all" else some.all()):
+            row = int((~some).nonzero()[0])
+            raise ValueError(
+                f"{name}: {show(self.tokens)} selects none of the {int(real[row].sum())} tokens of row {row}"
+            )
+        return chosen
+
+    def _ids(self, shape: torch.Size) -> Tensor | None:
+        """The token ids of the batch, if it has any."""
+        for value in (self.batch.kwargs.get("input_ids"), *self.batch.args[:1]):
+            if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point():
+                return value
+        return None
+
+
+def check_site(name: str, module: nn.Module, tensor: Tensor, what: str) -> None:
+    """ValueError where the output of a module is not [batch, tokens, channels], so that nothing can be selected."""
+    if tensor.ndim != 3 or outputs.channel_axis(module, tensor) != -1:
+        raise ValueError(
+            f"{name}: {what} needs an output [batch, tokens, channels], got the shape {list(tensor.shape)}; "
+            "tokens='all' and a strength without an axis of tokens fit any output"
+        )

@@ -1,0 +1,208 @@
+"""AffineMap: one slope and one shift a neuron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _core
+from .._checks import as_engine, as_int, as_strength, as_vector, check_dense, is_tensor, result_dtype, working_dtype
+from .._threads import get_num_threads
+
+
+def _blocks(shape: tuple[int, ...], axis: int, width: int) -> tuple[int, int, int]:
+    """`shape` as [outer, d, inner] with the channels of `axis` in the middle."""
+    axis = as_int(axis, "axis")
+    if not -len(shape) <= axis < len(shape) or shape[axis] != width:
+        raise ValueError(f"z must have {width} channels on axis {axis}, got shape {shape}")
+    axis %= len(shape)
+    outer, inner = shape[:axis], shape[axis + 1 :]
+    return int(np.prod(outer)), width, int(np.prod(inner))
+
+
+class AffineMap:
+    """One slope and one shift a neuron: T(z) = weight * z + bias (LinEAS, arXiv 2503.10679).
+
+    Immutable: the arrays are read-only copies. ``second @ first`` is the map that applies `first`, then `second`.
+    Two maps are equal if their slopes and shifts are, whatever their dtypes.
+
+    Parameters
+    ----------
+    weight, bias : array_like or torch.Tensor
+        Slopes and shifts, shape [d], float32 or float64, finite. Where one is float64 both become float64.
+
+    Attributes
+    ----------
+    weight, bias : ndarray
+        float32 or float64, shape [d], read-only.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is neither float32 nor float64.
+    ValueError
+        If the shapes are not the same [d] or a value is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> half = lineas.AffineMap(np.array([0.5, 1.0]), np.array([0.0, 0.0]))
+    >>> half.transform(np.array([[2.0, 3.0]]))
+    array([[1., 3.]])
+    >>> half.support
+    1
+    """
+
+    __slots__ = ("bias", "weight")
+
+    weight: NDArray
+    bias: NDArray
+
+    def __init__(self, weight: ArrayLike, bias: ArrayLike) -> None:
+        weight, bias = as_vector(weight, "weight", "neuron"), as_vector(bias, "bias", "neuron")
+        if weight.shape != bias.shape:
+            raise ValueError(f"weight and bias must have the same shape, got {weight.shape} and {bias.shape}")
+        dtype = np.promote_types(weight.dtype, bias.dtype)
+        for name, array in (("weight", weight), ("bias", bias)):
+            array = array.astype(dtype)  # always a copy
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"an AffineMap is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"an AffineMap is immutable: cannot delete {name!r}")
+
+    def __reduce__(self) -> tuple:
+        return AffineMap, (self.weight, self.bias)
+
+    def __copy__(self) -> AffineMap:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> AffineMap:
+        return self
+
+    @classmethod
+    def identity(cls, d: int, dtype: Any = np.float32) -> AffineMap:
+        """Return the map of `d` neurons that changes nothing: weight 1, bias 0."""
+        return cls(np.ones(d, dtype), np.zeros(d, dtype))
+
+    @property
+    def d(self) -> int:
+        """The number of neurons."""
+        return self.weight.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32 or float64."""
+        return self.weight.dtype
+
+    @property
+    def support(self) -> int:
+        """The number of neurons that the map changes: weight != 1 or bias != 0."""
+        return int(np.count_nonzero((self.weight != 1) | (self.bias != 0)))
+
+    def __len__(self) -> int:
+        return self.d
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AffineMap):
+            return NotImplemented
+        return np.array_equal(self.weight, other.weight) and np.array_equal(self.bias, other.bias)
+
+    # Equality ignores the dtype; nobody needs maps as keys. mypy only sees that object has a hash.
+    __hash__ = None  # type: ignore[assignment]
+    __array_ufunc__ = None  # NumPy leaves `map @ array` to us, so that it is a TypeError
+
+    def __repr__(self) -> str:
+        return f"AffineMap(d={self.d}, support={self.support}, dtype={self.dtype})"
+
+    def transform(self, z: Any, strength: float = 1.0, axis: int = -1) -> Any:
+        """Apply the map at a strength: z + strength (weight z + bias - z).
+
+        Parameters
+        ----------
+        z : array_like or torch.Tensor
+            Activations, float16, bfloat16 (ml_dtypes or torch), float32 or float64, of any shape with d channels
+            on `axis`.
+        strength : float, default 1.0
+            0 is off, 1 the map; any other finite number scales the change.
+        axis : int, default -1
+            The channel axis: 1 for the output of convolutions, the last one otherwise.
+
+        Returns
+        -------
+        ndarray or torch.Tensor
+            A new array or tensor with the shape and dtype of `z` (a tensor also stays on its device and is
+            differentiable in `z`). Computed in float32, for float64 `z` in float64, and rounded once.
+
+        Raises
+        ------
+        TypeError
+            If the dtype of `z` is another one, `strength` is not a real number, or `axis` is not an integer.
+        ValueError
+            If `axis` of `z` does not have d channels, or `strength` is not finite.
+        """
+        strength = as_strength(strength)
+        if is_tensor(z):
+            check_dense(z, "z")
+            import torch
+
+            from ..hooks.affine import affine
+
+            _blocks(tuple(z.shape), axis, self.d)
+            # torch.tensor copies: torch cannot hold read-only memory without a warning.
+            return affine(z, torch.tensor(self.weight), torch.tensor(self.bias), strength, axis)
+        array = as_engine(z, "z")
+        blocks = _blocks(array.shape, axis, self.d)
+        work = working_dtype(array)
+        weight, bias = self.weight.astype(work, copy=False), self.bias.astype(work, copy=False)
+        out = _core.affine_apply(array.reshape(blocks), weight, bias, strength, get_num_threads())
+        return out.reshape(array.shape).view(result_dtype(z, array))
+
+    def with_strength(self, strength: float) -> AffineMap:
+        """Return the map that at strength 1 does what this one does at `strength`."""
+        s = as_strength(strength)
+        # (1 - s) + s w, not 1 + s (w - 1): strength 1 then gives w to the last bit, however small it is.
+        weight = np.where(self.weight == 1, 1, (1 - s) + s * self.weight.astype(np.float64))
+        return AffineMap(weight.astype(self.dtype), (s * self.bias.astype(np.float64)).astype(self.dtype))
+
+    def inverse(self) -> AffineMap:
+        """Return the map that undoes this one at strength 1: (z - bias) / weight.
+
+        The inverse of a map at strength s is ``map.with_strength(s).inverse()``, not the inverse at strength s.
+
+        Raises
+        ------
+        ValueError
+            If the weight of a neuron is 0, or so small that the inverse is not finite.
+        """
+        zero = np.flatnonzero(self.weight == 0)
+        if zero.size:
+            raise ValueError(f"the map has no inverse: weight is 0 at {_counted(zero)}")
+        weight64, bias64 = self.weight.astype(np.float64), self.bias.astype(np.float64)
+        with np.errstate(over="ignore"):
+            weight, bias = (1 / weight64).astype(self.dtype), (-bias64 / weight64).astype(self.dtype)
+        lost = np.flatnonzero(~(np.isfinite(weight) & np.isfinite(bias)))
+        if lost.size:
+            raise ValueError(f"the inverse is too large for {self.dtype} at {_counted(lost)}")
+        return AffineMap(weight, bias)
+
+    def __matmul__(self, first: AffineMap) -> AffineMap:
+        if not isinstance(first, AffineMap):
+            return NotImplemented
+        if self.d != first.d:
+            raise ValueError(f"cannot compose maps of {self.d} and {first.d} neurons")
+        weight = self.weight.astype(np.float64) * first.weight
+        bias = self.weight.astype(np.float64) * first.bias + self.bias
+        dtype = np.promote_types(self.dtype, first.dtype)
+        return AffineMap(weight.astype(dtype), bias.astype(dtype))
+
+
+def _counted(neurons: NDArray) -> str:
+    """'neuron 7', or 'neuron 7 and 2 others'."""
+    more = neurons.size - 1
+    return f"neuron {neurons[0]}" + (f" and {more} other{'s' if more > 1 else ''}" if more else "")

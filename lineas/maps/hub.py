@@ -1,0 +1,271 @@
+"""Maps in a folder with a card, and on the Hugging Face Hub.
+
+A repository holds the safetensors file and a card. Nothing in it is ever run or unpickled.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .files import load, save, write_atomically
+from .steering import SteeringMaps
+
+FILE = "maps.safetensors"
+CARD = "README.md"
+
+_CARD = """\
+---
+{data}
+---
+
+# Steering maps{of}
+
+Sparse affine maps of activations, one slope and one shift a neuron, for lineas. They change {support} of {d} neurons in
+{modules}.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+import lineas
+
+maps = lineas.SteeringMaps.from_pretrained({place})
+with maps.attach(model, strength=0.8):  # 0 is off, 1 the maps as they were fitted
+    ...
+```
+
+## Modules
+
+```text
+{summary}
+```
+"""
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError('this needs huggingface_hub: pip install "lineas[hub]"') from error
+    return huggingface_hub
+
+
+def card(maps: SteeringMaps, repo_id: str | None = None) -> str:
+    """A model card in Markdown, with metadata that the hub reads."""
+    hub = _library()
+    metadata = maps.metadata
+    base = metadata.get("model")
+    # A model that was loaded from a folder has its path for a name, which is nobody's business.
+    base = base if isinstance(base, str) and not os.path.exists(base) and _is_id(hub, base) else None
+    data = hub.ModelCardData(
+        library_name="lineas", base_model=base, tags=["lineas", "activation-steering", "steering-vector"]
+    )
+    facts = {
+        "base model": base,
+        "method": metadata.get("method"),
+        "layers": metadata.get("layers"),
+        "pooling": metadata.get("pooling"),
+        "tokens": metadata.get("tokens"),
+        "lineas": metadata.get("version"),
+    }
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
+    rows.append(f"| changed neurons | {maps.support} of {maps.d} ({maps.support / maps.d:.1%}) |")
+    return _CARD.format(
+        data=data.to_yaml(),
+        of=f" for {base}" if base else "",
+        support=maps.support,
+        d=maps.d,
+        modules=f"{len(maps)} module{'s' if len(maps) > 1 else ''}",
+        rows="\n".join(rows),
+        place=f'"{repo_id}"' if repo_id else '"this-folder"',
+        summary=maps.summary(),
+    )
+
+
+def _cell(value: Any) -> str:
+    texts = value if isinstance(value, list) else [value]
+    return ", ".join(f"`{text}`" for text in texts).replace("|", "\\|").replace("\n", " ")
+
+
+def _is_id(hub: Any, name: str) -> bool:
+    try:
+        hub.utils.validate_repo_id(name)
+    except hub.errors.HFValidationError:
+        return False
+    return True
+
+
+def save_pretrained(maps: SteeringMaps, folder: str | os.PathLike[str], *, repo_id: str | None = None) -> Path:
+    """Write the maps and a card that describes them into a folder, as a repository of the hub has them.
+
+    Parameters
+    ----------
+    folder : str or PathLike
+        Made where it is missing. ``maps.safetensors`` and ``README.md`` in it are replaced.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    ImportError
+        If huggingface_hub, which writes the card's metadata, is not installed (``pip install "lineas[hub]"``).
+    OSError
+        If the files cannot be written.
+    """
+    text = card(maps, repo_id)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(maps, folder / FILE)
+    write_atomically(str(folder / CARD), text.encode())
+    return folder
+
+
+def push_to_hub(
+    maps: SteeringMaps,
+    repo_id: str,
+    *,
+    commit_message: str = "Add steering maps",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload the maps and a card to the Hugging Face Hub, into a new or an existing model repository.
+
+    The metadata go along as they are, the base model's name or folder among them. A card that is there already
+    stays.
+
+    Parameters
+    ----------
+    repo_id : str
+        ``"user/name"``.
+    commit_message : str, default "Add steering maps"
+    private : bool, optional
+        Whether a new repository is private. Default: as the hub does it.
+    token : str or bool, optional
+        Default: that of ``hf auth login``.
+    revision : str, optional
+        The branch. Default: the main one.
+    create_pr : bool, default False
+        Open a pull request instead.
+
+    Returns
+    -------
+    str
+        The address of the commit or pull request.
+
+    Raises
+    ------
+    ImportError
+        If huggingface_hub is not installed (``pip install "lineas[hub]"``).
+    TypeError, ValueError
+        If `repo_id` is no id of a repository.
+    ConnectionError
+        If huggingface_hub is in offline mode.
+    huggingface_hub.errors.HfHubHTTPError
+        If the hub refuses.
+    """
+    hub = _library()
+    if not isinstance(repo_id, str):
+        raise TypeError(f"repo_id must be a string, got {type(repo_id).__name__}")
+    if not _is_id(hub, repo_id):
+        raise ValueError(f"repo_id must be a hub id such as 'user/name', got {repo_id!r}")
+    api = hub.HfApi(token=token, library_name="lineas")
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(maps, folder, repo_id=repo_id)  # before anything is made on the hub
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
+            # A card that somebody wrote stays.
+            kept = [CARD] if api.file_exists(repo_id, CARD, revision=revision) else None
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=kept,
+            )
+        except hub.errors.OfflineModeIsEnabled as error:
+            raise ConnectionError(f"cannot push to {repo_id!r}: huggingface_hub is in offline mode") from error
+    return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+def from_pretrained(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> SteeringMaps:
+    """Read maps from a folder that `save_pretrained` wrote, or from the Hugging Face Hub.
+
+    Parameters
+    ----------
+    name : str or PathLike
+        A folder, or else ``"user/name"`` on the hub.
+    revision : str, optional
+        A branch, tag or commit of the repository. Default: its main branch.
+    token : str or bool, optional
+        Default: that of ``hf auth login``.
+    cache_dir : str or PathLike, optional
+        Where files of the hub are kept. Default: huggingface_hub's cache.
+    local_files_only : bool, default False
+        Use the cache only.
+
+    Returns
+    -------
+    SteeringMaps
+        As they were saved. The file is checked as by `lineas.load`; nothing in it is ever run.
+
+    Raises
+    ------
+    ImportError
+        If it is no folder and huggingface_hub is not installed (``pip install "lineas[hub]"``).
+    FileNotFoundError
+        If there is no such folder, repository or revision, or no maps in it.
+    ConnectionError
+        If the hub cannot be reached and the cache does not have the maps.
+    ValueError
+        If the file is not one of lineas maps; see `lineas.load`.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, FILE)):
+            raise FileNotFoundError(f"the folder {name!r} has no {FILE}")
+        return load(os.path.join(name, FILE))
+    if os.path.isfile(name):
+        raise ValueError(f"{name!r} is a file: read it by lineas.load")
+    hub = _library()
+    if not _is_id(hub, name):
+        raise FileNotFoundError(f"{name!r} is no folder, nor a hub id such as 'user/name'")
+    what = f"{name!r}" + (f" at revision {revision!r}" if revision is not None else "")
+    try:
+        path = hub.hf_hub_download(
+            name,
+            FILE,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            library_name="lineas",
+        )
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{what} is no folder here, and not in the cache of huggingface_hub, and the hub was not asked or could "
+            "not be reached"
+        ) from error
+    except hub.errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"the hub's {name!r} has no revision {revision!r}") from error
+    except hub.errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and the hub has no such repository, or a private one (token=)"
+        ) from error
+    except hub.errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"the hub's {what} has no {FILE}: it holds no maps of lineas") from error
+    return load(path)

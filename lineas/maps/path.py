@@ -1,0 +1,275 @@
+"""Sparse paths: the maps for every penalty, from the one that leaves nothing to the densest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from .._checks import as_positive
+from .._threads import get_num_threads
+from .affine import AffineMap
+from .steering import SteeringMaps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparsePath:
+    """Maps for falling penalties, of one module or of all modules of a model at one penalty for all.
+
+    `lineas.sparse_path` makes one from arrays, `lineas.sparse_path_end_to_end` from a model. ``path.at(...)`` takes the
+    maps of a point, by its penalty, its support, its index, or the one with the least held-out loss; ``len(path)`` is
+    the number of points and ``path[k]`` the same as ``path.at(index=k)``.
+
+    Attributes
+    ----------
+    penalties : ndarray
+        float64 [K], falling. A penalty p stands for ``l1 = p * l1_ratio`` and ``group = p * (1 - l1_ratio)``.
+    l1_ratio : float
+        The share of the l1 penalty, from 0 to 1.
+    loss : ndarray
+        float64 [K], on the data that were fitted, without penalties.
+    held_out_loss : ndarray or None
+        float64 [K], on held-out data.
+    support : ndarray
+        int64 [K], neurons with a slope other than 1 or a shift other than 0, over all modules.
+    module_support : ndarray
+        int64 [K, L], the same for every module.
+    kkt_residual : ndarray or None
+        float64 [K], for exact paths: the distance of 0 to the subdifferential, divided by the largest penalty.
+    modules : tuple of str or None
+        Names in execution order; None where one array was fitted, whose maps are `AffineMap`.
+    widths : tuple of int
+        Neurons d of each module.
+    weight, bias : ndarray
+        float32 or float64 [K, D], slopes and shifts of all modules one after the other, D = sum(widths).
+    metadata : dict
+        Goes into the maps that `at` returns, with the penalty.
+    moments : list of ndarray or None
+        For exact paths, of every module float64 [5, d]: the mean of the source, the mean of the target, the variance of
+        the source, the covariance of the paired quantiles and the variance of the target. All that the path depends
+        on; `at` solves for penalties between its points from them.
+    """
+
+    penalties: NDArray
+    l1_ratio: float
+    loss: NDArray
+    held_out_loss: NDArray | None
+    modules: tuple[str, ...] | None
+    widths: tuple[int, ...]
+    weight: NDArray
+    bias: NDArray
+    kkt_residual: NDArray | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    moments: list[NDArray] | None = None
+    module_support: NDArray = None  # type: ignore[assignment]  # counted where the caller has not done so
+    support: NDArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.module_support is None:
+            changed = (self.weight != 1) | (self.bias != 0)
+            starts = np.concatenate(([0], np.cumsum(self.widths)[:-1]))
+            object.__setattr__(self, "module_support", np.add.reduceat(changed, starts, axis=1, dtype=np.int64))
+        object.__setattr__(self, "support", self.module_support.sum(axis=1))
+
+    def __len__(self) -> int:
+        return len(self.penalties)
+
+    def __getitem__(self, index: int) -> SteeringMaps | AffineMap:
+        return self.at(index=index)
+
+    @property
+    def d(self) -> int:
+        """The number of neurons over all modules."""
+        return sum(self.widths)
+
+    def index(
+        self,
+        *,
+        penalty: float | None = None,
+        support: int | float | None = None,
+        index: int | None = None,
+        best: bool = False,
+    ) -> int:
+        """Return the index of a point of the path.
+
+        Parameters
+        ----------
+        penalty : float, optional
+            The point with the nearest penalty, on a logarithmic scale. A penalty above all others is the first point.
+        support : int or float, optional
+            An int counts neurons over all modules, a float from 0 to 1 is a share of them: the point with the largest
+            support that is not above it and, of several such points, the one with the smallest penalty.
+        index : int, optional
+            Negative ones count from the end.
+        best : bool, default False
+            The point with the least held-out loss.
+
+        Raises
+        ------
+        TypeError
+            If not exactly one of the four is given, or it is of another type.
+        ValueError
+            If the path has no such point: `penalty` below all others, `support` that is below or above all others or
+            between 0 and the first that is not (the message names the nearest), or `best` without held-out data.
+        IndexError
+            If `index` is out of range.
+        """
+        given = [value is not None for value in (penalty, support, index)]
+        if not isinstance(best, bool | np.bool_):
+            raise TypeError(f"best must be True or False, got {type(best).__name__}")
+        if sum(given) + bool(best) != 1:
+            raise TypeError("exactly one of penalty, support, index and best=True must be given")
+        if best:
+            if self.held_out_loss is None:
+                raise ValueError("best: the path has no held-out loss; pass held_out when it is made")
+            return int(np.argmin(self.held_out_loss))
+        if index is not None:
+            if isinstance(index, bool) or not isinstance(index, Integral):
+                raise TypeError(f"index must be an integer, got {type(index).__name__}")
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index must be from {-len(self)} to {len(self) - 1}, got {index}")
+            return int(index) % len(self)
+        if penalty is not None:
+            return self._nearest(as_positive(penalty, "penalty"))
+        count = self._count(support)
+        k = self._sparser(count)
+        if count and not self.support[k]:
+            raise self._skipped(count, k + 1)
+        return k
+
+    def _nearest(self, penalty: float) -> int:
+        """The index of the nearest penalty; see `index`."""
+        if penalty < self.penalties[-1] * (1 - 1e-9):
+            raise ValueError(
+                f"penalty must be at least {self.penalties[-1]:.6g}, the smallest of the path, got {penalty:.6g}"
+            )
+        return int(np.argmin(np.abs(np.log(self.penalties) - np.log(penalty))))
+
+    def _count(self, support: Any) -> int:
+        """`support` as a number of neurons."""
+        if isinstance(support, bool) or not isinstance(support, Real):
+            raise TypeError(f"support must be an int (neurons) or a float (share), got {type(support).__name__}")
+        if isinstance(support, Integral):
+            count = int(support)
+            if not 0 <= count <= self.d:
+                raise ValueError(f"support must be from 0 to {self.d} neurons, got {support}")
+            return count
+        share = float(support)
+        if not 0 <= share <= 1:
+            raise ValueError(f"support must be a share from 0.0 to 1.0 or a whole number of neurons, got {support}")
+        return int(np.floor(share * self.d + 1e-9))
+
+    def _sparser(self, count: int) -> int:
+        """The index of the densest point of at most `count` neurons; see `index`."""
+        low, high = int(np.argmin(self.support)), int(np.argmax(self.support))
+        for k, impossible in ((low, count < self.support[low]), (high, count > self.support[high])):
+            if impossible:
+                raise ValueError(
+                    f"support: no point of the path has a support of {count} of {self.d} neurons; the nearest is "
+                    f"{self.support[k]} ({self.support[k] / self.d:.2%}), index {k}, penalty {self.penalties[k]:.6g}"
+                )
+        allowed = np.where(self.support <= count, self.support, -1)
+        return int(len(self) - 1 - np.argmax(allowed[::-1]))
+
+    def _skipped(self, count: int, k: int, support: int | None = None) -> ValueError:
+        """The error where the path goes from no neuron to more than `count` of them, at point k or just above it."""
+        first = int(self.support[k]) if support is None else support
+        return ValueError(
+            f"support: no point of the path has a support from 1 to {count} of {self.d} neurons; the nearest are 0 and "
+            f"{first} ({first / self.d:.2%}), index {k}; a larger l1_ratio lets neurons in one by one"
+        )
+
+    def at(
+        self,
+        *,
+        penalty: float | None = None,
+        support: int | float | None = None,
+        index: int | None = None,
+        best: bool = False,
+    ) -> SteeringMaps | AffineMap:
+        """Return the maps of a point of the path, found as by `index`; on an exact path also between its points.
+
+        An exact path, one that `lineas.sparse_path` made, is solved anew at a `penalty` that is not one of its own,
+        and for a `support` it looks for the smallest penalty that does not exceed it, so that the maps have just as
+        many neurons wherever a path has such a point. Neurons join one at a time, but for those that a module's group
+        penalty keeps out until many come at once: then they are fewer, and where there would be none it is an error.
+
+        Parameters
+        ----------
+        penalty, support, index, best
+            As `index`.
+
+        Returns
+        -------
+        SteeringMaps or AffineMap
+            An `AffineMap` where the path was made from one array.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            As `index`.
+        """
+        if self.moments is not None and support is not None and penalty is None and index is None and not best:
+            return self._densest(self._count(support))
+        k = self.index(penalty=penalty, support=support, index=index, best=best)
+        if self.moments is not None and penalty is not None and float(penalty) < self.penalties[0]:
+            return self._solve(float(penalty))[2]
+        return self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
+
+    def _solve(self, penalty: float) -> tuple[float, int, SteeringMaps | AffineMap]:
+        """The penalty, its support and its maps, solved exactly."""
+        assert self.moments is not None
+        grid = np.array([penalty])
+        is_double = self.weight.dtype == np.float64
+        largest = float(self.penalties[0])
+        weight, bias, _, _, _, support = _core.sparse_path(
+            self.moments, None, grid, self.l1_ratio, is_double, largest, get_num_threads()
+        )
+        return penalty, int(support.sum()), self._maps(weight[0], bias[0], penalty)
+
+    def _maps(self, weight: NDArray, bias: NDArray, penalty: float) -> SteeringMaps | AffineMap:
+        """Slopes and shifts of all modules as maps."""
+        if self.modules is None:
+            return AffineMap(weight, bias)
+        ends = np.cumsum(self.widths)[:-1]
+        maps = map(AffineMap, np.split(weight, ends), np.split(bias, ends))
+        return SteeringMaps(dict(zip(self.modules, maps, strict=True)), {**self.metadata, "penalty": penalty})
+
+    def _densest(self, count: int) -> SteeringMaps | AffineMap:
+        """The maps of at most `count` neurons at the smallest penalty, which need not be one of the path."""
+        k = self._sparser(count)
+        found = self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
+        reached = int(self.support[k])
+        if reached == count or k + 1 == len(self):
+            return found
+        high, low, more = float(self.penalties[k]), float(self.penalties[k + 1]), int(self.support[k + 1])
+        while reached < count and high > low * (1 + 1e-9):
+            penalty, support, maps = self._solve(float(np.sqrt(high * low)))
+            if support > count:
+                low, more = penalty, support
+            else:
+                high, found, reached = penalty, maps, support
+        if count and not reached:
+            raise self._skipped(count, k + 1, more)
+        return found
+
+    def __repr__(self) -> str:
+        modules = "" if self.modules is None else f"{len(self.modules)} modules, "
+        return (
+            f"SparsePath({len(self)} penalties from {self.penalties[0]:.4g} to {self.penalties[-1]:.4g}, {modules}"
+            f"support {self.support[0]} to {self.support[-1]} of {self.d} neurons)"
+        )
+
+    def plot(self, axes: Sequence[Axes] | None = None) -> NDArray:
+        """Draw loss and support against the penalty, and the support of every module; see `lineas.plot.path`."""
+        from ..notebook.plot import path
+
+        return path(self, axes=axes)

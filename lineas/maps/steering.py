@@ -1,0 +1,310 @@
+"""SteeringMaps: maps of several modules. What needs files or models is imported when it is called."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._checks import as_strength
+from .._lazy import lazy_method
+from .affine import AffineMap
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from ..export.fold import fold
+    from ..export.lora import to_peft_lora
+    from ..hooks.attach import attach
+    from .files import save
+    from .hub import push_to_hub, save_pretrained
+
+
+def _near(name: str, names: list[str]) -> str:
+    """The end of an error message about a missing name: what there is that looks like it."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return "there are " + ", ".join(repr(other) for other in close) + (" ..." if len(names) > len(close) else "")
+
+
+class SteeringMaps(Mapping[str, AffineMap]):
+    """Maps of several modules: an immutable mapping from module name to `AffineMap`, in execution order.
+
+    ``second @ first`` composes module by module; where one side lacks a module it counts as the identity there.
+    Two SteeringMaps are equal if they hold equal maps under the same names in the same order; metadata does not
+    count.
+
+    Parameters
+    ----------
+    maps : Mapping[str, AffineMap]
+        At least one module, in execution order.
+    metadata : dict, optional
+        Anything JSON can hold: where the maps come from. Kept in saved files. It is passed on by `rename` and
+        `select`; `inverse`, `scaled` and ``@`` put it into ``{"method": "inverse" | "scaled" | "composition",
+        "parts": [...]}``, with ``"strength"`` beside it for "scaled", parts in the order of application.
+
+    Raises
+    ------
+    TypeError
+        If a name is not a string, a value is not an `AffineMap` or the metadata is not JSON.
+    ValueError
+        If there is no module or a name is empty.
+
+    Examples
+    --------
+    >>> import numpy as np, lineas
+    >>> maps = lineas.SteeringMaps({"a": lineas.AffineMap(np.array([2.0]), np.array([1.0]))})
+    >>> (maps.inverse() @ maps)["a"].support
+    0
+    """
+
+    __slots__ = ("_maps", "_metadata")
+
+    def __init__(self, maps: Mapping[str, AffineMap], metadata: dict[str, Any] | None = None) -> None:
+        if not isinstance(maps, Mapping):
+            raise TypeError(f"maps must be a mapping from module name to AffineMap, got {type(maps).__name__}")
+        for name, value in maps.items():
+            if not isinstance(name, str):
+                raise TypeError(f"maps: a module name must be a string, got {name!r}")
+            if not name:
+                raise ValueError("maps: a module name must not be empty")
+            if not isinstance(value, AffineMap):
+                raise TypeError(f"maps[{name!r}] must be an AffineMap, got {type(value).__name__}")
+        if not maps:
+            raise ValueError("maps must hold at least one module")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
+        try:
+            # Through JSON at once: what a file will give back is what there is from the start.
+            self._metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"metadata must be something JSON can hold: {error}") from None
+        self._maps = dict(maps)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Where the maps come from (a copy)."""
+        return copy.deepcopy(self._metadata)
+
+    @property
+    def support(self) -> int:
+        """The number of neurons that the maps change, over all modules."""
+        return sum(one.support for one in self._maps.values())
+
+    @property
+    def d(self) -> int:
+        """The number of neurons over all modules."""
+        return sum(one.d for one in self._maps.values())
+
+    def __getitem__(self, name: str) -> AffineMap:
+        try:
+            return self._maps[name]
+        except KeyError:
+            raise KeyError(f"no map for module {name!r}: {_near(str(name), list(self._maps))}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._maps
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SteeringMaps):
+            return NotImplemented
+        return list(self._maps.items()) == list(other._maps.items())
+
+    __hash__ = None  # type: ignore[assignment]  # as in AffineMap
+
+    def __reduce__(self) -> tuple:
+        return SteeringMaps, (self._maps, self._metadata)
+
+    def __repr__(self) -> str:
+        method = self._metadata.get("method")
+        origin = "" if method is None else f", method={method!r}"
+        return f"SteeringMaps(modules={len(self)}, d={self.d}, support={self.support}{origin})"
+
+    def transform(self, activations: Mapping[str, Any], strength: float = 1.0, axis: int = -1) -> dict[str, Any]:
+        """Apply each map to the activations of its module; see `AffineMap.transform`.
+
+        Parameters
+        ----------
+        activations : Mapping[str, array_like or torch.Tensor]
+            Activations by module name. Modules that are not in it are left out of the result.
+        strength : float, default 1.0
+            0 is off, 1 the maps.
+        axis : int, default -1
+            The channel axis of every array.
+
+        Returns
+        -------
+        dict[str, ndarray or torch.Tensor]
+            In the order of `activations`.
+
+        Raises
+        ------
+        TypeError
+            If `activations` is not a mapping, or as `AffineMap.transform`.
+        ValueError
+            If there is no map for a name, or as `AffineMap.transform`, with the module named.
+        """
+        if not isinstance(activations, Mapping):
+            raise TypeError(
+                f"activations must be a mapping from module name to array, got {type(activations).__name__}"
+            )
+        unknown = [name for name in activations if name not in self._maps]
+        if unknown:
+            raise ValueError(f"no map for module {unknown[0]!r}: {_near(str(unknown[0]), list(self._maps))}")
+        strength = as_strength(strength)
+        out = {}
+        for name, z in activations.items():
+            try:
+                out[name] = self._maps[name].transform(z, strength, axis)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"activations[{name!r}]: {error}") from None
+        return out
+
+    def inverse(self) -> SteeringMaps:
+        """Return the maps that undo these at strength 1.
+
+        Raises
+        ------
+        ValueError
+            If a map has no inverse; names the module and the neuron.
+        """
+        inverses = {}
+        for name, one in self._maps.items():
+            try:
+                inverses[name] = one.inverse()
+            except ValueError as error:
+                raise ValueError(f"module {name!r}: {error}") from None
+        return SteeringMaps(inverses, {"method": "inverse", "parts": [self._metadata]})
+
+    def scaled(self, strength: float) -> SteeringMaps:
+        """Return the maps that at strength 1 do what these do at `strength`."""
+        s = as_strength(strength)
+        scaled = {name: one.with_strength(s) for name, one in self._maps.items()}
+        return SteeringMaps(scaled, {"method": "scaled", "strength": s, "parts": [self._metadata]})
+
+    def __matmul__(self, first: SteeringMaps) -> SteeringMaps:
+        if not isinstance(first, SteeringMaps):
+            return NotImplemented
+        composed = {}
+        # The order of `first`, then what only the second has: both lists are in execution order already.
+        for name in [*first._maps, *(name for name in self._maps if name not in first._maps)]:
+            if name in first._maps and name in self._maps:
+                try:
+                    composed[name] = self._maps[name] @ first._maps[name]
+                except ValueError as error:
+                    raise ValueError(f"module {name!r}: {error}") from None
+            else:
+                composed[name] = first._maps[name] if name in first._maps else self._maps[name]
+        return SteeringMaps(composed, {"method": "composition", "parts": [first._metadata, self._metadata]})
+
+    def rename(
+        self, change: Callable[[str], str] | Mapping[str, str] | None = None, *, prefix: str | None = None
+    ) -> SteeringMaps:
+        """Return the same maps under other module names, as a wrapper of the model gives them.
+
+        Parameters
+        ----------
+        change : callable or Mapping[str, str], optional
+            From the old name to the new one. Names that a mapping does not hold stay.
+        prefix : str, optional
+            Put before every name instead: ``"base_model.model."`` for a PEFT model, ``"_orig_mod."`` for a
+            compiled one. (``maps.rename(lambda name: name.removeprefix(...))`` takes it off.)
+
+        Raises
+        ------
+        TypeError
+            If not exactly one of the two is given, or it is of another type.
+        ValueError
+            If a mapping holds names that are not there, or two modules would get the same name.
+        """
+        if (change is None) == (prefix is None):
+            raise TypeError("rename takes either change or prefix")
+        if prefix is not None:
+            if not isinstance(prefix, str):
+                raise TypeError(f"prefix must be a string, got {type(prefix).__name__}")
+            new = [prefix + name for name in self._maps]
+        elif isinstance(change, Mapping):
+            unknown = [name for name in change if name not in self._maps]
+            if unknown:
+                raise ValueError(f"no map for module {unknown[0]!r}: {_near(str(unknown[0]), list(self._maps))}")
+            new = [change.get(name, name) for name in self._maps]
+        elif callable(change):
+            new = [change(name) for name in self._maps]
+        else:
+            raise TypeError(f"change must be a callable or a mapping, got {type(change).__name__}")
+        renamed: dict[str, AffineMap] = {}
+        for name, one in zip(new, self._maps.values(), strict=True):
+            if name in renamed:
+                raise ValueError(f"two modules would get the name {name!r}")
+            renamed[name] = one
+        return SteeringMaps(renamed, self._metadata)
+
+    def select(self, modules: str | list[str]) -> SteeringMaps:
+        """Return the maps of the modules whose names match a glob, or any of a list of globs.
+
+        Raises
+        ------
+        TypeError
+            If `modules` is neither a string nor a list of strings.
+        ValueError
+            If a glob matches no module.
+        """
+        globs = [modules] if isinstance(modules, str) else modules
+        if not isinstance(globs, list) or not globs or not all(isinstance(glob, str) for glob in globs):
+            raise TypeError(f"modules must be a glob or a list of globs, got {modules!r}")
+        chosen = set()
+        for glob in globs:
+            found = [name for name in self._maps if fnmatch.fnmatchcase(name, glob)]
+            if not found:
+                raise ValueError(f"no module matches {glob!r}: {_near(glob, list(self._maps))}")
+            chosen.update(found)
+        return SteeringMaps({name: one for name, one in self._maps.items() if name in chosen}, self._metadata)
+
+    def summary(self) -> str:
+        """Return a text table: per module the neurons, the support and the size of the change of slope and shift."""
+        head = ("module", "neurons", "support", "||w-1||", "||b||")
+        rows = []
+        for name, one in self._maps.items():
+            slope, shift = (float(np.linalg.norm(x.astype(np.float64))) for x in (one.weight - 1, one.bias))
+            rows.append(
+                (name, f"{one.d}", f"{one.support} ({one.support / one.d:.1%})", f"{slope:.4g}", f"{shift:.4g}")
+            )
+        rows.append(("total", f"{self.d}", f"{self.support} ({self.support / self.d:.1%})", "", ""))
+        width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = []
+        for row in [head, *rows]:
+            cells = [row[0].ljust(width[0]), *(cell.rjust(size) for cell, size in zip(row[1:], width[1:], strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    @staticmethod
+    def from_pretrained(name: str | PathLike[str], **options: Any) -> SteeringMaps:
+        """Read maps from a folder or the Hugging Face Hub; see `lineas.maps.hub.from_pretrained`."""
+        from .hub import from_pretrained
+
+        return from_pretrained(name, **options)
+
+    if TYPE_CHECKING:
+        attach = attach
+        save = save
+        save_pretrained = save_pretrained
+        push_to_hub = push_to_hub
+        fold = fold
+        to_peft_lora = to_peft_lora
+    else:
+        attach = lazy_method("hooks.attach", "attach")
+        save = lazy_method("maps.files", "save")
+        save_pretrained = lazy_method("maps.hub", "save_pretrained")
+        push_to_hub = lazy_method("maps.hub", "push_to_hub")
+        fold = lazy_method("export.fold", "fold")
+        to_peft_lora = lazy_method("export.lora", "to_peft_lora")

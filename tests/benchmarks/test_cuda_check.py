@@ -1,0 +1,38 @@
+"""The check of accelerators runs, as far as it can without one."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("cuda_check")
+
+
+def test_the_cpu_does_what_the_cpu_does(check, capsys):
+    check.main(["--device", "cpu", "--tiny", "--rounds", "2"])
+    out = capsys.readouterr().out
+    assert "losses of a fit: at most 0.0e+00 from those on the CPU" in out
+    assert float(re.search(r"ratio +([\d.]+)", out)[1]) > 0
+
+
+def test_differences_are_seen(check, monkeypatch):
+    fit = check.fit
+    monkeypatch.setattr(
+        check, "fit", lambda device, layers, steps: fit("cpu", check.ONE if device != "cpu" else layers, steps)
+    )
+    assert check.difference("other") > 1e-3
+
+
+def test_a_missing_device_is_said(check, capsys):
+    if check.torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="2"):
+        check.main([])
+    assert "this torch sees no CUDA device" in capsys.readouterr().err

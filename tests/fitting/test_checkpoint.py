@@ -1,0 +1,268 @@
+"""Fits that are kept on disk, die, and go on to the same bits."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import models_zoo as zoo
+import numpy as np
+import pytest
+import torch
+from fits import Trouble, interrupt, prompts, same_maps, short_fit, snapshot
+
+import lineas
+from lineas import AffineMap, SteeringMaps, fit_end_to_end
+from lineas.fitting import checkpoint
+
+HELD_OUT = (prompts(6, 3), prompts(6, 4))
+KINDS = {
+    "auto": {"lr": "auto", "l1": 0.05},
+    "sgd": {"lr": 0.02, "group": 0.01},
+    "adam": {"lr": 0.02, "optimizer": "adam", "l1": 0.01},
+    "mini-batches": {"lr": "auto", "mini_batch": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return zoo.llama().double()
+
+
+@pytest.fixture
+def fit(llama):
+    return lambda *sets, model=llama, **settings: short_fit(model, *sets, **{"steps": 6, "patience": None, **settings})
+
+
+def noisy(model, batch):
+    """A forward that draws random numbers, as one of a diffusion model does."""
+    handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: out + 0.1 * torch.randn_like(out))
+    try:
+        return model(**batch)
+    finally:
+        handle.remove()
+
+
+def same_fit(a, b):
+    same_maps(a.maps, b.maps)
+    for name, values in a.history.items():
+        np.testing.assert_array_equal(values, b.history[name])
+    assert (a.best_step, a.stopped, a.held_out_loss) == (b.best_step, b.stopped, b.held_out_loss)
+    assert (a.passes, a.held_out_passes) == (b.passes, b.held_out_passes)
+
+
+@pytest.mark.parametrize("held_out", [None, HELD_OUT], ids=["plain", "held-out"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("done", [0, 1, 4])
+def test_an_interrupted_fit_goes_on_to_the_same_bits(fit, tmp_path, kind, held_out, done):
+    path = tmp_path / "fit.safetensors"
+    settings = {**KINDS[kind], "held_out": held_out}
+    whole = fit(**settings, forward=noisy)
+
+    class Cut:
+        """Interrupts the fit in the step after `done`."""
+
+        def __init__(self):
+            self.reached = 0
+
+        def __call__(self, model, batch):
+            self.reached += 1
+            if len(kept()) > done:
+                raise KeyboardInterrupt
+            return noisy(model, batch)
+
+    def kept():
+        return checkpoint.load(path)[1]["records"] + [None] if path.exists() else []
+
+    cut = fit(**settings, forward=Cut(), checkpoint=path)
+    assert cut.stopped == "interrupted" and len(cut.history["loss"]) == done
+    same_fit(fit(**settings, forward=noisy, resume=path), whole)
+    same_fit(fit(**settings, forward=noisy, resume=str(path)), whole)  # a fit that has ended is there at once
+    assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+import models_zoo as zoo
+from fits import prompts, short_fit
+calls = 0
+def forward(model, batch):
+    global calls
+    calls += 1
+    if calls == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return model(**batch)
+short_fit(zoo.llama(), lr="auto", l1=0.02, steps=6, forward=forward, checkpoint={path!r})
+"""
+
+
+@pytest.mark.parametrize("at", [3, 6])  # calls: order, targets, start, then one a step
+def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path, at):
+    path = str(tmp_path / "fit.safetensors")
+    script = textwrap.dedent(KILLED).format(at=at, path=path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    settings = {"lr": "auto", "l1": 0.02, "steps": 6, "forward": lambda model, batch: model(**batch)}
+    assert len(checkpoint.load(path)[1]["records"]) == max(at - 4, 0)
+    same_fit(short_fit(zoo.llama(), **settings, resume=path), short_fit(zoo.llama(), **settings))
+
+
+def test_a_fit_goes_on_for_more_steps_where_rates_do_not_depend_on_their_number(fit, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    settings = {"lr": "auto", "l1": 0.05}
+    fit(**settings, steps=3, checkpoint=path)
+    same_fit(fit(**settings, steps=6, resume=path), fit(**settings, steps=6))
+
+
+def test_another_file_may_take_over(fit, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    fit(lr="auto", steps=2, checkpoint=first)
+    before = first.read_bytes()
+    fit(lr="auto", steps=4, resume=first, checkpoint=second)
+    assert first.read_bytes() == before
+    assert len(checkpoint.load(second)[1]["records"]) == 4
+
+
+def test_an_earlier_fit_is_not_overwritten(fit, llama, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    fit(lr="auto", steps=2, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="exists: pass it as resume= to go on with that fit, or remove it"):
+        fit(lr="auto", steps=2, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(fit, llama, tmp_path, monkeypatch):
+    path, before = tmp_path / "fit.safetensors", snapshot(llama)
+    plain = {"lr": "auto", "forward": lambda model, batch: model(**batch)}
+    real, written = os.fsync, []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = r"cannot write the checkpoint \(No space left on device; the last checkpoint is untouched\).*fit.safetensors"
+    with pytest.raises(OSError, match=text):
+        fit(**plain, checkpoint=path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [path] and len(checkpoint.load(path)[1]["records"]) == 2
+    same_fit(fit(**plain, resume=path), fit(**plain))
+    assert snapshot(llama) == before
+
+
+def test_a_file_too_large_for_the_process_is_an_error_too(fit, tmp_path):
+    """The operating system's own refusal, in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write the checkpoint \(File too large; there is no checkpoint yet"):
+            fit(lr="auto", checkpoint=tmp_path / "fit.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_written_to_is_known_before_anything_is_computed(fit, llama, tmp_path):
+    before, seen = snapshot(llama), []
+
+    def forward(model, batch):
+        seen.append(1)
+        return model(**batch)
+
+    with pytest.raises(OSError, match=r"cannot write the checkpoint \(No such file or directory; there is no"):
+        fit(lr="auto", forward=forward, checkpoint=tmp_path / "none" / "fit.safetensors")
+    assert len(seen) == 2  # order and targets
+    assert snapshot(llama) == before
+
+
+@pytest.fixture
+def kept(fit, tmp_path):
+    """A checkpoint of a short fit."""
+    path = tmp_path / "fit.safetensors"
+    fit(lr="auto", steps=2, checkpoint=path)
+    return path
+
+
+def test_damaged_checkpoints(fit, kept):
+    data = kept.read_bytes()
+    for part in (b"", data[:7], data[: len(data) // 2], data[:-1], b"\xff" * 100):
+        kept.write_bytes(part)
+        with pytest.raises(ValueError, match=r"fit\.safetensors is damaged: "):
+            fit(lr="auto", resume=kept)
+        assert kept.read_bytes() == part
+    for place in (-1, -1000, 300):
+        flipped = bytearray(data)
+        flipped[place] ^= 1
+        kept.write_bytes(flipped)
+        with pytest.raises(ValueError, match="resume: "):
+            fit(lr="auto", resume=kept)
+
+
+def test_what_is_no_checkpoint(fit, kept, tmp_path):
+    maps = tmp_path / "maps.safetensors"
+    SteeringMaps({"a": AffineMap.identity(3)}).save(maps)
+    with pytest.raises(ValueError, match=r"maps\.safetensors is not the checkpoint of a fit: its format is 'lineas'"):
+        fit(lr="auto", resume=maps)
+    with pytest.raises(ValueError, match=r"is not a file of lineas maps: its header says format 'lineas checkpoint'"):
+        lineas.load(kept)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        fit(lr="auto", resume=tmp_path / "none.safetensors")
+    tensors, state = checkpoint.load(kept)
+    monkey = checkpoint.VERSION
+    try:
+        checkpoint.VERSION = monkey + 1
+        checkpoint.save(kept, tensors, state)
+    finally:
+        checkpoint.VERSION = monkey
+    with pytest.raises(ValueError, match="is of version 2, this lineas reads version 1"):
+        fit(lr="auto", resume=kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"lr": 0.1}, "another fit, of which the lr differs: it was 'auto', and is 0.1"),
+        ({"l1": 0.1}, "another fit, of which the l1 differs: it was 0.0, and is 0.1"),
+        ({"scaling": "paper"}, "the scaling differs: it was 'layer-mean', and is 'paper'"),
+        ({"layers": "model.layers.0.*norm"}, "the modules differs"),
+        ({"source": prompts(6, 7)}, "another fit, of which the digest of the prompts differs$"),
+        ({"held_out": HELD_OUT}, "the digest of the prompts differs$"),
+        ({"model": zoo.llama()}, "the dtype differs: it was 'torch.float64', and is 'torch.float32'"),
+    ],
+)
+def test_the_checkpoint_of_another_fit(fit, kept, settings, text):
+    before = kept.read_bytes()
+    with pytest.raises(ValueError, match=text):
+        fit(**{"lr": "auto", "resume": kept, **settings})
+    assert kept.read_bytes() == before
+
+
+def test_a_fit_from_other_maps_is_another(fit, kept, llama):
+    maps = fit(lr="auto", steps=1).maps
+    with pytest.raises(ValueError, match=r"the digest of init differs$"):
+        fit(lr="auto", resume=kept, init=maps)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "resume"])
+def test_wrong_types(llama, name):
+    with pytest.raises(TypeError, match=f"{name} must be a path, got int"):
+        fit_end_to_end(llama, prompts(6, 1), prompts(6, 2), layers=zoo.NORMS["llama"], **{name: 3})
+
+
+def test_an_interrupt_leaves_a_checkpoint_that_goes_on(fit, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    plain = {"lr": "auto", "forward": lambda model, batch: model(**batch)}
+    fit(**{**plain, "forward": Trouble(3 + 3, interrupt)}, checkpoint=path)
+    same_fit(fit(**plain, resume=path), fit(**plain))

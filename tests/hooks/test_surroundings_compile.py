@@ -1,0 +1,218 @@
+"""Maps in models that are compiled, traced or exported: a real run for each row of docs/compatibility.md."""
+
+import models_zoo as zoo
+import numpy as np
+import pytest
+import torch
+from attached import language_model, random_maps
+from fits import prompts, same_maps, short_fit
+from surroundings import row
+from torch import nn
+
+import lineas
+
+PREFIX = "_orig_mod."
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Backend:
+    """Runs graphs as they are, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend, fullgraph=True), PREFIX
+
+
+def in_place(model, backend):
+    model.compile(backend=backend, fullgraph=True)
+    return model, ""
+
+
+def by_part(model, backend):
+    for part in model.layers:
+        part.compile(backend=backend, fullgraph=True)
+    return model, ""
+
+
+class Block(nn.Module):
+    """Dynamo does not compile a module of torch by itself."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(5, 7), Block(7, 4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().eval()
+
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+MAPS, OTHERS = (random_maps({"layers.0.linear": 7, "layers.1.linear": 4}, seed) for seed in range(2))
+STRENGTHS = (1.0, 0.5, 2.0, -1.0, 0.0, 0.3)
+
+
+def steered(strength, maps=MAPS):
+    """What the model gives; not to be asked for between two compiled runs, which would be compiled anew."""
+    model = net()
+    with torch.no_grad(), maps.attach(model, strength=strength):
+        return model(X)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return {strength: steered(strength) for strength in STRENGTHS}, steered(1.0, OTHERS)
+
+
+def check_live(model, handle, backend, known, others=OTHERS):
+    """Every strength and other maps hold at once, and nothing is compiled again for them."""
+    at, exchanged = known
+    close = dict(atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(X), at[1.0], **close)
+    graphs = backend.graphs
+    for strength in (*STRENGTHS, 1.0):
+        handle.strength = strength
+        torch.testing.assert_close(model(X), at[strength], **close)
+    handle.maps = others
+    torch.testing.assert_close(model(X), exchanged, **close)
+    assert backend.graphs == graphs
+    handle.remove()
+    torch.testing.assert_close(model(X), at[0.0], **close)
+
+
+@row(
+    "`torch.compile`, `model.compile()`, compiled layers: maps before",
+    "works",
+    "one graph; strengths and maps stay live",
+)
+@pytest.mark.parametrize("compiled", [whole, in_place, by_part])
+def test_maps_attached_before_a_model_is_compiled(compiled, known):
+    model, backend = net(), Backend()
+    with torch.no_grad():
+        handle = MAPS.attach(model)
+        model, _ = compiled(model, backend)
+        check_live(model, handle, backend, known)
+
+
+@row("the same: maps after it ran", "works", "all is compiled again: better leave them on and set the strength to 0")
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("compiled", [whole, in_place, by_part])
+def test_maps_attached_after_a_model_ran_compiled(compiled, inner, known):
+    original, backend = net(), Backend()
+    model, prefix = compiled(original, backend)
+    root, prefix = (original, "") if inner else (model, prefix)
+    with torch.no_grad():
+        for _ in range(2):  # and taken off, and on again
+            assert torch.equal(model(X), known[0][0.0])
+            handle = MAPS.rename(prefix=prefix).attach(root)
+            check_live(model, handle, backend, known, OTHERS.rename(prefix=prefix))
+
+
+def test_a_compiled_language_model_takes_maps_and_gradients_go_through_them():
+    model, maps = language_model("llama")
+    batch = prompts(3, 1)
+    with torch.no_grad():
+        compiled, _ = whole(model, Backend())
+        plain = compiled(**batch).logits
+    with maps.attach(model, strength=0.7):
+        loss = model(**batch).logits.square().mean()
+        want = torch.autograd.grad(loss, model.lm_head.weight)[0]
+        found = compiled(**batch).logits.square().mean()
+        torch.testing.assert_close(torch.autograd.grad(found, model.lm_head.weight)[0], want, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(compiled(**batch).logits, plain)
+
+
+@row(
+    "compiled models: `collect` and fits",
+    "works",
+    "they run eagerly there; names as in the compiled model: `_orig_mod.`",
+)
+@pytest.mark.parametrize("kind", ["whole", "in place", "layers"])
+def test_compiled_models_are_collected_from_and_fitted(kind):
+    model, backend, prefix = zoo.llama(), Backend(), ""
+    if kind == "whole":
+        model, prefix = whole(model, backend)
+    elif kind == "in place":
+        model.compile(backend=backend)
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend=backend)
+    layers, batch = zoo.NORMS["llama"], prompts(6, 1)
+    with torch.no_grad():
+        before, graphs = model(**batch).logits, backend.graphs
+    texts = dict(data=zoo.texts(4), tokenizer=zoo.tokenizer(padding_side="left"))
+    found = lineas.collect(model, layers=prefix + layers, **texts)
+    for name, rows in lineas.collect(zoo.llama(), layers=layers, **texts).items():
+        np.testing.assert_array_equal(found[prefix + name], rows)
+    fitted = short_fit(model, layers=prefix + layers, steps=2).maps
+    same_maps(fitted, short_fit(zoo.llama(), steps=2).maps.rename(prefix=prefix))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)
+    assert backend.graphs == graphs  # what was compiled is still there
+
+
+@row(
+    "`torch.export` of a model with maps",
+    "works",
+    "the maps are constants at the strength of then; the model stays usable",
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_models_are_exported_with_their_maps(strict):
+    model = net()
+    handle = MAPS.attach(model, strength=0.5)
+    with torch.no_grad():
+        exported = torch.export.export(model, (X,), strict=strict).module()
+        torch.testing.assert_close(exported(X), steered(0.5))
+        assert torch.equal(model(X), steered(0.5))
+        handle.strength = 1.0
+        assert torch.equal(model(X), steered(1.0))
+        torch.testing.assert_close(exported(X), steered(0.5))
+
+
+@row("`torch.jit.trace` of a model with maps", "works", "the maps are constants at the strength of then")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean", "ignore:`torch.jit.trace")
+def test_models_are_traced_with_their_maps():
+    model = net()
+    with torch.no_grad(), MAPS.attach(model) as handle:
+        model(X)
+        traced = torch.jit.trace(model, X)
+        handle.strength = 0.5
+        torch.testing.assert_close(traced(X), steered(1.0))
+
+
+def test_fake_tensors_leave_nothing_in_the_hooks():
+    from torch._subclasses import FakeTensorMode
+
+    model = net()
+    with torch.no_grad(), MAPS.attach(model, strength=0.5):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(X)).shape == (3, 4)
+        assert torch.equal(model(X), steered(0.5))
