@@ -6,12 +6,12 @@ scikit-learn, `explore` the widgets of notebooks.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._lazy import lazy_import
 from ._threads import get_num_threads, set_num_threads
+from ._version import __version__ as __version__
 from .arrays import baselines
 from .arrays.closed_form import fit
 from .arrays.gaussian import GaussianMap, bures_map, covariance
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
     from .hooks.tokens import Tokens
     from .notebook import plot
     from .notebook.explorer import Explorer as explore
-
-try:
-    __version__ = version("lineas")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
 
 # Name: the module of lineas it is in, its name there, and the package without which it is not.
 _LAZY = {

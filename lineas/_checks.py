@@ -1,4 +1,4 @@
-"""From what users hand over (NumPy, torch, ml_dtypes, lists) to the arrays the C engine takes, and back.
+"""Checks of arguments, one of each kind for the whole package, and the arrays that the C engine takes.
 
 torch is never imported here: a tensor can only exist once somebody else has imported torch.
 """
@@ -7,6 +7,7 @@ import math
 import numbers
 import operator
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -219,16 +220,25 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     return mass
 
 
-def as_int(value: Any, name: str) -> int:
-    """`value` as an int; TypeError if it is no integer."""
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def as_int(value: Any, name: str, *, low: int | None = None) -> int:
+    """`value` as an int; TypeError if it is no integer (booleans are none), ValueError if it is below `low`."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+        number = None
+    if number is None or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if low is not None and number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}")
+    return number
 
 
-def _as_finite(value: Any, name: str) -> float:
-    if not isinstance(value, numbers.Real):
+def as_finite(value: Any, name: str) -> float:
+    """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         number = float(value)
@@ -240,29 +250,52 @@ def _as_finite(value: Any, name: str) -> float:
 
 
 def as_strength(strength: Any, name: str = "strength") -> float:
-    """`strength` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
-    return _as_finite(strength, name)
+    """`as_finite` for strengths."""
+    return as_finite(strength, name)
 
 
 def as_not_negative(value: Any, name: str) -> float:
-    """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite or negative."""
-    value = _as_finite(value, name)
+    """`as_finite`; ValueError if it is negative."""
+    value = as_finite(value, name)
     if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+        raise ValueError(f"{name} must not be negative, got {value:g}")
     return value
 
 
 def as_positive(value: Any, name: str) -> float:
-    """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite or not above 0."""
-    value = _as_finite(value, name)
+    """`as_finite`; ValueError if it is not above 0."""
+    value = as_finite(value, name)
     if value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
+        raise ValueError(f"{name} must be above 0, got {value:g}")
     return value
 
 
 def as_share(value: Any, name: str) -> float:
-    """`value` as a float; TypeError if it is not a real number, ValueError if it is not from 0 to 1."""
-    value = _as_finite(value, name)
+    """`as_finite`; ValueError if it is not from 0 to 1."""
+    value = as_finite(value, name)
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        raise ValueError(f"{name} must be from 0 to 1, got {value:g}")
     return value
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """`value` as a bool; TypeError if it is none."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def as_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+    """`value`; ValueError if it is none of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def as_pair(value: Any, name: str) -> tuple[Any, Any]:
+    """`value` as a pair (source, target); TypeError if it is no sequence, ValueError if it is none of two."""
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name} must be a pair (source, target), got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a pair (source, target), got {len(value)} entries")
+    return value[0], value[1]

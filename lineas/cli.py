@@ -235,10 +235,10 @@ def _fit(args: argparse.Namespace) -> int:
     else:
         before, after = (lineas.collect(model, prompts, **shared) for prompts in (source, target))
         fitted = lineas.fit(before, after, method=args.method)
-        from .hooks.tokens import spell
+        from .maps.metadata import spell_tokens
 
         origin = {key: shared[key] for key in ("layers", "pooling")}
-        origin |= {"model": args.model, "tokens": spell(args.tokens)}
+        origin |= {"model": args.model, "tokens": spell_tokens(args.tokens)}
         maps, interrupted = lineas.SteeringMaps(fitted, {**fitted.metadata, **origin}), False
     maps.save(args.output)
     print(f"{maps!r}\nwritten to {args.output}")

@@ -221,7 +221,7 @@ def _each(
             raise ValueError(f"the map of {u_name} overflows {u.dtype}: {error}") from None
     if None in fitted:
         return fitted[None]
-    from .. import __version__
+    from .._version import __version__
 
     return SteeringMaps(fitted, {**metadata, "version": __version__})
 

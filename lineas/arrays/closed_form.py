@@ -109,7 +109,7 @@ def fit(
         fitted = _fit_batches(pairs, method)
     if None in fitted:
         return fitted[None]
-    from .. import __version__
+    from .._version import __version__
 
     return SteeringMaps({module: fitted[module] for module in pairs}, {**metadata, "version": __version__})
 

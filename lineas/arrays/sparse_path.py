@@ -133,7 +133,7 @@ def sparse_path(
             f"sparse_path: at penalty {grid[worst]:.6g} rounding leaves the solution {residual[worst]:.1g} of the "
             "largest penalty away from optimal: are there neurons whose mean is millions of standard deviations?",
         )
-    from .. import __version__
+    from .._version import __version__
 
     names = None if None in pairs else tuple(pairs)
     return SparsePath(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..hooks.modules import get_module, near_names, output_width
+from .._names import near_names
+from ..hooks.modules import get_module, output_width
 from ..maps.steering import SteeringMaps
 
 Consumers: TypeAlias = Mapping[str, Sequence[str]]

@@ -12,19 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .. import __version__
-from .._checks import as_strength
-from ..hooks.modules import Layers, model_name, spell_layers
+from .._checks import as_choice, as_int, as_not_negative, as_strength
+from .._version import __version__
+from ..hooks.modules import model_name
 from ..hooks.pooling import check_pooling
-from ..hooks.tokens import Selection, check_fit_tokens, spell
+from ..hooks.tokens import check_fit_tokens
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
+from ..maps.metadata import Layers, Selection, spell_layers, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import digest
 from .loop import AutomaticSteps, Course, Keeper, ScheduledSteps, run
 from .objective import SCALINGS, Sets
 from .parameters import FlatMaps, ProximalOptimizer
-from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose_tasks, read
+from .problem import check_rate, check_size, find, pose_tasks, read
 from .tasks import Tasks
 
 if TYPE_CHECKING:
@@ -292,21 +293,21 @@ def fit_tasks(
     An only task has the name None. `caller` is who warnings say has stopped; they point at the code that called it.
     """
     penalties = {
-        "l1": check_real("l1", l1, 0.0),
-        "group": check_real("group", group, 0.0),
-        "l1_bias": check_real("l1_bias", l1 if l1_bias is None else l1_bias, 0.0),
-        "group_bias": check_real("group_bias", group if group_bias is None else group_bias, 0.0),
+        "l1": as_not_negative(l1, "l1"),
+        "group": as_not_negative(group, "group"),
+        "l1_bias": as_not_negative(l1 if l1_bias is None else l1_bias, "l1_bias"),
+        "group_bias": as_not_negative(group if group_bias is None else group_bias, "group_bias"),
     }
     check_pooling(pooling)
     tokens = check_fit_tokens(tokens, model)
     strengths = _check_strengths(strengths, any(held_out is not None for *_, held_out in tasks.values()))
-    check_choice("scaling", scaling, SCALINGS)
-    check_choice("optimizer", optimizer, OPTIMIZERS)
+    as_choice(scaling, "scaling", SCALINGS)
+    as_choice(optimizer, "optimizer", OPTIMIZERS)
     rate = check_rate(lr)
     if rate is None and optimizer != "sgd":
         raise ValueError(f"lr must be a number for optimizer {optimizer!r}: 'auto' is for 'sgd'")
     betas = _check_betas(betas)
-    steps, seed = check_integer("steps", steps, 1), check_integer("seed", seed, 0)
+    steps, seed = as_int(steps, "steps", low=1), as_int(seed, "seed", low=0)
     batch_size, mini_batch = check_size("batch_size", batch_size, 1), check_size("mini_batch", mini_batch, 2)
     patience = check_size("patience", patience, 1)
     checkpoint, resume = _check_files(checkpoint, resume)
@@ -363,7 +364,7 @@ def fit_tasks(
         identity = {
             **{key: value for key, value in settings.items() if key not in free},
             "pooling": pooling,
-            "tokens": spell(tokens),
+            "tokens": spell_tokens(tokens),
             "modules": objective.widths,
             "loss modules": objective.loss_names,
             "dtype": str(objective.dtype),
@@ -395,7 +396,7 @@ def fit_tasks(
         "layers": spell_layers(layers),
         "loss_layers": spell_layers(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
-        "tokens": spell(tokens),
+        "tokens": spell_tokens(tokens),
         **({} if single else {"tasks": list(tasks)}),
         "settings": settings,
         "history": {
@@ -458,7 +459,7 @@ def _check_strengths(strengths: Any, held_out: bool) -> tuple[float, ...]:
 def _check_betas(betas: Any) -> tuple[float, float]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    first, second = (check_real("betas", beta, 0.0) for beta in betas)
+    first, second = (as_not_negative(beta, "betas") for beta in betas)
     if max(first, second) >= 1:
         raise ValueError(f"betas must be < 1, got {betas!r}")
     return first, second

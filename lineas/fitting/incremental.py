@@ -8,20 +8,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import __version__
+from .._version import __version__
 from ..arrays.closed_form import METHODS, fit
 from ..hooks import outputs
 from ..hooks.affine import apply, parameters, working_dtype
 from ..hooks.capture import Capture
 from ..hooks.collect import collect_batches, to_numpy
-from ..hooks.modules import Layers, model_name, resolve, spell_layers
+from ..hooks.modules import model_name, resolve
 from ..hooks.pooling import check_pooling, pool_output
-from ..hooks.tokens import Choice, Selection, check_fit_tokens, spell
+from ..hooks.tokens import Choice, check_fit_tokens
 from ..inputs.batches import Batch
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
 from ..inputs.tokenize import as_batches
 from ..maps.affine import AffineMap
+from ..maps.metadata import Layers, Selection, spell_layers, spell_tokens
 from ..maps.steering import SteeringMaps
 
 
@@ -101,7 +102,7 @@ def fit_incremental(
         "model": model_name(model),
         "layers": spell_layers(layers),
         "pooling": pooling,
-        "tokens": spell(tokens),
+        "tokens": spell_tokens(tokens),
         "settings": {"local_method": method, "max_length": max_length, "batch_size": batch_size},
     }
     return SteeringMaps(walk.maps, metadata)

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..hooks.modules import Layers
-from ..hooks.tokens import Selection
+from .._checks import as_pair
 from ..inputs.call import Forward
+from ..maps.metadata import Layers, Selection
 from ..maps.steering import SteeringMaps
 from .end_to_end import FitResult, fit_tasks
-from .problem import check_pair
 
 
 def fit_jointly(
@@ -139,4 +138,4 @@ def _check_tasks(argument: str, tasks: Any) -> dict[str, tuple[Any, Any]]:
     for name in tasks:
         if not isinstance(name, str):
             raise TypeError(f"{argument} must have names as keys, got {name!r}")
-    return {name: check_pair(f"{argument}[{name!r}]", pair) for name, pair in tasks.items()}
+    return {name: as_pair(pair, f"{argument}[{name!r}]") for name, pair in tasks.items()}

@@ -14,10 +14,11 @@ from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
 from ..hooks.capture import Capture, OnOutput
 from ..hooks.pooling import pool_output
-from ..hooks.tokens import Choice, Selection
+from ..hooks.tokens import Choice
 from ..inputs.batches import Batch, Sampler
 from ..inputs.call import Forward
 from ..inputs.frozen import RandomState
+from ..maps.metadata import Selection
 from .autograd import wasserstein
 
 SCALINGS = ("layer-mean", "paper", "reference")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from .._checks import as_int, as_pair, as_positive
 from ..hooks.capture import execution_order
-from ..hooks.modules import Layers, resolve
-from ..hooks.tokens import Selection
+from ..hooks.modules import resolve
 from ..inputs.batches import Batch, Sampler, split
 from ..inputs.call import Forward
 from ..inputs.tokenize import as_batches
+from ..maps.metadata import Layers, Selection
 from .autograd import sort_columns
 from .objective import Leaves, NonFinite, Objective, Sets, check_count
 from .parameters import FlatMaps
@@ -28,7 +27,7 @@ def read(
     sets = {"source": source, "target": target}
     if held_out is not None:
         argument = "held_out" if task is None else f"held_out[{task!r}]"
-        sets |= dict(zip(("held_out source", "held_out target"), check_pair(argument, held_out), strict=True))
+        sets |= dict(zip(("held_out source", "held_out target"), as_pair(held_out, argument), strict=True))
     return {
         name: as_batches(data, tokenizer=tokenizer, max_length=max_length, argument=called(name, task))
         for name, data in sets.items()
@@ -41,15 +40,6 @@ def called(name: str, task: str | None) -> str:
         return name
     side = name.removeprefix("held_out ")
     return f"{'tasks' if side == name else 'held_out'}[{task!r}] {side}"
-
-
-def check_pair(argument: str, value: Any) -> tuple[Any, Any]:
-    """A pair (source, target)."""
-    if not isinstance(value, tuple | list):
-        raise TypeError(f"{argument} must be a pair (source, target), got {type(value).__name__}")
-    if len(value) != 2:
-        raise ValueError(f"{argument} must be a pair (source, target), got {len(value)} entries")
-    return value[0], value[1]
 
 
 def find(model: nn.Module, layers: Layers, loss_layers: Layers | None) -> tuple[list[str], list[str]]:
@@ -187,38 +177,15 @@ def check_maps(maps: FlatMaps) -> None:
         raise NonFinite(f"{maps.names[module]}: the map is not finite")
 
 
-def check_real(argument: str, value: Any, low: float, *, strict: bool = False) -> float:
-    """A finite real number above ``low``, or not below it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or (strict and value == low):
-        raise ValueError(f"{argument} must be finite and {'>' if strict else '>='} {low:g}, got {value:g}")
-    return value
-
-
 def check_rate(lr: Any) -> float | None:
     """A number above 0, or None for "auto"."""
     if isinstance(lr, str):
         if lr != "auto":
             raise ValueError(f"lr must be 'auto' or a number, got {lr!r}")
         return None
-    return check_real("lr", lr, 0.0, strict=True)
-
-
-def check_integer(argument: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{argument} must be an integer, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{argument} must be >= {low}, got {value}")
-    return int(value)
+    return as_positive(lr, "lr")
 
 
 def check_size(argument: str, value: Any, low: int) -> int | None:
     """An integer not below ``low``, or None."""
-    return None if value is None else check_integer(argument, value, low)
-
-
-def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return None if value is None else as_int(value, argument, low=low)

@@ -13,17 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import __version__, _core
+from .. import _core
+from .._checks import as_choice, as_int, as_positive, as_share
+from .._version import __version__
 from .._warn import warn
-from ..hooks.modules import Layers, model_name, spell_layers
+from ..hooks.modules import model_name
 from ..hooks.pooling import check_pooling
-from ..hooks.tokens import Selection, check_fit_tokens, spell
+from ..hooks.tokens import check_fit_tokens
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
+from ..maps.metadata import Layers, Selection, spell_layers, spell_tokens
 from ..maps.path import SparsePath
 from .objective import SCALINGS, NonFinite, Sets
 from .parameters import FlatMaps
-from .problem import check_choice, check_integer, check_rate, check_real, check_size, find, pose, read, trial_loss
+from .problem import check_rate, check_size, find, pose, read, trial_loss
 from .step_sizes import Descent, Place
 
 # Rounding must not keep a neuron at the penalty that is to leave none.
@@ -197,15 +200,17 @@ def sparse_path_end_to_end(
     """
     check_pooling(pooling)
     tokens = check_fit_tokens(tokens, model)
-    check_choice("scaling", scaling, SCALINGS)
+    as_choice(scaling, "scaling", SCALINGS)
     chosen = _check_penalties(penalties, n_penalties)
-    l1_ratio, min_ratio = _check_share("l1_ratio", l1_ratio), _check_share("min_ratio", min_ratio, above=True)
-    steps = check_integer("steps", steps, 1)
+    l1_ratio, min_ratio = as_share(l1_ratio, "l1_ratio"), as_positive(min_ratio, "min_ratio")
+    if min_ratio >= 1:
+        raise ValueError(f"min_ratio must be below 1, got {min_ratio:g}")
+    steps = as_int(steps, "steps", low=1)
     refit_steps, refit_support = (
-        check_integer("refit_steps", refit_steps, 0),
-        _check_share("refit_support", refit_support),
+        as_int(refit_steps, "refit_steps", low=0),
+        as_share(refit_support, "refit_support"),
     )
-    rate, seed = check_rate(lr), check_integer("seed", seed, 0)
+    rate, seed = check_rate(lr), as_int(seed, "seed", low=0)
     batch_size = check_size("batch_size", batch_size, 1)
     data = read(source, target, held_out, tokenizer, max_length)
     map_names, loss_names = find(model, layers, loss_layers)
@@ -250,7 +255,7 @@ def sparse_path_end_to_end(
         "layers": spell_layers(layers),
         "loss_layers": spell_layers(layers if loss_layers is None else loss_layers),
         "pooling": pooling,
-        "tokens": spell(tokens),
+        "tokens": spell_tokens(tokens),
         "settings": settings,
     }
     return _path(points, maps, chosen, l1_ratio, trial is not None, descent.passes, metadata)
@@ -370,21 +375,13 @@ def _check_penalties(penalties: Any, n_penalties: Any) -> list[float] | int:
     if (penalties is None) == (n_penalties is None):
         raise TypeError("exactly one of penalties and n_penalties must be given")
     if penalties is None:
-        return check_integer("n_penalties", n_penalties, 2)
+        return as_int(n_penalties, "n_penalties", low=2)
     if isinstance(penalties, str) or not isinstance(penalties, Sequence | np.ndarray):
         raise TypeError(f"penalties must be a sequence of numbers, got {type(penalties).__name__}")
-    values = [check_real(f"penalties[{k}]", value, 0.0, strict=True) for k, value in enumerate(penalties)]
+    values = [as_positive(value, f"penalties[{k}]") for k, value in enumerate(penalties)]
     if not values:
         raise ValueError("penalties is empty")
     for k, (before, after) in enumerate(itertools.pairwise(values)):
         if after >= before:
             raise ValueError(f"penalties must fall, got {before:g} and then {after:g} at index {k + 1}")
     return values
-
-
-def _check_share(argument: str, value: Any, *, above: bool = False) -> float:
-    """A number from 0, or above 0, up to 1, or below 1 in the latter case."""
-    share = check_real(argument, value, 0.0, strict=above)
-    if share > 1 or (above and share == 1):
-        raise ValueError(f"{argument} must be {'< 1' if above else '<= 1'}, got {share:g}")
-    return share

@@ -12,13 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..inputs.call import unwrap
 from ..maps.affine import AffineMap
+from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
 from . import outputs
 from .affine import apply, blend, parameters, slopes_at, working_dtype
 from .compile import forget
 from .forward_state import Tracker
 from .modules import get_module, output_width
 from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
-from .tokens import Selection, check_tokens, fitted_for, show
 
 # Parameters of a hook at strengths other than the latest, for threads that have their own.
 _KEPT = 32
@@ -251,7 +251,7 @@ class Handle:
         self._lock = threading.Lock()
         try:
             if tokens != "all":
-                self._follow(show(tokens))
+                self._follow(show_tokens(tokens))
             self._prepare(strength)
             for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
@@ -375,7 +375,7 @@ class Handle:
     def __repr__(self) -> str:
         if not self.attached:
             return f"Handle({len(self.maps)} modules, removed)"
-        chosen = "" if self._tokens == "all" else f", {show(self._tokens)}"
+        chosen = "" if self._tokens == "all" else f", {show_tokens(self._tokens)}"
         return f"Handle({len(self.maps)} modules, strength={self._dial.value}{chosen})"
 
 
@@ -415,7 +415,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     level = as_level(strength)
-    chosen = fitted_for(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
+    chosen = fitted_tokens(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
     modules = {}
     for name, affine in maps.items():
         modules[name] = get_module(model, name)

@@ -13,10 +13,11 @@ from ..inputs.batches import Batch
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
 from ..inputs.tokenize import as_batches
+from ..maps.metadata import Layers, Selection
 from .capture import Capture
-from .modules import Layers, resolve
+from .modules import resolve
 from .pooling import check_pooling, pool_output
-from .tokens import Choice, Selection, check_fit_tokens
+from .tokens import Choice, check_fit_tokens
 
 
 def collect(

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..maps.metadata import Selection, show_tokens
 from .strength import Dial, Level, Schedule
-from .tokens import Selection, Tokens, check_site, needs_prompt_length, select, show
+from .tokens import Tokens, check_site, needs_prompt_length, select
 
 # The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24.
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -108,10 +109,10 @@ class Pass:
         ValueError
             When the output does not have the tokens of the pass, or the prompt's end is asked for and cannot be told.
         """
-        self.check(name, module, tensor, show(selection))
+        self.check(name, module, tensor, show_tokens(selection))
         if self.prompt is None and needs_prompt_length(selection):
             raise ValueError(
-                f"{name}: {show(selection)} must know where the prompt ends, but it came in several passes "
+                f"{name}: {show_tokens(selection)} must know where the prompt ends, but it came in several passes "
                 "(prefill_chunk_size, or a cache that was filled with the maps on): generate from the whole prompt, or "
                 "fill a copy of the cache without the maps"
             )

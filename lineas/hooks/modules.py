@@ -1,33 +1,17 @@
 """Find modules by name, and take the hidden state out of a module's output and put it back."""
 
-import difflib
-import fnmatch
 import re
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .._names import hint, matching
+from ..maps.metadata import Layers
 from .compile import check_hooks_run
-
-Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 # Where modules tell how many channels their output has; `nf` is transformers' Conv1D (GPT-2).
 _WIDTH_ATTRIBUTES = ("out_features", "out_channels", "num_channels", "num_features", "embedding_dim", "nf")
-
-
-def near_names(wanted: str, names: Iterable[str]) -> list[str]:
-    """Names that look like `wanted`, best first, with layer numbers written as ``*``; at most five."""
-    templates = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
-    return difflib.get_close_matches(re.sub(r"(?<![^.])\d+(?![^.])", "*", wanted), templates, n=5, cutoff=0.3)
-
-
-def _hint(wanted: str, names: Sequence[str]) -> str:
-    near = near_names(wanted, names)
-    if near:
-        return "; similar names: " + ", ".join(near)
-    return "; the model's first names: " + ", ".join(names[:5]) if names else "; the model has no modules"
 
 
 def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> list[str]:
@@ -37,8 +21,8 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
     ----------
     model : torch.nn.Module
     layers : str, compiled regular expression, or a sequence of them
-        A string is a glob for the full dotted name (`fnmatch`, case-sensitive: ``*`` also crosses dots); a compiled
-        regular expression must match the full name.
+        A string is a glob for the full dotted name (see `lineas._names.compile_glob`); a compiled regular expression
+        must match the full name.
     argument : str, default "layers"
         What to call `layers` in error messages.
 
@@ -58,11 +42,11 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
     chosen: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, str):
-            text, hits = pattern, [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            text, hits = pattern, matching(pattern, names)
         else:
             text, hits = pattern.pattern, [name for name in names if pattern.fullmatch(name)]
         if not hits:
-            raise ValueError(f"{argument}: no module matches {text!r}{_hint(text, names)}")
+            raise ValueError(f"{argument}: no module matches {text!r}{hint(text, names)}")
         chosen.update(hits)
     return [name for name in names if name in chosen]
 
@@ -82,7 +66,7 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
         except AttributeError:
             pass
     names = [other for other, _ in model.named_modules() if other]
-    raise ValueError(f"{type(model).__name__} has no module {name!r}{_hint(name, names)}")
+    raise ValueError(f"{type(model).__name__} has no module {name!r}{hint(name, names)}")
 
 
 def output_width(module: nn.Module) -> int | None:
@@ -105,13 +89,6 @@ def output_width(module: nn.Module) -> int | None:
     # Those of diffusion transformers scale and shift what a norm inside of them gives.
     inner = [child for child in module.children() if "norm" in type(child).__name__.lower()]
     return output_width(inner[0]) if len(inner) == 1 else None
-
-
-def spell_layers(layers: Layers) -> str | list[str]:
-    """`layers` as text, for metadata; a regular expression as its pattern."""
-    if isinstance(layers, str | re.Pattern):
-        return layers if isinstance(layers, str) else layers.pattern
-    return [layer if isinstance(layer, str) else layer.pattern for layer in layers]
 
 
 def model_name(model: nn.Module) -> str | None:

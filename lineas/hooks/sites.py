@@ -1,6 +1,5 @@
 """The modules of a model that maps can sit on, as a table, and those that suit best."""
 
-import fnmatch
 import glob
 import html
 import re
@@ -10,6 +9,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from .._names import matching
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
 from ..inputs.frozen import frozen
@@ -277,17 +277,12 @@ def _inside(name: str, norms: set[str]) -> bool:
 
 def _layers(rows: Sequence[Site], modules: dict[str, nn.Module]) -> list[str]:
     """Globs for all modules of the rows: the paper's for UNets where it matches just them, else those of the rows."""
-    if len(rows) > 2 and set(_matches("*norm*", modules)) == {name for row in rows for name in row.names}:
-        return ["*norm*"]
+    if len(rows) > 2 and set(matching("**.*norm*", modules)) == {name for row in rows for name in row.names}:
+        return ["**.*norm*"]
     return [row.glob for row in rows]
 
 
 # --- globs ------------------------------------------------------------------------------------------------------------
-
-
-def _matches(pattern: str, names: Iterable[str]) -> list[str]:
-    match = re.compile(fnmatch.translate(pattern)).match
-    return [name for name in names if match(name)]
 
 
 def _template(name: str) -> str:
@@ -311,7 +306,7 @@ def _patterns(names: Sequence[str], everything: Sequence[str]) -> list[tuple[str
 
     wanted = set(names)
     for pattern in (spelled("*", numbers), *(spelled(mark, varied) for mark in ("*", "?", "*[0-9]"))):
-        if set(_matches(pattern, everything)) == wanted:
+        if set(matching(pattern, everything)) == wanted:
             return [(pattern, list(names))]
     # By the number of digits, or by the number itself, in whichever place makes the fewest parts.
     divisions = []

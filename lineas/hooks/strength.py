@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .._checks import as_strength
-from .tokens import Tokens, name_of
+from ..maps.metadata import name_of
+from .tokens import Tokens
 
 Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
 """What a user may set."""

@@ -6,19 +6,17 @@ side it is, and positions go on through a key-value cache. docs/decisions/0015 s
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..inputs.batches import Batch
+from ..maps.metadata import Selection, check_tokens, name_of, show_tokens
 from . import outputs
-
-WORDS = ("all", "last", "prompt", "generated")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,38 +52,6 @@ class Tokens:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-Selection: TypeAlias = str | slice | Callable[[Tokens], Any]
-
-
-def check_tokens(tokens: Any) -> Selection:
-    """`tokens` as a selection; slices with Python's own integers.
-
-    Raises
-    ------
-    TypeError, ValueError
-        When it is none of ``"all"``, ``"last"``, ``"prompt"``, ``"generated"``, a slice of integers with a step above
-        0, and a callable.
-    """
-    if isinstance(tokens, str):
-        if tokens not in WORDS:
-            raise ValueError(f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {tokens!r}")
-        return tokens
-    if isinstance(tokens, slice):
-        parts = []
-        for part, value in (("start", tokens.start), ("stop", tokens.stop), ("step", tokens.step)):
-            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
-                raise TypeError(f"tokens: the {part} of a slice must be an integer or None, got {value!r}")
-            parts.append(None if value is None else operator.index(value))
-        if parts[2] is not None and parts[2] < 1:
-            raise ValueError(f"tokens: the step of a slice must be above 0, got {parts[2]}")
-        return slice(*parts)
-    if not callable(tokens):
-        raise TypeError(
-            f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {type(tokens).__name__}"
-        )
-    return tokens
-
-
 def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
     """`check_tokens` for fits, where nothing is generated.
 
@@ -99,59 +65,10 @@ def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
         raise ValueError("tokens='generated' selects nothing in a fit, where every token is of a prompt")
     if chosen != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
         raise ValueError(
-            f"{show(chosen)} needs a model with one text, {type(model).__name__} has an encoder and a decoder: only "
-            "tokens='all' works there"
+            f"{show_tokens(chosen)} needs a model with one text, {type(model).__name__} has an encoder and a decoder: "
+            "only tokens='all' works there"
         )
     return chosen
-
-
-def spell(tokens: Selection) -> Any:
-    """`tokens` as something JSON can hold, for metadata: a word, or a dict with "slice" or "callable"."""
-    if isinstance(tokens, slice):
-        return {"slice": [tokens.start, tokens.stop, tokens.step]}
-    return tokens if isinstance(tokens, str) else {"callable": name_of(tokens)}
-
-
-def name_of(function: Any) -> str:
-    """What to call a selection or schedule."""
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-def show(tokens: Selection) -> str:
-    """`tokens` for error messages."""
-    return f"tokens={name_of(tokens) if callable(tokens) else repr(tokens)}"
-
-
-def fitted_for(metadata: Mapping[str, Any]) -> Selection:
-    """The selection that maps with this metadata were fitted for; "all" where it says nothing of it.
-
-    Raises
-    ------
-    ValueError
-        When it was a callable, which no file holds, or the maps are composed of some that were fitted for different
-        tokens.
-    """
-    parts = metadata.get("parts")
-    if "tokens" not in metadata and isinstance(parts, list) and parts and all(isinstance(p, dict) for p in parts):
-        found = [fitted_for(part) for part in parts]
-        if any(other != found[0] for other in found):
-            raise ValueError(
-                "these maps are composed of some that were fitted for different tokens: "
-                f"{', '.join(dict.fromkeys(map(show, found)))}; pass tokens= to say which ones they are to act on"
-            )
-        return found[0]
-    value = metadata.get("tokens", "all")
-    if isinstance(value, dict) and isinstance(value.get("callable"), str):
-        raise ValueError(
-            f"these maps were fitted for the tokens that {value['callable']} selects, which metadata cannot hold: "
-            "pass it, or another selection, as tokens="
-        )
-    try:
-        if isinstance(value, dict) and isinstance(value.get("slice"), list):
-            return check_tokens(slice(*value["slice"]))
-        return check_tokens(value) if isinstance(value, str) else "all"
-    except (TypeError, ValueError):
-        return "all"  # metadata may hold anything; this was not written by a fit
 
 
 def needs_prompt_length(tokens: Selection) -> bool:
@@ -251,7 +168,7 @@ class Choice:
         """
         if self.tokens == "all":
             return self.batch.mask_of(name, self.model)
-        check_site(name, module, tensor, show(self.tokens))
+        check_site(name, module, tensor, show_tokens(self.tokens))
         key = tensor.shape[:2], tensor.device
         if key not in self._masks:
             self._masks[key] = self._select(name, tensor)
@@ -291,7 +208,7 @@ class Choice:
         if not (some.any() if self.pooling == "all" else some.all()):
             row = int((~some).nonzero()[0])
             raise ValueError(
-                f"{name}: {show(self.tokens)} selects none of the {int(real[row].sum())} tokens of row {row}"
+                f"{name}: {show_tokens(self.tokens)} selects none of the {int(real[row].sum())} tokens of row {row}"
             )
         return chosen
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import fnmatch
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from .._checks import as_strength
 from .._lazy import lazy_method
+from .._names import hint, matching
 from .affine import AffineMap
 
 if TYPE_CHECKING:
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
     from ..hooks.attach import attach
     from .files import save
     from .hub import push_to_hub, save_pretrained
-
-
-def _near(name: str, names: list[str]) -> str:
-    """The end of an error message about a missing name: what there is that looks like it."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return "there are " + ", ".join(repr(other) for other in close) + (" ..." if len(names) > len(close) else "")
 
 
 class SteeringMaps(Mapping[str, AffineMap]):
@@ -104,7 +97,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         try:
             return self._maps[name]
         except KeyError:
-            raise KeyError(f"no map for module {name!r}: {_near(str(name), list(self._maps))}") from None
+            raise KeyError(f"no map for module {name!r}{hint(str(name), list(self), 'this')}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -160,7 +153,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
             )
         unknown = [name for name in activations if name not in self._maps]
         if unknown:
-            raise ValueError(f"no map for module {unknown[0]!r}: {_near(str(unknown[0]), list(self._maps))}")
+            raise ValueError(f"no map for module {unknown[0]!r}{hint(str(unknown[0]), list(self), 'this')}")
         strength = as_strength(strength)
         out = {}
         for name, z in activations.items():
@@ -236,7 +229,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         elif isinstance(change, Mapping):
             unknown = [name for name in change if name not in self._maps]
             if unknown:
-                raise ValueError(f"no map for module {unknown[0]!r}: {_near(str(unknown[0]), list(self._maps))}")
+                raise ValueError(f"no map for module {unknown[0]!r}{hint(str(unknown[0]), list(self), 'this')}")
             new = [change.get(name, name) for name in self._maps]
         elif callable(change):
             new = [change(name) for name in self._maps]
@@ -264,9 +257,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
             raise TypeError(f"modules must be a glob or a list of globs, got {modules!r}")
         chosen = set()
         for glob in globs:
-            found = [name for name in self._maps if fnmatch.fnmatchcase(name, glob)]
+            found = matching(glob, self._maps)
             if not found:
-                raise ValueError(f"no module matches {glob!r}: {_near(glob, list(self._maps))}")
+                raise ValueError(f"no module matches {glob!r}{hint(glob, list(self), 'this')}")
             chosen.update(found)
         return SteeringMaps({name: one for name, one in self._maps.items() if name in chosen}, self._metadata)
 

@@ -152,9 +152,9 @@ def test_wrong_samples(method, source, target, error, text):
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"alpha": 0.0}, ValueError, "alpha must be above 0, got 0.0"),
+        ({"alpha": 0.0}, ValueError, "alpha must be above 0, got 0"),
         ({"alpha": "1"}, TypeError, "alpha must be a real number, got str"),
-        ({"C": -1.0}, ValueError, "C must be above 0, got -1.0"),
+        ({"C": -1.0}, ValueError, "C must be above 0, got -1"),
         ({"C": np.nan}, ValueError, "C must be finite, got nan"),
     ],
 )

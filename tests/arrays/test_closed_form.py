@@ -349,7 +349,7 @@ def test_gaussian_map_errors(rng):
     [
         ({"source": np.ones((1, 3))}, ValueError, "source must have at least 2 rows and 1 column"),
         ({"target": np.ones((2, 4))}, ValueError, "source and target must have the same number of columns"),
-        ({"ridge": -1.0}, ValueError, "ridge must not be negative, got -1.0"),
+        ({"ridge": -1.0}, ValueError, "ridge must not be negative, got -1"),
         ({"ridge": np.nan}, ValueError, "ridge must be finite, got nan"),
         ({"ridge": "x"}, TypeError, "ridge must be a real number, got str"),
         ({"target": [[0.0, 0, np.nan], [0, 0, 0]]}, ValueError, "target: nan at row 0, column 2"),

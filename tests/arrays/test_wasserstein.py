@@ -192,7 +192,7 @@ def test_prox_of_nothing_is_nothing(rng):
         ({"x": np.ones(2, np.float16)}, TypeError, "x must be float32 or float64, got dtype float16"),
         ({"x": np.ones(2, int)}, TypeError, "x must be .* got dtype int64"),
         ({"x": np.array([1.0, np.nan])}, ValueError, "x must be finite, got nan at entry 1"),
-        ({"tau": -1.0}, ValueError, "tau must not be negative, got -1.0"),
+        ({"tau": -1.0}, ValueError, "tau must not be negative, got -1"),
         ({"l1": np.inf}, ValueError, "l1 must be finite, got inf"),
         ({"group": np.nan}, ValueError, "group must be finite, got nan"),
         ({"group": "a"}, TypeError, "group must be a real number, got str"),

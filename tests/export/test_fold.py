@@ -16,7 +16,7 @@ import lineas
 from lineas.export.readers import DECODER_LAYERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-LLAMA_NORMS = ["*.input_layernorm", "*.post_attention_layernorm"]
+LLAMA_NORMS = ["**.input_layernorm", "**.post_attention_layernorm"]
 
 
 def skip_without_diffusers(case):
@@ -97,9 +97,9 @@ def test_gains_of_gemma_are_exact_where_its_norm_does_not_round(kind, monkeypatc
     model = language_model(kind)
     norm = type(model.model.norm)
     monkeypatch.setattr(norm, "forward", lambda self, x: self._norm(x) * (1.0 + self.weight))
-    maps = random_maps(model, "*.input_layernorm")
+    maps = random_maps(model, "**.input_layernorm")
     assert (run(maps.fold(model)) - by_hook(maps, model)).abs().max() < 1e-13
-    maps = random_maps(model, "*.post_attention_layernorm", shift=False)
+    maps = random_maps(model, "**.post_attention_layernorm", shift=False)
     assert (run(maps.fold(model)) - by_hook(maps, model)).abs().max() < 1e-13
 
 
@@ -138,7 +138,7 @@ def test_a_fold_is_at_a_strength(strength):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_maps_of_a_norm_and_of_the_linear_behind_it_go_together(reverse):
     model = language_model("llama")
-    maps = random_maps(model, ["*.input_layernorm", "*.q_proj", "*.v_proj"])
+    maps = random_maps(model, ["**.input_layernorm", "**.q_proj", "**.v_proj"])
     folded = lineas.SteeringMaps(dict(list(maps.items())[::-1])) if reverse else maps
     assert (run(folded.fold(model)) - by_hook(maps, model)).abs().max() < 1e-13
 
@@ -173,10 +173,10 @@ def test_a_copy_shares_nothing_and_a_config_is_changed_only_in_the_copy():
 
 def test_new_biases_are_trained_as_their_weights_are():
     model = language_model("llama").requires_grad_(False)
-    folded = random_maps(model, "*.input_layernorm").fold(model)
+    folded = random_maps(model, "**.input_layernorm").fold(model)
     assert not any(parameter.requires_grad for parameter in folded.parameters())
     assert (
-        random_maps(model, "*.input_layernorm")
+        random_maps(model, "**.input_layernorm")
         .fold(model.requires_grad_(True))
         .model.layers[0]
         .self_attn.o_proj.bias.requires_grad
@@ -199,7 +199,7 @@ def test_parts_of_a_model_and_models_with_other_heads():
     config = language_model("llama").config
     for kind in (LlamaModel, LlamaForSequenceClassification):
         model = fold_cases.shake(kind(config), 0).double()
-        maps = random_maps(model, ["*input_layernorm", "*post_attention_layernorm"])
+        maps = random_maps(model, ["**.*input_layernorm", "**.*post_attention_layernorm"])
         with torch.no_grad(), maps.attach(model):
             hooked = model(tokens())[0]
         with torch.no_grad():
@@ -226,7 +226,7 @@ def test_the_setting_of_a_language_model_inside_another_model(tmp_path):
     )
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=49)
     model = fold_cases.shake(LlavaForConditionalGeneration(config), 0)
-    maps = random_maps(model, ["*language_model*input_layernorm", "*language_model*post_attention_layernorm"])
+    maps = random_maps(model, ["**language_model**input_layernorm", "**language_model**post_attention_layernorm"])
     with torch.no_grad(), maps.attach(model):
         hooked = model(tokens()).logits
     folded = maps.fold(model)
@@ -456,10 +456,10 @@ def test_maps_for_some_tokens_are_refused():
 
 def test_a_model_with_maps_on_it_is_refused():
     model = language_model("llama")
-    maps = random_maps(model, "*.input_layernorm")
+    maps = random_maps(model, "**.input_layernorm")
     with maps.attach(model):
         message = r"maps are attached to 'model.layers.0.input_layernorm' of this model: remove\(\) them first"
-        refused(model, random_maps(model, "*.post_attention_layernorm"), message)
+        refused(model, random_maps(model, "**.post_attention_layernorm"), message)
     maps.fold(model)
 
 
@@ -526,10 +526,10 @@ def quantised(kind):
 )
 def test_weights_that_cannot_be_read_are_refused_but_gains_fold(kind, reason):
     model = quantised(kind)
-    maps = random_maps(model, "*.input_layernorm")
+    maps = random_maps(model, "**.input_layernorm")
     with pytest.raises(ValueError, match=reason):
         maps.fold(model, inplace=True)
-    gains = random_maps(model, "*.input_layernorm", shift=False)
+    gains = random_maps(model, "**.input_layernorm", shift=False)
     old = model.model.layers[0].input_layernorm.weight.clone()
     gains.fold(model, inplace=True)
     expected = old * torch.tensor(gains["model.layers.0.input_layernorm"].weight)
@@ -539,7 +539,7 @@ def test_weights_that_cannot_be_read_are_refused_but_gains_fold(kind, reason):
 def test_an_adapter_on_the_linears_is_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(language_model("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    maps = random_maps(language_model("llama"), "*.input_layernorm").rename(prefix="base_model.model.")
+    maps = random_maps(language_model("llama"), "**.input_layernorm").rename(prefix="base_model.model.")
     with pytest.raises(ValueError, match=r"q_proj' is a peft\..*, no plain Linear: merge the adapter first"):
         maps.fold(model)
 

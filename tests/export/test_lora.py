@@ -15,7 +15,7 @@ import lineas
 from lineas.hooks import modules
 
 peft = pytest.importorskip("peft")
-BOTH = ["*.input_layernorm", "*.post_attention_layernorm"]
+BOTH = ["**.input_layernorm", "**.post_attention_layernorm"]
 
 
 def sparse_maps(model, glob, *, changed=3, shift=True, seed=0):
@@ -56,11 +56,11 @@ def config(folder):
         ("qwen2", BOTH),
         ("qwen3", BOTH),
         ("phi3", BOTH),
-        ("gemma2", ["*.input_layernorm", "*.pre_feedforward_layernorm"]),
-        ("gpt2", "*.ln_[12]"),
-        ("gpt_neox", ["*.input_layernorm", "*.post_attention_layernorm"]),
-        ("phi", "*.input_layernorm"),
-        ("mixtral", "*.input_layernorm"),
+        ("gemma2", ["**.input_layernorm", "**.pre_feedforward_layernorm"]),
+        ("gpt2", "**.ln_[12]"),
+        ("gpt_neox", ["**.input_layernorm", "**.post_attention_layernorm"]),
+        ("phi", "**.input_layernorm"),
+        ("mixtral", "**.input_layernorm"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
@@ -134,7 +134,7 @@ def test_without_shifts_there_is_no_bias_and_an_adapter_can_be_merged(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
 def test_peft_merges_shifts_only_where_there_are_biases(tmp_path):
     """The trap that the description warns of: where it is gone from PEFT, the description is to change."""
-    for kind, glob in (("llama", BOTH), ("qwen2", "*.input_layernorm")):
+    for kind, glob in (("llama", BOTH), ("qwen2", "**.input_layernorm")):
         model = language_model(kind)
         maps = sparse_maps(model, glob)
         maps.to_peft_lora(model, tmp_path / kind)
@@ -195,8 +195,8 @@ def test_what_no_adapter_can_do_is_refused(tmp_path):
         r"and maps.select\(\[...\]\) picks others:\n  model.layers.0.post_attention_layernorm: it is not known which "
         "Linears alone read the output of 'post_attention_layernorm' in MixtralDecoderLayer"
     )
-    refused("mixtral", "*.post_attention_layernorm", experts, tmp_path)
-    refused("gemma2", "*.post_feedforward_layernorm", "'post_feedforward_layernorm' in Gemma2DecoderLayer", tmp_path)
+    refused("mixtral", "**.post_attention_layernorm", experts, tmp_path)
+    refused("gemma2", "**.post_feedforward_layernorm", "'post_feedforward_layernorm' in Gemma2DecoderLayer", tmp_path)
     refused("llama", BOTH, "bias=False, but the maps have shifts", tmp_path, bias=False)
     refused("llama", BOTH, "rank must be at least 3, the most neurons that one map scales, got 2", tmp_path, rank=2)
     refused("llama", BOTH, "rank must be at least 1, got 0", tmp_path, rank=0)

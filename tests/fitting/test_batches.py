@@ -400,11 +400,11 @@ def test_mini_batches_lower_the_loss_of_the_whole_set(llama):
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 BAD = [
-    (dict(batch_size=0), ValueError, "batch_size must be >= 1, got 0"),
-    (dict(batch_size=2.0), TypeError, "batch_size must be an integer, got float"),
-    (dict(batch_size=True), TypeError, "batch_size must be an integer, got bool"),
-    (dict(mini_batch=1), ValueError, "mini_batch must be >= 2, got 1"),
-    (dict(mini_batch="4"), TypeError, "mini_batch must be an integer, got str"),
+    (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
+    (dict(batch_size=2.0), TypeError, "batch_size must be an int, got float"),
+    (dict(batch_size=True), TypeError, "batch_size must be an int, got bool"),
+    (dict(mini_batch=1), ValueError, "mini_batch must be at least 2, got 1"),
+    (dict(mini_batch="4"), TypeError, "mini_batch must be an int, got str"),
     (dict(mini_batch=7), ValueError, "mini_batch must be at most the 6 prompts of source, got 7"),
     (
         dict(source={"input": X, "other": X[:1]}, mini_batch=2),

@@ -229,7 +229,7 @@ def test_the_checkpoint_of_other_tasks(fit, llama, tmp_path):
          r"held_out\['b'\] target must give at least 2"),
         (TASKS, {"mini_batch": 7}, ValueError,
          r"mini_batch must be at most the 6 prompts of tasks\['a'\] source, got 7"),
-        (TASKS, {"l1": -1}, ValueError, "^l1 must be finite and >= 0, got -1"),
+        (TASKS, {"l1": -1}, ValueError, "^l1 must not be negative, got -1"),
     ],
 )  # fmt: skip
 def test_errors_name_the_task(fit, llama, tasks, settings, error, text):

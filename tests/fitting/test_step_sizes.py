@@ -186,8 +186,8 @@ def test_the_path_finds_its_rate_too(llama):
     [
         ({"lr": "fast"}, ValueError, "lr must be 'auto' or a number, got 'fast'"),
         ({"optimizer": "adam"}, ValueError, "lr must be a number for optimizer 'adam': 'auto' is for 'sgd'"),
-        ({"patience": 0}, ValueError, "patience must be >= 1, got 0"),
-        ({"patience": 1.5}, TypeError, "patience must be an integer, got float"),
+        ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
+        ({"patience": 1.5}, TypeError, "patience must be an int, got float"),
     ],
 )
 def test_errors(llama, settings, error, text):

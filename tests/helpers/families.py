@@ -173,7 +173,7 @@ TEXT_MODELS = [
     Family("BERT", bert, prompts, ["encoder.layer.*.attention.output.LayerNorm"], LAYERS),
     Family("T5", t5, question_and_answer, ["decoder.block.*.layer.2.layer_norm", "encoder.block.*.layer.1.layer_norm"],
            2 * LAYERS, greedy),
-    Family("x-transformers", x_decoder, tokens_alone, ["attn_layers.final_norm", "attn_layers.layers.?.0.0"],
+    Family("x-transformers", x_decoder, tokens_alone, ["attn_layers.final_norm", "attn_layers.layers.*.0.0"],
            2 * LAYERS + 1, x_greedy),
 ]  # fmt: skip
 
@@ -282,10 +282,10 @@ def rows(count: int, seed: int) -> torch.Tensor:
 
 IMAGE_MODELS = [
     Family("ViT", vit, images, ["layers.*.layernorm_after"], LAYERS),
-    Family("ResNet", resnet, images, ["*norm*"], 6),
-    Family("Stable Diffusion UNet", unet, latents_and_text, ["*norm*"], 33),
+    Family("ResNet", resnet, images, ["**.*norm*"], 6),
+    Family("Stable Diffusion UNet", unet, latents_and_text, ["**.*norm*"], 33),
     Family("Flux", flux, packed_latents_and_text, [
-        "norm_out", "single_transformer_blocks.?.norm", "transformer_blocks.*.norm1",
+        "norm_out", "single_transformer_blocks.*.norm", "transformer_blocks.*.norm1",
         "transformer_blocks.*.norm1_context", "transformer_blocks.*.norm2", "transformer_blocks.*.norm2_context",
     ], 11),
     Family("DiT", dit, latents_and_class, ["norm_out", "transformer_blocks.*.norm1", "transformer_blocks.*.norm3"], 5),

@@ -135,7 +135,7 @@ def test_decoder_layers_that_return_a_tensor_and_attention_that_returns_a_tuple(
 
 def test_modules_come_in_execution_order():
     found = lineas.collect(
-        models_zoo.llama(), TEXTS, layers=["*_layernorm", "*.mlp", "*.self_attn"], tokenizer=models_zoo.tokenizer()
+        models_zoo.llama(), TEXTS, layers=["**.*_layernorm", "**.mlp", "**.self_attn"], tokenizer=models_zoo.tokenizer()
     )
     parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
     assert list(found) == [f"model.layers.{i}.{part}" for i in range(3) for part in parts]
@@ -168,7 +168,7 @@ def test_nothing_is_kept_no_gradient_no_tensor_no_hook():
     lineas.collect(model, TEXTS, **settings)
     before = tensors()
     kept = [lineas.collect(model, TEXTS, **settings) for _ in range(3)]
-    assert tensors() == before
+    assert tensors() <= before  # what earlier tests left may go in the meantime
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     # The arrays own their memory: none of the model's activations lives on in them.

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from lineas.hooks import modules, outputs
+from lineas.maps import metadata
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,11 @@ def norms(kind):
 
 def test_a_glob_matches_full_names_in_the_order_of_the_model(llama):
     assert modules.resolve(llama, "model.layers.*.input_layernorm") == norms("input")
-    assert modules.resolve(llama, "*.1.*_layernorm") == [norms("input")[1], norms("post_attention")[1]]
+    assert modules.resolve(llama, "**.1.*_layernorm") == [norms("input")[1], norms("post_attention")[1]]
 
 
 def test_a_list_of_globs_gives_each_module_once_in_the_order_of_the_model(llama):
-    found = modules.resolve(llama, ["*.post_attention_layernorm", "*layernorm", "model.layers.0.input_layernorm"])
+    found = modules.resolve(llama, ["**.post_attention_layernorm", "**.*layernorm", "model.layers.0.input_layernorm"])
     assert found == [name for pair in zip(norms("input"), norms("post_attention"), strict=True) for name in pair]
 
 
@@ -56,7 +57,7 @@ def test_no_match_lists_near_names_with_layers_written_as_a_star(llama):
 
 def test_no_match_names_the_glob_of_a_list_that_failed_and_some_modules_where_nothing_is_near(llama):
     with pytest.raises(
-        ValueError, match=r"^layers: no module matches '£££'; the model's first names: model, model.emb"
+        ValueError, match=r"^layers: no module matches '£££'; the model has model, model.emb"
     ):
         modules.resolve(llama, ["model.norm", "£££"])
     with pytest.raises(ValueError, match=r"the model has no modules"):
@@ -87,9 +88,9 @@ def test_get_module_finds_by_name_or_lists_near_names(llama):
 
 
 def test_spell_writes_a_choice_of_modules_as_text():
-    assert modules.spell_layers("a.*") == "a.*"
-    assert modules.spell_layers(re.compile(r"a\.\d")) == r"a\.\d"
-    assert modules.spell_layers(("a", re.compile("b+"))) == ["a", "b+"]
+    assert metadata.spell_layers("a.*") == "a.*"
+    assert metadata.spell_layers(re.compile(r"a\.\d")) == r"a\.\d"
+    assert metadata.spell_layers(("a", re.compile("b+"))) == ["a", "b+"]
 
 
 def test_model_name_is_what_the_model_was_loaded_by():

@@ -65,7 +65,7 @@ def test_every_glob_matches_its_modules_and_no_other(layers):
     names = [name for row in found for name in row.names]
     assert sorted(names) == sorted(name for name, module in model.named_modules() if name and name != "h")
     assert found.suggested == ["h.*.ln_2"]
-    assert [row.glob for row in found if row.kind == "Layer"] == ["h.?", "h.??", "h.???"][: len(str(layers - 1))]
+    assert [row.glob for row in found if row.kind == "Layer"] == ["h.*"]
 
 
 def test_a_run_tells_order_and_shapes_and_leaves_out_what_is_not_called():

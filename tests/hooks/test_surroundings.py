@@ -117,7 +117,7 @@ def test_maps_attached_in_inference_mode_serve_training_later(known):
 
 
 @row("`torch.autocast` in bfloat16", "works", "maps are computed in float32 and rounded once, also on bfloat16 outputs")
-@pytest.mark.parametrize("layers", [LAYERS, "*.down_proj"])
+@pytest.mark.parametrize("layers", [LAYERS, "**.down_proj"])
 def test_autocast_around_generation_and_fits(layers):
     model = zoo.llama()
     maps = random_maps(dict.fromkeys(lineas.collect(model, prompts(2, 1), layers=layers), zoo.WIDTH))
@@ -206,7 +206,7 @@ def test_data_parallel_models(known):
                 assert torch.equal(logits(parallel), steered)
         same_acts(lineas.collect(parallel, prompts(6, 1), layers=f"module.{LAYERS}"), acts, "module.")
         same_maps(short_fit(parallel, layers=f"module.{LAYERS}").maps, fitted.rename(prefix="module."), atol=1e-6)
-        texts, settings = zoo.texts(3), {"tokenizer": zoo.tokenizer(padding_side="left"), "layers": "*.h.*.ln_2"}
+        texts, settings = zoo.texts(3), {"tokenizer": zoo.tokenizer(padding_side="left"), "layers": "**.h.*.ln_2"}
         inner = lineas.collect(zoo.gpt2(), texts, **settings)
         outer = lineas.collect(nn.parallel.DistributedDataParallel(zoo.gpt2()), texts, **settings)
         same_acts(outer, inner, "module.")  # GPT-2 needs positions, which its own forward asks for

@@ -21,7 +21,7 @@ from attached import (
 )
 
 import lineas
-from lineas.hooks.tokens import fitted_for
+from lineas.maps.metadata import fitted_tokens
 
 # --- with other things ------------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def test_a_compiled_model_maps_the_same_tokens():
 def test_maps_act_by_default_on_what_they_were_fitted_for(metadata, expected):
     model, maps = steered("llama")
     maps = lineas.SteeringMaps(dict(maps), metadata)
-    assert fitted_for(maps.metadata) == expected
+    assert fitted_tokens(maps.metadata) == expected
     with maps.attach(model) as handle:
         assert handle.tokens == expected
     with maps.attach(model, tokens="all") as handle:

@@ -282,7 +282,7 @@ def test_a_mapping_in_the_given_order(pair):
 
 
 def test_a_missing_module_lists_near_names(pair):
-    with pytest.raises(KeyError, match=r"no map for module 'layers.2': there are 'layers\.[01]', 'layers\.[01]'"):
+    with pytest.raises(KeyError, match=r"no map for module 'layers.2'; similar names: layers.0, layers.1"):
         pair["layers.2"]
 
 
@@ -316,7 +316,7 @@ def test_transform_of_several(pair, rng, strength):
 
 
 def test_errors_of_transform_name_the_module(pair):
-    with pytest.raises(ValueError, match=r"no map for module 'layers.7': there are 'layers"):
+    with pytest.raises(ValueError, match=r"no map for module 'layers.7'; similar names: layers.0"):
         pair.transform({"layers.7": np.ones((1, 3))})
     with pytest.raises(
         ValueError, match=r"activations\['layers.1'\]: z must have 2 channels on axis -1, got shape \(1, 3\)"
@@ -383,7 +383,7 @@ def test_rename(pair):
         ({"change": str, "prefix": "a"}, TypeError, "rename takes either change or prefix"),
         ({"prefix": 3}, TypeError, "prefix must be a string, got int"),
         ({"change": "a"}, TypeError, "change must be a callable or a mapping, got str"),
-        ({"change": {"layers.9": "x"}}, ValueError, "no map for module 'layers.9': there are 'layers"),
+        ({"change": {"layers.9": "x"}}, ValueError, "no map for module 'layers.9'; similar names: layers.0"),
         ({"change": {"layers.0": "layers.1"}}, ValueError, "two modules would get the name 'layers.1'"),
         ({"change": lambda name: "x"}, ValueError, "two modules would get the name 'x'"),
         ({"change": lambda name: None}, ValueError, "two modules would get the name None"),
@@ -396,10 +396,10 @@ def test_bad_rename(pair, arguments, error, text):
 
 
 def test_select(pair):
-    assert list(pair.select("*.1")) == ["layers.1"]
-    assert list(pair.select(["layers.1", "*.0"])) == ["layers.0", "layers.1"]  # execution order stays
-    assert pair.select("*") == pair and pair.select("*").metadata == pair.metadata
-    with pytest.raises(ValueError, match=r"no module matches 'layer.0': there are 'layers.0'"):
+    assert list(pair.select("layers.1")) == ["layers.1"]
+    assert list(pair.select(["layers.1", "**.0"])) == ["layers.0", "layers.1"]  # execution order stays
+    assert pair.select("**") == pair and pair.select("**").metadata == pair.metadata
+    with pytest.raises(ValueError, match=r"no module matches 'layer.0'; similar names: layers.*"):
         pair.select("layer.0")
     with pytest.raises(ValueError, match=r"no module matches 'blocks.\*'"):
         pair.select(["*.0", "blocks.*"])

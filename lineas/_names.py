@@ -1,0 +1,69 @@
+"""Names of modules: globs that match them, and those that look like one that is missing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+
+def compile_glob(glob: str) -> re.Pattern[str]:
+    """A regular expression for the full dotted names that a glob matches.
+
+    ``*`` stands for a part of a name between dots or a piece of one, ``?`` for a character of it and ``[...]`` for one
+    of several; ``**`` for any number of parts: ``model.**`` is all that is below ``model``, and ``**.norm`` every
+    ``norm``, also at the top.
+    """
+    out, k = [], 0
+    while k < len(glob):
+        if glob.startswith("**", k):
+            starts, k = k == 0 or glob[k - 1] == ".", k + 2
+            if starts and glob.startswith(".", k):
+                out.append(r"(?:[^.]+\.)*")
+                k += 1
+            else:
+                out.append(".*")
+            continue
+        end = glob.find("]", k + 2) if glob[k] == "[" else -1
+        if end > 0:
+            inside = glob[k + 1 : end].replace("\\", r"\\").replace("[", r"\[")
+            out.append(f"[^{inside[1:]}]" if inside[0] == "!" else f"[{inside}]")
+            k = end + 1
+            continue
+        out.append({"*": "[^.]*", "?": "[^.]"}.get(glob[k], re.escape(glob[k])))
+        k += 1
+    return re.compile("".join(out))
+
+
+def is_glob(text: str) -> bool:
+    """Whether a text stands for more than the name that it is."""
+    return any(mark in text for mark in "*?[")
+
+
+def matching(glob: str, names: Iterable[str]) -> list[str]:
+    """The names that a glob matches."""
+    pattern = compile_glob(glob)
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def near_names(wanted: str, names: Iterable[str]) -> list[str]:
+    """Names that look like `wanted`, best first, at most five; those that differ in a number as one, with ``*``."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_without_numbers(name), []).append(name)
+    near = difflib.get_close_matches(_without_numbers(wanted), alike, n=5, cutoff=0.3)
+    if near and near[0] == _without_numbers(wanted) and not is_glob(wanted):
+        return [*alike[near[0]], *near[1:]][:5]  # only the number is wrong
+    return [template if len(alike[template]) > 1 else alike[template][0] for template in near]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def hint(wanted: str, names: Sequence[str], owner: str = "the model") -> str:
+    """The end of an error message about a missing module: what there is that looks like it."""
+    near = near_names(wanted, names)
+    if near:
+        return "; similar names: " + ", ".join(near)
+    return f"; {owner} has {', '.join(names[:5])}" if names else f"; {owner} has no modules"

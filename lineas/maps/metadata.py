@@ -1,0 +1,113 @@
+"""What metadata say of maps: how the settings that made them are written down, and how they are read back.
+
+The metadata of a fit hold "method", "version", and as far as there was a model "model", "layers", "loss_layers",
+"pooling" and "tokens", then "settings" and "history".
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from .._version import __version__
+
+Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+"""What users may give as ``layers=``."""
+Selection: TypeAlias = str | slice | Callable[[Any], Any]
+"""What users may give as ``tokens=``; a callable gets a `lineas.Tokens`."""
+
+WORDS = ("all", "last", "prompt", "generated")
+
+
+def describe(method: str, **facts: Any) -> dict[str, Any]:
+    """The metadata of maps made by `method`; `layers`, `loss_layers` and `tokens` among the facts are spelled out."""
+    spelled = {"layers": spell_layers, "loss_layers": spell_layers, "tokens": spell_tokens}
+    facts = {name: spelled.get(name, lambda fact: fact)(fact) for name, fact in facts.items()}
+    return {"method": method, "version": __version__, **facts}
+
+
+def spell_layers(layers: Layers) -> str | list[str]:
+    """`layers` as something JSON can hold; a regular expression as its pattern."""
+    if isinstance(layers, str | re.Pattern):
+        return layers if isinstance(layers, str) else layers.pattern
+    return [layer if isinstance(layer, str) else layer.pattern for layer in layers]
+
+
+def check_tokens(tokens: Any) -> Selection:
+    """`tokens` as a selection; slices with Python's own integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is none of ``"all"``, ``"last"``, ``"prompt"``, ``"generated"``, a slice of integers with a step above
+        0, and a callable.
+    """
+    if isinstance(tokens, str):
+        if tokens not in WORDS:
+            raise ValueError(f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {tokens!r}")
+        return tokens
+    if isinstance(tokens, slice):
+        parts = []
+        for part, value in (("start", tokens.start), ("stop", tokens.stop), ("step", tokens.step)):
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+                raise TypeError(f"tokens: the {part} of a slice must be an integer or None, got {value!r}")
+            parts.append(None if value is None else operator.index(value))
+        if parts[2] is not None and parts[2] < 1:
+            raise ValueError(f"tokens: the step of a slice must be above 0, got {parts[2]}")
+        return slice(*parts)
+    if not callable(tokens):
+        raise TypeError(
+            f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {type(tokens).__name__}"
+        )
+    return tokens
+
+
+def spell_tokens(tokens: Selection) -> Any:
+    """`tokens` as something JSON can hold: a word, or a dict with "slice" or "callable"."""
+    if isinstance(tokens, slice):
+        return {"slice": [tokens.start, tokens.stop, tokens.step]}
+    return tokens if isinstance(tokens, str) else {"callable": name_of(tokens)}
+
+
+def name_of(function: Any) -> str:
+    """What to call a selection or schedule."""
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def show_tokens(tokens: Selection) -> str:
+    """`tokens` for error messages."""
+    return f"tokens={name_of(tokens) if callable(tokens) else repr(tokens)}"
+
+
+def fitted_tokens(metadata: Mapping[str, Any]) -> Selection:
+    """The selection that maps with this metadata were fitted for; "all" where it says nothing of it.
+
+    Raises
+    ------
+    ValueError
+        When it was a callable, which no file holds, or the maps are composed of some that were fitted for different
+        tokens.
+    """
+    parts = metadata.get("parts")
+    if "tokens" not in metadata and isinstance(parts, list) and parts and all(isinstance(p, dict) for p in parts):
+        found = [fitted_tokens(part) for part in parts]
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                "these maps are composed of some that were fitted for different tokens: "
+                f"{', '.join(dict.fromkeys(map(show_tokens, found)))}; pass tokens= to say which they are to act on"
+            )
+        return found[0]
+    value = metadata.get("tokens", "all")
+    if isinstance(value, dict) and isinstance(value.get("callable"), str):
+        raise ValueError(
+            f"these maps were fitted for the tokens that {value['callable']} selects, which metadata cannot hold: "
+            "pass it, or another selection, as tokens="
+        )
+    try:
+        if isinstance(value, dict) and isinstance(value.get("slice"), list):
+            return check_tokens(slice(*value["slice"]))
+        return check_tokens(value) if isinstance(value, str) else "all"
+    except (TypeError, ValueError):
+        return "all"  # metadata may hold anything; this was not written by a fit
