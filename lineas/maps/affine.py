@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,16 @@ def _blocks(shape: tuple[int, ...], axis: int, width: int) -> tuple[int, int, in
     axis %= len(shape)
     outer, inner = shape[:axis], shape[axis + 1 :]
     return int(np.prod(outer)), width, int(np.prod(inner))
+
+
+def at_strength(weight: Any, bias: Any, strength: Any, where: Callable[..., Any] = np.where) -> tuple[Any, Any]:
+    """Slopes and shifts that do at strength 1 what `weight` and `bias` do at `strength`: the only place that says how.
+
+    Written as (1 - s) + s w and not as 1 + s (w - 1), strength 1 gives the slopes to the last bit, however small they
+    are; neurons that the map leaves alone are left alone at any strength. `where` is that of the library of the arrays,
+    ``torch.where`` for tensors.
+    """
+    return where(weight == 1, 1, (1 - strength) + strength * weight), strength * bias
 
 
 class AffineMap:
@@ -166,9 +177,8 @@ class AffineMap:
     def with_strength(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
         s = as_strength(strength)
-        # (1 - s) + s w, not 1 + s (w - 1): strength 1 then gives w to the last bit, however small it is.
-        weight = np.where(self.weight == 1, 1, (1 - s) + s * self.weight.astype(np.float64))
-        return AffineMap(weight.astype(self.dtype), (s * self.bias.astype(np.float64)).astype(self.dtype))
+        weight, bias = at_strength(self.weight.astype(np.float64), self.bias.astype(np.float64), s)
+        return AffineMap(weight.astype(self.dtype), bias.astype(self.dtype))
 
     def inverse(self) -> AffineMap:
         """Return the map that undoes this one at strength 1: (z - bias) / weight.
