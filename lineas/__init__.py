@@ -25,10 +25,10 @@ from .maps.steering import SteeringMaps
 
 if TYPE_CHECKING:
     from .arrays.estimator import AffineTransport
-    from .fitting.end_to_end import FitResult, fit_end_to_end
+    from .fitting.end_to_end import fit_end_to_end, fit_jointly
     from .fitting.incremental import fit_incremental
-    from .fitting.joint import fit_jointly
-    from .fitting.sparse_path import EndToEndPath, sparse_path_end_to_end
+    from .fitting.result import EndToEndPath, FitResult
+    from .fitting.sparse_path import sparse_path_end_to_end
     from .hooks.attach import Handle
     from .hooks.collect import collect
     from .hooks.sites import Sites, sites
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 # Name: the module of lineas it is in, its name there, and the package without which it is not.
 _LAZY = {
     "AffineTransport": ("arrays.estimator", "AffineTransport", "sklearn"),
-    "EndToEndPath": ("fitting.sparse_path", "EndToEndPath", "torch"),
-    "FitResult": ("fitting.end_to_end", "FitResult", "torch"),
+    "EndToEndPath": ("fitting.result", "EndToEndPath", "torch"),
+    "FitResult": ("fitting.result", "FitResult", "torch"),
     "Handle": ("hooks.attach", "Handle", "torch"),
     "Sites": ("hooks.sites", "Sites", "torch"),
     "Tokens": ("hooks.tokens", "Tokens", "torch"),
@@ -48,7 +48,7 @@ _LAZY = {
     "explore": ("notebook.explorer", "Explorer", "anywidget"),
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
-    "fit_jointly": ("fitting.joint", "fit_jointly", "torch"),
+    "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
     "plot": ("notebook.plot", None, "matplotlib"),
     "sites": ("hooks.sites", "sites", "torch"),
     "sparse_path_end_to_end": ("fitting.sparse_path", "sparse_path_end_to_end", "torch"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lineas
 
 if TYPE_CHECKING:
-    from .fitting.end_to_end import FitResult
+    from .fitting.result import FitResult
 
 INTERRUPTED = 130
 # Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.

@@ -26,7 +26,7 @@ from . import sentences
 from .model import load_smollm2
 
 if TYPE_CHECKING:
-    from ..fitting.end_to_end import FitResult
+    from ..fitting.result import FitResult
 
 LAYERS = "model.layers.*.post_attention_layernorm"
 STRENGTHS = (0.0, 0.5, 1.0)

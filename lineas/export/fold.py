@@ -15,7 +15,7 @@ from ..hooks.attach import attach
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
 from ..inputs.frozen import frozen
-from ..inputs.tokenize import as_batches
+from ..inputs.prompts import read
 from ..maps.affine import AffineMap
 from ..maps.steering import SteeringMaps
 from .bias_settings import Setting, check_conversion, find_homes, switch_on, to_llama
@@ -106,7 +106,7 @@ def fold(
     consumers = check_consumers(consumers, maps, model)
     if convert:
         check_conversion(model)
-    batches = None if check is None else as_batches(check, tokenizer=tokenizer, argument="check")
+    batches = None if check is None else read(check, "check", tokenizer=tokenizer).parts()
 
     edits, settings, biases = _plan(maps, model, strength, consumers, convert)
     values = _rounded(edits)

@@ -1,4 +1,4 @@
-"""Files in which a fit keeps what it needs to go on: safetensors for the arrays, JSON in the header for the rest.
+"""Checkpoints: what a fit needs to go on, kept on disk after every step.
 
 A file is written as a whole or not at all: whenever the process dies, the one before it is there.
 """
@@ -10,16 +10,81 @@ import json
 import os
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..inputs.frozen import RandomState
 from ..maps.files import write_atomically
 
+if TYPE_CHECKING:
+    from .loop import History
+    from .step_sizes import AutomaticSteps, ScheduledSteps
+
 FORMAT = "lineas checkpoint"
-VERSION = 1
+VERSION = 2
+# What a checkpoint keeps of a history, beside the maps.
+_PROGRESS = ("records", "best_step", "best_strength", "best_loss", "held_out_passes")
+
+
+class Checkpoint:
+    """The file in which a fit is kept.
+
+    Parameters
+    ----------
+    path : path
+    identity : dict
+        What must be the same for a fit to go on, as JSON has it: settings, modules, digests of model and data.
+    """
+
+    def __init__(self, path: str | PathLike[str], identity: dict[str, Any]) -> None:
+        self.path, self.identity = os.fspath(path), identity
+
+    def save(self, history: History, steps: ScheduledSteps | AutomaticSteps) -> None:
+        """Write the fit as it stands; OSError if that fails."""
+        tensors, state = steps.state()
+        tensors |= {"weight": history.maps.weight, "bias": history.maps.bias}
+        random = RandomState(steps.objective.model)
+        tensors |= {f"random {device}": numbers for device, numbers in random.tensors.items()}
+        if history.best is not None:
+            tensors |= {"best weight": history.best[0], "best bias": history.best[1]}
+        progress = {name: getattr(history, name) for name in _PROGRESS}
+        save(self.path, tensors, {"identity": self.identity, "steps": state, "passes": steps.passes, **progress})
+
+    def resume(self, history: History, steps: ScheduledSteps | AutomaticSteps) -> None:
+        """Go on from the file.
+
+        Raises
+        ------
+        OSError
+            If it cannot be read.
+        ValueError
+            If it is none, damaged, or that of another fit; says what differs.
+        """
+        tensors, state = load(self.path)
+        seen = state["identity"]
+        differs = next((key for key, value in self.identity.items() if seen.get(key) != value), None)
+        if differs is not None:
+            detail = "" if "digest" in differs else f": it was {seen.get(differs)!r}, and is {self.identity[differs]!r}"
+            raise ValueError(
+                f"checkpoint: {self.path} is that of another fit, of which the {differs} differs{detail}; give another "
+                "file, or remove it to begin again"
+            )
+        maps, device = history.maps, history.maps.weight.device
+        maps.weight.copy_(tensors["weight"])
+        maps.bias.copy_(tensors["bias"])
+        for name in _PROGRESS:
+            setattr(history, name, state[name])
+        if "best weight" in tensors:
+            history.best = tensors["best weight"].to(device), tensors["best bias"].to(device)
+            history.best_terms = history.records[history.best_step]["held_out_layer_loss"]
+        steps.resume(tensors, state["steps"])
+        steps.passes = state["passes"]
+        random = RandomState(steps.objective.model)
+        random.tensors = {name: tensors.get(f"random {name}", numbers) for name, numbers in random.tensors.items()}
+        random.restore()
 
 
 def save(path: str | PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -64,17 +129,17 @@ def load(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 seen = header.get("format")
-                raise ValueError(f"resume: {path} is not the checkpoint of a fit: its format is {seen!r}")
+                raise ValueError(f"checkpoint: {path} is not the checkpoint of a fit: its format is {seen!r}")
             if header.get("version") != str(VERSION):
                 raise ValueError(
-                    f"resume: {path} is of version {header.get('version')}, this lineas reads version {VERSION}"
+                    f"checkpoint: {path} is of version {header.get('version')}, this lineas reads version {VERSION}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             if digest(tensors, header["state"]) != header["digest"]:
-                raise ValueError(f"resume: {path} is damaged: its content is not what was written")
+                raise ValueError(f"checkpoint: {path} is damaged: its content is not what was written")
             return tensors, json.loads(header["state"])
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"resume: {path} is damaged: {error}") from None
+        raise ValueError(f"checkpoint: {path} is damaged: {error}") from None
 
 
 def digest(*values: Any) -> str:
@@ -100,3 +165,22 @@ def digest(*values: Any) -> str:
 
     add(values)
     return found.hexdigest()
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """A digest of all parameters and buffers of a model: names, shapes, dtypes, the sum of their bits, some values.
+
+    Sums of integers wrap around and do not depend on their order, so that they are the same on every device, and take
+    one pass over the weights. Weights that are not in memory count by name and shape alone.
+    """
+    found: list[Any] = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found += [name, str(tensor.dtype), list(tensor.shape)]
+        if type(tensor.data) is Tensor and tensor.device.type != "meta" and tensor.numel():
+            values = tensor.detach().contiguous().flatten()
+            bits = values.view(_INTEGERS.get(values.element_size(), torch.uint8))
+            found += [int(bits.sum(dtype=torch.int64)), bits[:: max(1, len(bits) // 64)]]
+    return digest(found)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

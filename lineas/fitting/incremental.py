@@ -1,6 +1,8 @@
 """Closed-form maps module by module, each fitted with the earlier ones on."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,67 +10,38 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._version import __version__
-from ..arrays.closed_form import METHODS, fit
+from ..arrays.closed_form import fit
 from ..hooks import outputs
 from ..hooks.affine import apply, parameters, working_dtype
 from ..hooks.capture import Capture
 from ..hooks.collect import collect_batches, to_numpy
-from ..hooks.modules import model_name, resolve
-from ..hooks.pooling import check_pooling, pool_output
+from ..hooks.modules import model_name
+from ..hooks.pooling import pool_output
+from ..hooks.sites import choose_layers
 from ..hooks.tokens import Choice, check_fit_tokens
 from ..inputs.batches import Batch
-from ..inputs.call import Forward
 from ..inputs.frozen import frozen
-from ..inputs.tokenize import as_batches
 from ..maps.affine import AffineMap
-from ..maps.metadata import Layers, Selection, spell_layers, spell_tokens
+from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
+from .end_to_end import read_sets
+from .settings import IncrementalSettings, takes
 
 
-def fit_incremental(
-    model: nn.Module,
-    source: Any,
-    target: Any,
-    *,
-    layers: Layers,
-    method: str = "linear",
-    tokenizer: Callable[..., Any] | None = None,
-    max_length: int | None = None,
-    batch_size: int | None = None,
-    forward: Forward | None = None,
-    pooling: str = "mean",
-    tokens: Selection = "all",
-    progress: bool = True,
-) -> SteeringMaps:
+@takes(IncrementalSettings)
+def fit_incremental(model: nn.Module, source: Any, target: Any, settings: IncrementalSettings) -> SteeringMaps:
     """Fit closed-form maps module by module in execution order, each with the earlier maps on (AcT, arXiv 2410.23054).
 
-    One forward pass of the source prompts where they are one batch, otherwise one a module. The target activations
-    are taken without maps.
+    One forward pass of the source prompts where they are one batch, otherwise one a module: with more than 32 texts and
+    memory for all of them, a larger `batch_size` saves time. The target activations are taken without maps.
 
     Parameters
     ----------
     model : torch.nn.Module
         A loaded model.
-    source, target : list[str], batch or list of batches
+    source, target : list of texts, conversations or token ids, batch or list of batches
         As in `fit_end_to_end`.
-    layers : str, list[str] or re.Pattern
-        Modules that get a map.
-    method : {"mean", "gaussian", "linear"}, default "linear"
-        As in `fit`.
-    tokenizer, max_length, forward
-        As in `collect`.
-    batch_size : int, optional
-        Texts in a forward pass; default: all of a set, so that one pass of the source fits every module.
-    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
-        Over the tokens under the attention mask.
-    tokens : "all", "last", "prompt", slice or callable, default "all"
-        The tokens that the maps act on, and over which activations are pooled: what is fitted is what the maps meet
-        when they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata
-        name them. In a prompt "last" is its last token, and "generated" is none and refused. ``pooling="last"`` takes
-        the last one of the selected tokens. Outputs without tokens, such as images, allow "all" only.
-    progress : bool, default True
-        Show a progress bar.
+    **settings
 
     Returns
     -------
@@ -80,54 +53,33 @@ def fit_incremental(
     TypeError, ValueError
         As `fit` and `collect`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    check_pooling(pooling)
-    tokens = check_fit_tokens(tokens, model)
-    how: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "batch_size": batch_size}
-    sources = as_batches(source, **how, argument="source")
-    targets = as_batches(target, **how, argument="target")
-    names = resolve(model, layers)
+    sources, targets = (
+        prompts.parts(settings.batch_size) for prompts in read_sets(None, (source, target), None, settings)
+    )
+    names, layers = choose_layers(model, settings.layers, say=settings.progress)
+    check_fit_tokens(settings.tokens, model)
     with frozen(model, gradients=False):
-        wanted = collect_batches(model, targets, names, forward=forward, pooling=pooling, tokens=tokens)
-        walk = _Walk(model, wanted, method, forward, pooling, tokens)
-        with tqdm(total=len(wanted), desc="fit", disable=not progress) as bar:
+        how: dict[str, Any] = {"forward": settings.forward, "pooling": settings.pooling, "tokens": settings.tokens}
+        walk = _Walk(model, collect_batches(model, targets, names, **how), settings)
+        with tqdm(total=len(walk.wanted), desc="fit", disable=not settings.progress) as bar:
             if len(sources) == 1:
                 walk.at_once(sources[0], bar)
             else:
                 walk.step_by_step(sources, bar)
-    metadata = {
-        "method": "incremental",
-        "version": __version__,
-        "model": model_name(model),
-        "layers": spell_layers(layers),
-        "pooling": pooling,
-        "tokens": spell_tokens(tokens),
-        "settings": {"local_method": method, "max_length": max_length, "batch_size": batch_size},
-    }
-    return SteeringMaps(walk.maps, metadata)
+    facts = {"model": model_name(model), "layers": layers, "pooling": settings.pooling, "tokens": settings.tokens}
+    return SteeringMaps(walk.maps, describe("incremental", **facts, settings=settings.record()))
 
 
 class _Walk:
     """Modules in execution order, the target activations of each, and the maps fitted so far."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        wanted: dict[str, NDArray[np.float32]],
-        method: str,
-        forward: Forward | None,
-        pooling: str,
-        tokens: Selection,
-    ) -> None:
-        self.model, self.wanted, self.method = model, wanted, method
-        self.forward, self.pooling, self.tokens = forward, pooling, tokens
+    def __init__(self, model: nn.Module, wanted: dict[str, NDArray[np.float32]], settings: IncrementalSettings) -> None:
+        self.model, self.wanted, self.settings = model, wanted, settings
         self.maps: dict[str, AffineMap] = {}
 
     def at_once(self, batch: Batch, bar: tqdm) -> None:
         """One forward pass: at each module pool, fit, and go on with the mapped output."""
-
-        choice = Choice(self.tokens, self.model, batch, self.pooling)
+        choice = self._choice(batch)
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
             if name not in self.maps:
@@ -135,7 +87,7 @@ class _Walk:
                 bar.update()
             return self._mapped(name, module, tensor, choice)
 
-        Capture().run(self.model, batch, list(self.wanted), on_output, forward=self.forward)
+        Capture().run(self.model, batch, list(self.wanted), on_output, forward=self.settings.forward)
 
     def step_by_step(self, batches: Sequence[Batch], bar: tqdm) -> None:
         """One pass of all batches a module, no further than that module."""
@@ -146,7 +98,7 @@ class _Walk:
             bar.update()
 
     def _rows_under_maps(self, batch: Batch, names: Sequence[str]) -> NDArray[np.float32]:
-        choice = Choice(self.tokens, self.model, batch, self.pooling)
+        choice = self._choice(batch)
         found: list[NDArray[np.float32]] = []
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
@@ -155,16 +107,19 @@ class _Walk:
             found.append(self._rows(name, module, tensor, choice))
             return None
 
-        Capture().run(self.model, batch, names, on_output, last=names[-1], forward=self.forward)
+        Capture().run(self.model, batch, names, on_output, last=names[-1], forward=self.settings.forward)
         return found[0]
+
+    def _choice(self, batch: Batch) -> Choice:
+        return Choice(self.settings.tokens, self.model, batch, self.settings.pooling)
 
     def _rows(self, name: str, module: nn.Module, tensor: Tensor, choice: Choice) -> NDArray[np.float32]:
         mask = choice.mask(name, module, tensor)
-        return to_numpy(pool_output(name, module, tensor, mask, self.pooling, choice.size(name)))
+        return to_numpy(pool_output(name, module, tensor, mask, self.settings.pooling, choice.size(name)))
 
     def _fit(self, name: str, rows: NDArray[np.float32]) -> None:
         # As a mapping of one, so that errors name the module.
-        self.maps[name] = fit({name: rows}, {name: self.wanted[name]}, method=self.method)[name]
+        self.maps[name] = fit({name: rows}, {name: self.wanted[name]}, method=self.settings.method)[name]
 
     def _mapped(self, name: str, module: nn.Module, tensor: Tensor, choice: Choice) -> Tensor:
         weight, bias = parameters(self.maps[name], 1.0, tensor.device, working_dtype(tensor.dtype))

@@ -15,15 +15,14 @@ from ..hooks.affine import affine, working_dtype
 from ..hooks.capture import Capture, OnOutput
 from ..hooks.pooling import pool_output
 from ..hooks.tokens import Choice
-from ..inputs.batches import Batch, Sampler
-from ..inputs.call import Forward
+from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
-from ..maps.metadata import Selection
-from .autograd import wasserstein
-
-SCALINGS = ("layer-mean", "paper", "reference")
+from ..inputs.prompts import Sampler
+from .autograd import sort_columns, wasserstein
+from .settings import ObjectiveSettings
 
 Leaves = Mapping[str, tuple[Tensor, Tensor]]
+"""Slopes and shifts of every map, as leaves of the graph."""
 
 # Gradients that go through a float16 model are scaled by a power of two so that the largest of those that enter it is
 # about 2 ** 6: a factor of 2 ** 9 below the overflow, and entries down to 2 ** -20 times that one keep all their bits.
@@ -35,8 +34,8 @@ class NonFinite(ValueError):
     """A loss or a gradient is not finite; the message names the module."""
 
 
-class Sets(NamedTuple):
-    """Prompts and what their activations are compared with."""
+class Task(NamedTuple):
+    """Prompts, and what their activations are compared with."""
 
     argument: str
     """What error messages call the prompts."""
@@ -46,8 +45,8 @@ class Sets(NamedTuple):
     sampler: Sampler | None = None
     """Where the prompts of a step come from, if they are not the same in each."""
 
-    def at(self, step: int) -> Sets:
-        """The sets of a step, counted from 0."""
+    def at(self, step: int) -> Task:
+        """The task of a step, counted from 0."""
         return self if self.sampler is None else self._replace(batches=self.sampler.draw(step))
 
     @property
@@ -56,75 +55,64 @@ class Sets(NamedTuple):
         return 3 if len(self.batches) == 1 else 4
 
 
-def check_count(samples: Sequence[Tensor], argument: str) -> None:
-    """Raise ValueError where there are fewer than two samples: one has no distribution to move."""
-    if len(samples[0]) < 2:
-        raise ValueError(f"{argument} must give at least 2 samples after pooling, got {len(samples[0])}")
-
-
 class Objective:
     """The sum over modules of the squared Wasserstein distances between mapped source and target activations.
+
+    Of several tasks it is the mean: all count alike. What the first run of a target tells is learnt there: the order of
+    the modules, their widths, the working dtype and the device.
 
     Parameters
     ----------
     model : nn.Module
-        The model, inside `frozen`.
+        The model, while it is `frozen`.
     map_names, loss_names : list of str
-        Modules that carry maps and modules where the loss is taken, each in execution order.
-    forward : callable, optional
-        How to call the model.
-    pooling : str
-        How tokens are pooled.
-    scaling : {"layer-mean", "paper", "reference"}
-        The mean of the modules' terms; their sum (LinEAS, arXiv 2503.10679, eq. 4); or what the published code
-        minimises, in which the term of a module is multiplied by min(n, m) / d and the mean taken.
-    tokens : selection, default "all"
-        Which tokens the maps act on, and are pooled; see `lineas.hooks.tokens`.
+        Modules that carry maps and modules where the loss is taken; in execution order once a target has run.
+    settings : ObjectiveSettings
+        How the model is called, which tokens are mapped and pooled and how, and how the modules' terms are added: by
+        their mean; their sum (LinEAS, arXiv 2503.10679, eq. 4); or as in the published code, where the term of a module
+        is multiplied by min(n, m) / d and the mean taken.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        map_names: Sequence[str],
-        loss_names: Sequence[str],
-        *,
-        forward: Forward | None,
-        pooling: str,
-        scaling: str,
-        tokens: Selection = "all",
+        self, model: nn.Module, map_names: Sequence[str], loss_names: Sequence[str], settings: ObjectiveSettings
     ) -> None:
         self.model, self.map_names, self.loss_names = model, list(map_names), list(loss_names)
-        self.forward, self.pooling, self.tokens, self.scaling = forward, pooling, tokens, scaling
+        self.settings = settings
         self.widths: dict[str, int] = {}
         self.dtype = torch.float64
         self.device = torch.device("cpu")
         self.seen: set[torch.dtype] = set()
+        self._ordered = False
 
-    def survey(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Run batches without maps: learn the mapped modules' widths, the working dtype and the device.
+    # --- activations --------------------------------------------------------------------------------------------------
+
+    def target(self, batches: Sequence[Batch], argument: str) -> list[Tensor]:
+        """Run batches of a target, without maps.
 
         Returns
         -------
-        list of Tensor [n, d_k]
-            The pooled activations of the loss modules.
+        list of Tensor [m, d_k]
+            Its pooled activations at the loss modules, each column sorted.
         """
 
         def look(name: str, module: nn.Module, tensor: Tensor) -> None:
             width = tensor.shape[outputs.channel_axis(module, tensor, name)]
+            if not self.widths:
+                self.device = tensor.device
             if self.widths.setdefault(name, width) != width:
                 raise ValueError(f"module {name!r} has {width} neurons in one call and {self.widths[name]} in another")
             if working_dtype(tensor.dtype) == torch.float32:
                 self.dtype = torch.float32
-            if name == self.map_names[0]:
-                self.device = tensor.device
 
-        self.dtype = torch.float64
         with torch.no_grad():
-            return self._join([self._pooled(Capture(), batch, look) for batch in batches])
+            samples = self._activations(batches, look)
+        self.widths = {name: self.widths[name] for name in self.map_names}
+        _check_count(samples, argument)
+        return sort_columns(samples, [f"{argument}: {name}" for name in self.loss_names])
 
-    def _join(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def _activations(self, batches: Sequence[Batch], act: OnOutput) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules, all batches one after the other."""
-        return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+        return _join([self._pooled(Capture(), batch, act) for batch in batches])
 
     def _pooled(self, capture: Capture, batch: Batch, act: OnOutput) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules for one batch.
@@ -133,7 +121,8 @@ class Objective:
         """
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
-        choice = Choice(self.tokens, self.model, batch, self.pooling)
+        pooling = self.settings.pooling
+        choice = Choice(self.settings.tokens, self.model, batch, pooling)
         pooled: dict[str, Tensor] = {}
         differentiated = torch.is_grad_enabled()
 
@@ -151,11 +140,27 @@ class Objective:
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
                 seen = tensor if replaced is None else replaced
                 mask = choice.mask(name, module, tensor)
-                pooled[name] = pool_output(name, module, seen, mask, self.pooling, choice.size(name))
+                pooled[name] = pool_output(name, module, seen, mask, pooling, choice.size(name))
             return replaced
 
-        capture.run(self.model, batch, names, on_output, last=self.loss_names[-1], forward=self.forward)
+        last = self.loss_names[-1] if self._ordered else None  # the first run goes on until every module was called
+        order = capture.run(self.model, batch, names, on_output, last=last, forward=self.settings.forward)
+        if not self._ordered:
+            self._sort(order)
         return [pooled[name].to(self.device, self.dtype) for name in self.loss_names]
+
+    def _sort(self, order: list[str]) -> None:
+        """Bring the modules into the order of their first calls."""
+        last = max(map(order.index, self.loss_names))
+        late = [name for name in self.map_names if order.index(name) > last]
+        if late:
+            raise ValueError(
+                f"layers: module {late[0]!r} runs after {order[last]!r}, the last of loss_layers: no gradient reaches "
+                "it"
+            )
+        self.map_names.sort(key=order.index)
+        self.loss_names.sort(key=order.index)
+        self._ordered = True
 
     @staticmethod
     def _steer(maps: Leaves) -> OnOutput:
@@ -167,15 +172,17 @@ class Objective:
 
         return act
 
-    def loss(self, sets: Sets, maps: Leaves) -> tuple[Tensor, Tensor]:
+    # --- the loss -----------------------------------------------------------------------------------------------------
+
+    def loss(self, tasks: Sequence[Task], maps: Leaves) -> tuple[float, Tensor]:
         """The loss with the maps on.
 
         Returns
         -------
-        total : Tensor []
-            The loss in the chosen scaling, without a graph: see `gradient`.
-        terms : Tensor [L]
-            The term of every loss module: the loss is their mean, or their sum in the scaling "paper".
+        total : float
+            The loss in the chosen scaling, the mean over the tasks.
+        terms : Tensor [T, L]
+            The term of every loss module in each task, whose loss is their mean, or their sum in the scaling "paper".
 
         Raises
         ------
@@ -184,41 +191,34 @@ class Objective:
         """
         act = self._steer(maps)
         with torch.no_grad():
-            us = self._join([self._pooled(Capture(), batch, act) for batch in sets.batches])
-            return self._compare(sets, us)
+            compared = [self._compare(task, self._activations(task.batches, act)) for task in tasks]
+        totals, terms = zip(*compared, strict=True)
+        return torch.stack(totals).mean().item(), torch.stack(terms)
 
-    def _compare(self, sets: Sets, us: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _compare(self, task: Task, us: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss of pooled activations, differentiable in them, and its terms."""
-        check_count(us, sets.argument)
+        _check_count(us, task.argument)
         try:
-            values = wasserstein(us, sets.targets, self.loss_names)
+            values = wasserstein(us, task.targets, self.loss_names)
         except ValueError as error:
             if all(u.isfinite().all() for u in us):
                 raise
-            raise NonFinite(f"{sets.argument}: {error}") from None
-        terms = torch.stack([w2.sum() * self._scale(u, v) for w2, u, v in zip(values, us, sets.targets, strict=True)])
+            raise NonFinite(f"{task.argument}: {error}") from None
+        terms = torch.stack([w2.sum() * self._scale(u, v) for w2, u, v in zip(values, us, task.targets, strict=True)])
         if not terms.isfinite().all():
             name = self.loss_names[int((~terms.isfinite()).nonzero()[0])]
-            raise NonFinite(f"{sets.argument}: {name}: the loss overflows {self.dtype}")
-        return (terms.sum() if self.scaling == "paper" else terms.mean()), terms.detach()
+            raise NonFinite(f"{task.argument}: {name}: the loss overflows {self.dtype}")
+        return (terms.sum() if self.settings.scaling == "paper" else terms.mean()), terms.detach()
 
     def _scale(self, u: Tensor, target: Tensor) -> float:
-        return min(len(u), len(target)) / u.shape[1] if self.scaling == "reference" else 1.0
+        return min(len(u), len(target)) / u.shape[1] if self.settings.scaling == "reference" else 1.0
 
-    def gradient(self, sets: Sets, maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
-        """The loss and its gradient.
+    # --- its gradient -------------------------------------------------------------------------------------------------
 
-        Several batches go through the model twice, all but the last, so that only the graph of one is alive at a time,
-        however many there are: first without graphs, for the pooled activations of all, the loss and its gradient in
-        them; then each by itself, to take its part of that gradient back to the maps (the cached gradients of Gao,
-        Zhang, Han and Callan 2021, arXiv 2101.06983). Up to the order of sums it is the gradient of one large batch.
+    def gradient(self, tasks: Sequence[Task], maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
+        """The loss, its terms [T, L] as of `loss`, and its gradients [D] in the slopes and in the shifts of all maps.
 
-        Returns
-        -------
-        loss : float
-        terms : Tensor [L]
-        grad_weight, grad_bias : Tensor [D]
-            Gradients in the slopes and shifts of all maps, one after the other.
+        One task after the other, so that the graph of only one is alive at a time.
 
         Raises
         ------
@@ -227,22 +227,34 @@ class Objective:
         ValueError
             If a map has no influence on the loss, or the model does not give the same activations twice.
         """
+        totals, terms, *grads = zip(*(self._gradient(task, maps) for task in tasks), strict=True)
+        grad_weight, grad_bias = (torch.stack(parts).mean(dim=0) for parts in grads)
+        return sum(totals) / len(totals), torch.stack(terms), grad_weight, grad_bias
+
+    def _gradient(self, task: Task, maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
+        """The loss of a task, its terms [L], and its gradients [D] in the slopes and in the shifts of all maps.
+
+        Several batches go through the model twice, all but the last, so that only the graph of one is alive at a time,
+        however many there are: first without graphs, for the pooled activations of all, the loss and its gradient in
+        them; then each by itself, to take its part of that gradient back to the maps (the cached gradients of Gao,
+        Zhang, Han and Callan 2021, arXiv 2101.06983). Up to the order of sums it is the gradient of one large batch.
+        """
         act = self._steer(maps)
         states, parts = [], []
         with Capture() as capture:  # checkpointed layers run again on the way back and need their maps
-            for k, batch in enumerate(sets.batches, start=1):
+            for k, batch in enumerate(task.batches, start=1):
                 states.append(RandomState(self.model))
-                with torch.set_grad_enabled(k == len(sets.batches)):
+                with torch.set_grad_enabled(k == len(task.batches)):
                     parts.append(self._pooled(capture, batch, act))
             after = RandomState(self.model)
-            us = [u.detach().requires_grad_() for u in self._join(parts)]
-            total, terms = self._compare(sets, us)
+            us = [u.detach().requires_grad_() for u in _join(parts)]
+            total, terms = self._compare(task, us)
             cached = torch.autograd.grad(total, us)
             rows = zip(*([len(u) for u in part] for part in parts), strict=True)
             shares = (grad.split(sizes) for grad, sizes in zip(cached, rows, strict=True))
             pulls = list(zip(*shares, strict=True))
             for exponent in self._exponents(cached):
-                found = self._pull_back(capture, sets, act, maps, states, parts, pulls, 2.0**exponent)
+                found = self._pull_back(capture, task, act, maps, states, parts, pulls, 2.0**exponent)
                 if torch.cat(list(found.values())).isfinite().all():
                     break
                 parts = [[u.detach() for u in part] for part in parts]  # the last one's graph is used up
@@ -250,7 +262,7 @@ class Objective:
                 # The last module in execution order: backwards, the first in which something went wrong.
                 bad = [name for (name, _), grad in found.items() if not grad.isfinite().all()]
                 name = max(bad, key=self.map_names.index)
-                raise NonFinite(f"{sets.argument}: {name}: the gradient is not finite")
+                raise NonFinite(f"{task.argument}: {name}: the gradient is not finite")
             after.restore()
         weights, biases = [found[name, 0] for name in maps], [found[name, 1] for name in maps]
         return total.item(), terms, torch.cat(weights), torch.cat(biases)
@@ -266,7 +278,7 @@ class Objective:
     def _pull_back(
         self,
         capture: Capture,
-        sets: Sets,
+        task: Task,
         act: OnOutput,
         maps: Leaves,
         states: Sequence[RandomState],
@@ -282,12 +294,12 @@ class Objective:
         keys = [(name, k) for name in maps for k in (0, 1)]
         leaves = [maps[name][k] for name, k in keys]
         sums: dict[tuple[str, int], Tensor] = {}
-        for batch, state, before, pull in reversed(list(zip(sets.batches, states, parts, pulls, strict=True))):
+        for batch, state, before, pull in reversed(list(zip(task.batches, states, parts, pulls, strict=True))):
             pooled = before
             if not any(u.requires_grad for u in before):
                 state.restore()
                 pooled = self._pooled(capture, batch, act)
-                self._check_repeated(sets.argument, before, pooled)
+                self._check_repeated(task.argument, before, pooled)
             reached = [k for k, u in enumerate(pooled) if u.requires_grad]
             if not reached:
                 continue
@@ -338,3 +350,13 @@ def _differentiate(
                 f"model: {operation} has no gradient, so maps cannot be fitted through it: fit them on the model as it "
                 "was before quantisation"
             ) from None
+
+
+def _join(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+
+def _check_count(samples: Sequence[Tensor], argument: str) -> None:
+    """Raise ValueError where there are fewer than two samples: one has no distribution to move."""
+    if len(samples[0]) < 2:
+        raise ValueError(f"{argument} must give at least 2 samples after pooling, got {len(samples[0])}")

@@ -13,17 +13,15 @@ from .. import _core
 from .._threads import get_num_threads
 from ..hooks.affine import on_engine, slopes_at
 from ..maps.affine import AffineMap
+from .objective import NonFinite
 
 ADAM_EPS = 1e-8
 
-
-def cosine_rate(lr: float, step: int, steps: int) -> float:
-    """Rate of step 0..steps-1: half a cosine from ``lr`` down towards ``lr / 1000``."""
-    floor = 1e-3 * lr
-    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * step / steps))
+Penalties = tuple[float, float, float, float]
+"""l1 and group of the slopes, l1 and group of the shifts."""
 
 
-class FlatMaps:
+class MapParameters:
     """The slopes and shifts of the maps of several modules, one module after the other in two flat tensors.
 
     Parameters
@@ -43,6 +41,22 @@ class FlatMaps:
         self.weight = torch.ones(total, dtype=dtype, device=device)
         self.bias = torch.zeros(total, dtype=dtype, device=device)
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of neurons of every module."""
+        return np.diff(self.offsets).tolist()
+
+    def check_finite(self) -> None:
+        """Raise NonFinite where a step took a map out of the range of its dtype."""
+        finite = self.weight.isfinite() & self.bias.isfinite()
+        if not finite.all():
+            module = np.searchsorted(self.offsets, int((~finite).nonzero()[0]), side="right") - 1
+            raise NonFinite(f"{self.names[module]}: the map is not finite")
+
+    def support(self) -> Tensor:
+        """Which neurons are mapped: bool [D]."""
+        return (self.weight != 1) | (self.bias != 0)
+
     def load(self, maps: Mapping[str, AffineMap]) -> None:
         """Copy maps in.
 
@@ -57,19 +71,18 @@ class FlatMaps:
                 f"init must have one map for each of the {len(self.names)} mapped modules: "
                 f"missing {missing[:3]}, not mapped {extra[:3]}"
             )
-        for name, width, start in zip(self.names, np.diff(self.offsets), self.offsets, strict=False):
+        for name, width, start in zip(self.names, self.sizes, self.offsets, strict=False):
             if len(maps[name].weight) != width:
                 raise ValueError(f"init: module {name!r} has {width} neurons, its map has {len(maps[name].weight)}")
-            self.weight[start : start + width] = torch.tensor(maps[name].weight)
-            self.bias[start : start + width] = torch.tensor(maps[name].bias)
+            for values, given in ((self.weight, maps[name].weight), (self.bias, maps[name].bias)):
+                values[start : start + width] = torch.tensor(given, dtype=values.dtype)
 
     def leaves(self, strength: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
         """Slopes and shifts of every module as gradient leaves, which at strength 1 share the flat memory."""
-        sizes = np.diff(self.offsets).tolist()
         weights, biases = (self.weight, self.bias) if strength == 1 else self.at(strength)
         return {
             name: (weight.detach().requires_grad_(), bias.detach().requires_grad_())
-            for name, weight, bias in zip(self.names, weights.split(sizes), biases.split(sizes), strict=True)
+            for name, weight, bias in zip(self.names, weights.split(self.sizes), biases.split(self.sizes), strict=True)
         }
 
     def at(self, strength: float) -> tuple[Tensor, Tensor]:
@@ -78,8 +91,7 @@ class FlatMaps:
 
     def snapshot(self) -> dict[str, AffineMap]:
         """The maps as they stand, copied."""
-        sizes = np.diff(self.offsets).tolist()
-        weights, biases = self.weight.cpu().split(sizes), self.bias.cpu().split(sizes)
+        weights, biases = self.weight.cpu().split(self.sizes), self.bias.cpu().split(self.sizes)
         return {
             name: AffineMap(weight.numpy().copy(), bias.numpy().copy())
             for name, weight, bias in zip(self.names, weights, biases, strict=True)
@@ -87,39 +99,31 @@ class FlatMaps:
 
 
 class ProximalOptimizer:
-    """Gradient steps on `FlatMaps`, each followed by the proximal operator of the sparse group lasso.
+    """Gradient steps on `MapParameters`, each followed by the proximal operator of the sparse group lasso.
 
     The penalty is l1 ||x||_1 + group sqrt(d) ||x||_2, summed over the groups x = weight - 1 and x = bias of every
     module (LinEAS, arXiv 2503.10679, section 3).
 
     Parameters
     ----------
-    maps : FlatMaps
+    maps : MapParameters
         The parameters; every step updates them in place.
-    optimizer : {"sgd", "adam"}
+    penalties : (float, float, float, float)
+        l1 and group of the slopes, l1 and group of the shifts.
+    optimizer : {"sgd", "adam"}, default "sgd"
         Plain gradient descent without momentum, or Adam with bias correction, eps 1e-8 and no weight decay.
-    betas : (float, float)
+    betas : (float, float), default (0.9, 0.999)
         Adam's decay rates of the first and second moment.
-    l1, group : float
-        Penalties of the slopes.
-    l1_bias, group_bias : float
-        Penalties of the shifts.
     """
 
     def __init__(
         self,
-        maps: FlatMaps,
-        *,
-        optimizer: str,
-        betas: tuple[float, float],
-        l1: float,
-        group: float,
-        l1_bias: float,
-        group_bias: float,
+        maps: MapParameters,
+        penalties: Penalties = (0.0, 0.0, 0.0, 0.0),
+        optimizer: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        self.maps = maps
-        self.penalties = (l1, group, l1_bias, group_bias)
-        self.betas = betas
+        self.maps, self.penalties, self.betas = maps, penalties, betas
         self.taken = 0
         start = (maps.weight, maps.weight, maps.bias, maps.bias)
         self.moments = [torch.zeros_like(x) for x in start] if optimizer == "adam" else None
@@ -183,7 +187,7 @@ class ProximalOptimizer:
             moved, cost = _torch_prox(bias[start:stop], lr, l1_bias, group_bias)
             bias[start:stop] = moved
             penalty += cost
-        return penalty.item(), int(((weight != 1) | (bias != 0)).sum())
+        return penalty.item(), int(self.maps.support().sum())
 
     def _adam(self, values: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float) -> None:
         beta1, beta2 = self.betas

@@ -1,19 +1,19 @@
-"""Proximal gradient steps that find their own rate."""
+"""Steps of a fit at rates that are given, or that the loss itself tells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .objective import NonFinite, Objective, Sets
-from .parameters import FlatMaps, ProximalOptimizer
-from .problem import check_maps
-from .tasks import Tasks, gradient
+from .objective import NonFinite, Objective, Task
+from .parameters import MapParameters, Penalties, ProximalOptimizer
 
 # A rate may leave the first one by so much, down and up.
 LEAST_RATE, MOST_RATE = 0.1, 100.0
@@ -21,15 +21,20 @@ LEAST_RATE, MOST_RATE = 0.1, 100.0
 WINDOW = 10
 # What a rate is divided by after a step that made things worse.
 RETREAT = 4.0
+# After so many steps in a row that lower nothing, each a quarter of the one before, none will.
+MOST_RETREATS = 6
 
-Penalties = tuple[float, float, float, float]
-"""l1 and group of the slopes, l1 and group of the shifts."""
+
+def cosine_rate(lr: float, step: int, steps: int) -> float:
+    """Rate of step 0..steps-1: half a cosine from ``lr`` down towards ``lr / 1000``."""
+    floor = 1e-3 * lr
+    return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * step / steps))
 
 
-class Place:
+class Iterate:
     """Maps as they stood once, with the loss and the gradients there."""
 
-    def __init__(self, maps: FlatMaps, loss: float, terms: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    def __init__(self, maps: MapParameters, loss: float, terms: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
         self.weight, self.bias = maps.weight.clone(), maps.bias.clone()
         self.loss, self.terms, self.grad_weight, self.grad_bias = loss, terms, grad_weight, grad_bias
 
@@ -41,11 +46,11 @@ class Place:
         """Gradients in the slopes and in the shifts: [D] each."""
         return self.grad_weight.numpy(force=True), self.grad_bias.numpy(force=True)
 
-    def difference(self, other: Place) -> tuple[Tensor, Tensor]:
-        """Steps and changes of the gradient from `other`: float64 [2 D] each."""
+    def difference(self, other: Iterate) -> tuple[Tensor, Tensor]:
+        """Steps and changes of the gradient from `other`: float64 [2 D] each, or float32 where there is no float64."""
         steps = torch.cat([self.weight - other.weight, self.bias - other.bias])
         changes = torch.cat([self.grad_weight - other.grad_weight, self.grad_bias - other.grad_bias])
-        return steps.double(), changes.double()
+        return _wide(steps), _wide(changes)
 
     def first_rate(self) -> float:
         """The rate at which a linear loss would reach 0, its lower bound: a step of Polyak (1969).
@@ -53,22 +58,37 @@ class Place:
         For a quadratic it is half the inverse of its curvature along the gradient, or longer where the minimum is above
         0; a loss multiplied by a number gives the rate divided by it.
         """
-        squared = float(self.grad_weight.double().square().sum() + self.grad_bias.double().square().sum())
+        squared = sum(float(_wide(grad).square().sum()) for grad in (self.grad_weight, self.grad_bias))
         return self.loss / squared if squared > 0 and self.loss > 0 else 1.0
 
 
-class Descent:
+def _wide(values: Tensor) -> Tensor:
+    """Values in float64, which sums over many of them need, where the device has it."""
+    return values if values.device.type == "mps" else values.double()
+
+
+def penalty_of(at: Iterate, penalties: Penalties, widths: Sequence[int]) -> float:
+    """The penalty of the maps of an iterate; see `ProximalOptimizer`."""
+    l1, group, l1_bias, group_bias = penalties
+    total = 0.0
+    for x, lasso, ridge in ((_wide(at.weight) - 1, l1, group), (_wide(at.bias), l1_bias, group_bias)):
+        total += lasso * float(x.abs().sum())
+        total += ridge * sum(math.sqrt(len(part)) * float(part.norm()) for part in x.split(list(widths)) if ridge)
+    return total
+
+
+class SpectralSteps:
     """Proximal gradient steps that go down, at rates that follow the curvature met on the way.
 
     The rate of a step is <s, y> / <y, y>, with s the last change of the maps and y that of their gradient (Barzilai and
     Borwein 1988): with few neurons in the support the curvature along s is small and steps can be long. A step after
     which loss and penalty together are higher than before is taken back, and the next one is shorter. All this is as in
-    SpaRSA (Wright, Nowak and Figueiredo 2009). The first rate is that of `Place.first_rate`, unless it is given.
+    SpaRSA (Wright, Nowak and Figueiredo 2009). The first rate is that of `Iterate.first_rate`, unless it is given.
 
     Parameters
     ----------
     objective : Objective
-    maps : FlatMaps
+    maps : MapParameters
         Where to start; every step updates them in place.
     lr : float, optional
         The first rate.
@@ -77,57 +97,56 @@ class Descent:
         of its own: so short that no direction is overshot.
     """
 
-    def __init__(self, objective: Objective, maps: FlatMaps, lr: float | None = None, *, steady: bool = False) -> None:
+    def __init__(
+        self, objective: Objective, maps: MapParameters, lr: float | None = None, *, steady: bool = False
+    ) -> None:
         self.objective, self.maps, self.steady = objective, maps, steady
-        self.widths: list[int] = np.diff(maps.offsets).tolist()
-        self.stepper = ProximalOptimizer(
-            maps, optimizer="sgd", betas=(0.9, 0.999), l1=0.0, group=0.0, l1_bias=0.0, group_bias=0.0
-        )
+        self.stepper = ProximalOptimizer(maps)
         self.lr, self.rate = lr, lr or 0.0
         self.recent: list[float] = []
         self.moved = False
         self.passes = 0
-        self._place: Place | None = None
+        self._iterate: Iterate | None = None
 
     @property
-    def place(self) -> Place:
+    def iterate(self) -> Iterate:
         """Where the maps stand."""
-        if self._place is None:
-            raise RuntimeError("look at the sets first")
-        return self._place
+        if self._iterate is None:
+            raise RuntimeError("look at the tasks first")
+        return self._iterate
 
-    @place.setter
-    def place(self, place: Place) -> None:
-        self._place = place
+    @iterate.setter
+    def iterate(self, iterate: Iterate) -> None:
+        self._iterate = iterate
 
     @property
     def started(self) -> bool:
         """Whether loss and gradients were taken anywhere yet."""
-        return self._place is not None
+        return self._iterate is not None
 
-    def look(self, sets: Sets | Tasks) -> None:
-        """Take loss and gradients of the sets at the maps as they stand: before the first step, or to change the sets.
+    def look(self, tasks: Sequence[Task]) -> None:
+        """Take loss and gradients of the tasks at the maps as they stand: before the first step, or to change prompts.
 
         Raises
         ------
         NonFinite
             If one of them is not finite.
         """
-        self.sets = sets
-        self.place = self._evaluate()
+        self.tasks = tasks
+        self.iterate = self._evaluate()
         if self.lr is None:
-            self.lr = self.rate = self.place.first_rate() / (4 if self.steady else 1)
+            self.lr = self.rate = self.iterate.first_rate() / (4 if self.steady else 1)
 
-    def _evaluate(self) -> Place:
-        loss, terms, grad_weight, grad_bias = gradient(self.objective, self.sets, self.maps.leaves())
-        self.passes += self.sets.passes
-        return Place(self.maps, loss, terms, grad_weight, grad_bias)
+    def _evaluate(self) -> Iterate:
+        loss, terms, grad_weight, grad_bias = self.objective.gradient(self.tasks, self.maps.leaves())
+        self.passes += sum(task.passes for task in self.tasks)
+        return Iterate(self.maps, loss, terms, grad_weight, grad_bias)
 
-    def go_to(self, place: Place) -> None:
+    def go_to(self, iterate: Iterate) -> None:
         """Put the maps where they were once."""
-        self.maps.weight.copy_(place.weight)
-        self.maps.bias.copy_(place.bias)
-        self.place = place
+        self.maps.weight.copy_(iterate.weight)
+        self.maps.bias.copy_(iterate.bias)
+        self.iterate = iterate
 
     def step(
         self, penalties: Penalties, support: Tensor | None = None, shorten: float = 1.0
@@ -153,12 +172,12 @@ class Descent:
             If loss or gradients are not finite after the step; the maps are back where they were, and another step
             would be shorter.
         """
-        old, rate = self.place, self.rate * shorten
+        old, rate = self.iterate, self.rate * shorten
         self.stepper.penalties = penalties
         mask = 1 if support is None else support
         try:
             self.stepper.step(old.grad_weight * mask, old.grad_bias * mask, rate)
-            check_maps(self.maps)
+            self.maps.check_finite()
             if torch.equal(self.maps.weight, old.weight) and torch.equal(self.maps.bias, old.bias):
                 return None
             new = self._evaluate()
@@ -169,17 +188,17 @@ class Descent:
             self.go_to(old)
             raise
         self._learn(old, new, support)
-        before, after = (place.loss + penalty_of(place, penalties, self.widths) for place in (old, new))
+        before, after = (at.loss + penalty_of(at, penalties, self.maps.sizes) for at in (old, new))
         kept = after <= before
         if kept:
-            self.place = new
+            self.iterate = new
             self.moved = True
         else:
             self._retreat(old, rate)
         return rate, new.loss, kept
 
-    def _learn(self, old: Place, new: Place, support: Tensor | None) -> None:
-        """Set the rate by the curvature between two places."""
+    def _learn(self, old: Iterate, new: Iterate, support: Tensor | None) -> None:
+        """Set the rate by the curvature between two iterates."""
         steps, changes = new.difference(old)
         if support is not None:
             changes *= torch.cat([support, support])
@@ -190,7 +209,7 @@ class Descent:
             if self.moved and self.lr:  # a first rate that led nowhere is no measure
                 self.rate = min(max(self.rate, LEAST_RATE * self.lr), MOST_RATE * self.lr)
 
-    def _retreat(self, old: Place, rate: float) -> None:
+    def _retreat(self, old: Iterate, rate: float) -> None:
         """Go back, and take a shorter step next; before any step was kept, shorter ones ever after."""
         self.go_to(old)
         self.rate = min(self.rate, rate / RETREAT)
@@ -198,11 +217,132 @@ class Descent:
             self.lr = self.rate
 
 
-def penalty_of(place: Place, penalties: Penalties, widths: Sequence[int]) -> float:
-    """The penalty at a place, in float64; see `ProximalOptimizer`."""
-    l1, group, l1_bias, group_bias = penalties
-    total = 0.0
-    for x, lasso, ridge in ((place.weight.double() - 1, l1, group), (place.bias.double(), l1_bias, group_bias)):
-        total += lasso * float(x.abs().sum())
-        total += ridge * sum(math.sqrt(len(part)) * float(part.norm()) for part in x.split(list(widths)) if ridge)
-    return total
+@dataclass(frozen=True)
+class Step:
+    """What a step did: its rate, penalty and support after it, and whether it was kept."""
+
+    lr: float
+    penalty: float
+    support: int
+    kept: bool = True
+
+
+class ScheduledSteps:
+    """Steps at rates that are given: half a cosine, from the first one down.
+
+    Parameters
+    ----------
+    objective : Objective
+    tasks : sequence of Task
+    stepper : ProximalOptimizer
+    lr : float
+        The first rate.
+    steps : int
+        How many there will be.
+    """
+
+    def __init__(
+        self, objective: Objective, tasks: Sequence[Task], stepper: ProximalOptimizer, lr: float, steps: int
+    ) -> None:
+        self.objective, self.tasks, self.stepper = objective, tasks, stepper
+        self.lr, self.count = lr, steps
+        self.passes = 0
+
+    def measure(self, step: int) -> tuple[float, Tensor]:
+        """Loss and terms at the maps as they stand, of the prompts of a step."""
+        tasks = [task.at(step) for task in self.tasks]
+        total, terms, grad_weight, grad_bias = self.objective.gradient(tasks, self.stepper.maps.leaves())
+        self.gradients = grad_weight, grad_bias
+        self.passes += sum(task.passes for task in tasks)
+        return total, terms
+
+    def move(self, step: int) -> Step:
+        """Take the step."""
+        rate = cosine_rate(self.lr, step, self.count)
+        return Step(rate, *self.stepper.step(*self.gradients, rate))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it takes to go on, beside the maps."""
+        moments = self.stepper.moments or []
+        return {f"moment {k}": moment for k, moment in enumerate(moments)}, {"taken": self.stepper.taken}
+
+    def resume(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.stepper.taken = state["taken"]
+        for k, moment in enumerate(self.stepper.moments or []):
+            moment.copy_(tensors[f"moment {k}"])
+
+
+class AutomaticSteps:
+    """Steps at rates that the loss itself tells; see `SpectralSteps`.
+
+    With mini-batches a step is judged by the prompts that it was taken for, at both its ends, and the rates are
+    multiplied by a falling half cosine.
+    """
+
+    def __init__(
+        self, objective: Objective, tasks: Sequence[Task], maps: MapParameters, penalties: Penalties, steps: int
+    ) -> None:
+        self.objective, self.spectral = objective, SpectralSteps(objective, maps, steady=True)
+        self.tasks, self.penalties, self.count = tasks, penalties, steps
+        self.sampled = tasks[0].sampler is not None  # then all are
+        self.retreats = 0
+
+    @property
+    def passes(self) -> int:
+        """What the steps have cost."""
+        return self.spectral.passes
+
+    @passes.setter
+    def passes(self, passes: int) -> None:
+        self.spectral.passes = passes
+
+    def measure(self, step: int) -> tuple[float, Tensor]:
+        """Loss and terms at the maps as they stand, of the prompts of a step."""
+        if not self.spectral.started or self.sampled:
+            self.spectral.look([task.at(step) for task in self.tasks])
+        return self.spectral.iterate.loss, self.spectral.iterate.terms
+
+    def move(self, step: int) -> Step | None:
+        """Take the step; None where no step leads on."""
+        if self.retreats == MOST_RETREATS:
+            return None
+        rate = self.spectral.rate
+        try:
+            taken = self.spectral.step(
+                self.penalties, shorten=cosine_rate(1.0, step, self.count) if self.sampled else 1.0
+            )
+        except NonFinite:
+            if self.retreats + 1 == MOST_RETREATS:
+                raise
+            taken = rate, np.nan, False
+        if taken is None:
+            if not self.sampled:
+                return None
+            taken = rate, np.nan, True
+        rate, _, kept = taken
+        self.retreats = 0 if kept else self.retreats + 1
+        maps, here = self.spectral.maps, self.spectral.iterate
+        return Step(rate, penalty_of(here, self.penalties, maps.sizes), int(here.support().sum()), kept)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it takes to go on, beside the maps."""
+        spectral = self.spectral
+        state = {"lr": spectral.lr, "rate": spectral.rate, "recent": spectral.recent, "moved": spectral.moved}
+        state |= {"retreats": self.retreats}
+        if not spectral.started or self.sampled:
+            return {}, state
+        here = spectral.iterate
+        tensors = {"terms": here.terms, "grad_weight": here.grad_weight, "grad_bias": here.grad_bias}
+        return tensors, {**state, "loss": here.loss}
+
+    def resume(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on from `state`, at maps that are in place again."""
+        spectral = self.spectral
+        spectral.lr, spectral.rate, spectral.moved = state["lr"], state["rate"], state["moved"]
+        spectral.recent = state["recent"]
+        self.retreats = state["retreats"]
+        if "loss" in state:
+            spectral.tasks = self.tasks
+            there = (tensors[name].to(spectral.maps.weight.device) for name in ("terms", "grad_weight", "grad_bias"))
+            spectral.iterate = Iterate(spectral.maps, state["loss"], *there)

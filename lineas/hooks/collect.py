@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..inputs.batches import Batch
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
-from ..inputs.tokenize import as_batches
+from ..inputs.prompts import read
 from ..maps.metadata import Layers, Selection
 from .capture import Capture
 from .modules import resolve
@@ -79,7 +79,7 @@ def collect(
     """
     check_pooling(pooling)
     tokens = check_fit_tokens(tokens, model)
-    batches = as_batches(data, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size, argument="data")
+    batches = read(data, "data", tokenizer=tokenizer, max_length=max_length).parts(batch_size)
     names = resolve(model, layers)
     with frozen(model, gradients=False):
         shown = tqdm(batches, "collect", disable=not progress)

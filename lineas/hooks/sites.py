@@ -13,7 +13,7 @@ from .._names import matching
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
 from ..inputs.frozen import frozen
-from ..inputs.tokenize import as_batches
+from ..inputs.prompts import read
 from . import outputs
 from .modules import output_width
 
@@ -184,8 +184,8 @@ def sites(
     found = {name: module for name, module in modules.items() if _is_candidate(module)}
     ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
     if data is not None:
-        how: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "batch_size": 2}
-        ran = _run(model, as_batches(data, **how, argument="data")[0], found, forward)
+        batch = read(data, "data", tokenizer=tokenizer, max_length=max_length).first()
+        ran = _run(model, batch, found, forward)
         found = {name: found[name] for name in ran}
     chosen = _suggest(modules, found)
     groups: dict[tuple[str, str, bool], list[str]] = {}
@@ -201,6 +201,13 @@ def sites(
         order = list(ran)
         rows.sort(key=lambda row: order.index(row.names[0]))
     return Sites(rows, _layers([row for row in rows if row.suggested], modules), type(model).__name__)
+
+
+def choose_layers(model: nn.Module, layers: Any, *, say: bool) -> tuple[list[str], Any]:
+    """To be replaced."""
+    from .modules import resolve
+
+    return resolve(model, layers), layers
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -1,8 +1,7 @@
-"""Parts of batches: a set of prompts in as many forward passes as fit into memory, and mini-batches drawn from it."""
+"""One call of a model, and its parts: `Batch`, and how one that the user made is divided into prompts."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 
 # How transformers call the decoder of an encoder-decoder, and what in it sees the encoder's tokens.
 _TOKENS = ("input_ids", "inputs_embeds")
-
 _DECODER = re.compile(r"(^|\.)decoder\.")
-
 _CROSS = re.compile(r"\.(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(.*\.)?(k|v|key|value|[kv]_proj)$")
 
 
@@ -31,14 +28,14 @@ class Batch:
         The model is called as ``model(*args, **kwargs)``.
     mask : Tensor [B, T] or None
         Nonzero where a token is real; None where every one is.
-    padded_here : bool
-        Whether the batch was made of texts, so that every tensor is [B, T] and columns of padding alone can go.
+    prompt_length : Tensor [B] or None
+        Real tokens of each row before the answer that it ends with; None where rows are prompts alone.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     mask: Tensor | None = None
-    padded_here: bool = False
+    prompt_length: Tensor | None = None
 
     def mask_of(self, name: str, model: nn.Module) -> Tensor | None:
         """The mask [B, T] of the tokens that module `name` of `model` sees.
@@ -65,6 +62,45 @@ class Batch:
             return False
         two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         return two is True or any(key.startswith("decoder_") for key in self.kwargs)
+
+    @property
+    def data(self) -> Any:
+        """What the user gave, or would have given: the mapping, the one positional argument or all of them."""
+        return self.kwargs if not self.args else self.args[0] if len(self.args) == 1 else self.args
+
+
+def as_batch(data: Any, argument: str) -> Batch:
+    """One batch that the user made: a mapping, a tensor, or a tuple or list of positional arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it is none, is empty, or its ``"attention_mask"`` is not [batch, tokens] with a real token in every row.
+    """
+    if isinstance(data, Tensor):
+        return Batch(args=(data,))
+    if isinstance(data, tuple | list) and not any(isinstance(entry, str) for entry in data):
+        if not data:
+            raise ValueError(f"{argument} is empty")
+        return Batch(args=tuple(data))
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{argument} must be a mapping, a tensor or a tuple, got {type(data).__name__}")
+    if not data:
+        raise ValueError(f"{argument} is empty")
+    kwargs = dict(data)
+    for key in ("input_ids", "attention_mask"):
+        if kwargs.get(key) is not None and not isinstance(kwargs[key], Tensor):
+            raise TypeError(
+                f"{argument}: {key!r} must be a tensor, got {type(kwargs[key]).__name__} "
+                '(tokenizers give tensors with return_tensors="pt")'
+            )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(f"{argument}: 'attention_mask' must be [batch, tokens], got shape {tuple(mask.shape)}")
+    if mask is not None and not (mask != 0).any(dim=1).all():
+        row = int((mask == 0).all(dim=1).nonzero()[0])
+        raise ValueError(f"{argument}: row {row} of 'attention_mask' has no real token")
+    return Batch(kwargs=kwargs, mask=mask)
 
 
 def count(batch: Batch, argument: str) -> int:
@@ -106,7 +142,7 @@ def _has_rows(key: str, value: Any, argument: str) -> bool:
 
 
 def take(batch: Batch, rows: Sequence[int] | NDArray, argument: str) -> Batch:
-    """The prompts ``rows`` of a batch, in that order; padding that none of them needs goes where texts were padded."""
+    """The prompts ``rows`` of a batch, in that order."""
     index = torch.as_tensor(rows)
 
     def part(key: str, value: Any) -> Any:
@@ -119,11 +155,6 @@ def take(batch: Batch, rows: Sequence[int] | NDArray, argument: str) -> Batch:
     args = tuple(part(f"entry {i}", value) for i, value in enumerate(batch.args))
     kwargs = {key: part(repr(key), value) for key, value in batch.kwargs.items()}
     mask = None if batch.mask is None else kwargs["attention_mask"]
-    if batch.padded_here and mask is not None:
-        real = mask.any(dim=0).nonzero()
-        columns = slice(int(real[0]), int(real[-1]) + 1)
-        kwargs = {key: value[:, columns].contiguous() for key, value in kwargs.items()}
-        mask = kwargs["attention_mask"]
     return replace(batch, args=args, kwargs=kwargs, mask=mask)
 
 
@@ -141,54 +172,3 @@ def split(batches: Sequence[Batch], size: int | None, argument: str) -> list[Bat
                 take(batch, range(start, min(start + size, prompts)), argument) for start in range(0, prompts, size)
             ]
     return parts
-
-
-class Sampler:
-    """Mini-batches of a set of prompts.
-
-    Every epoch shuffles the prompts and deals them out in mini-batches of equal size; those left over wait for the
-    next. What a step gets depends on the seed and on its number alone.
-
-    Parameters
-    ----------
-    batches : sequence of Batch
-        The whole set.
-    size : int
-        Prompts in a mini-batch.
-    batch_size : int, optional
-        Prompts in a forward pass, where that is fewer.
-    seed : int
-        Of the shuffling.
-    argument : str
-        What error messages call the set.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than ``size`` prompts, or a batch cannot be taken apart into prompts.
-    """
-
-    def __init__(
-        self, batches: Sequence[Batch], size: int, *, batch_size: int | None, seed: int, argument: str
-    ) -> None:
-        self.batches, self.size, self.batch_size = list(batches), size, batch_size
-        self.seed, self.argument = seed, argument
-        self.starts = np.array([0, *itertools.accumulate(count(batch, argument) for batch in batches)])
-        if size > self.prompts:
-            raise ValueError(f"mini_batch must be at most the {self.prompts} prompts of {argument}, got {size}")
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts the set has."""
-        return int(self.starts[-1])
-
-    def draw(self, step: int) -> list[Batch]:
-        """The mini-batch of a step, counted from 0: one batch for each of the set's that it has prompts of."""
-        epoch, turn = divmod(step, self.prompts // self.size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.prompts)
-        chosen = order[turn * self.size : (turn + 1) * self.size]
-        home = np.searchsorted(self.starts, chosen, side="right") - 1
-        parts = [
-            take(self.batches[k], chosen[home == k] - self.starts[k], self.argument) for k in np.unique(home).tolist()
-        ]
-        return split(parts, self.batch_size, self.argument)

@@ -1,8 +1,4 @@
-"""Call a model somebody else loaded: turn data into batches, freeze it, and leave its forward early.
-
-A model is called as it is. Once the last module of interest has fired, its hook raises a private exception that
-`Capture` catches, so neither later layers nor a language-model head run, whatever wraps the model.
-"""
+"""Call a model that somebody else loaded as it is, with the arguments that it needs, and see through its wrappers."""
 
 import inspect
 from collections.abc import Callable
@@ -14,12 +10,6 @@ from torch import Tensor, nn
 from .batches import Batch
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-# --- calling ----------------------------------------------------------------------------------------------------------
 
 
 def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
@@ -42,7 +32,7 @@ def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     device = _device(model)
     args, kwargs = _to(batch.args, device), _to(batch.kwargs, device)
     if forward is not None:
-        return forward(model, kwargs if not args else args[0] if len(args) == 1 else args)
+        return forward(model, Batch(args, kwargs).data)
     accepted = _accepted(model)
     if "use_cache" in accepted:
         kwargs.setdefault("use_cache", False)

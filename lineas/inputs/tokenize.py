@@ -1,127 +1,179 @@
-"""Texts to batches."""
+"""Texts, conversations and token ids: tokenised once into rows, which are padded when they are run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .batches import Batch
 
+Tokenizer = Callable[..., Any]
 
-def as_batches(
-    data: Any,
-    *,
-    tokenizer: Callable[..., Any] | None = None,
-    max_length: int | None = None,
-    batch_size: int | None = None,
-    argument: str,
-) -> list[Batch]:
-    """Turn texts, one batch, or an iterable of batches into batches.
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Prompts as token ids, not padded yet.
+
+    Attributes
+    ----------
+    columns : dict of str to list
+        "input_ids" and what else the tokenizer gives for every token, each a list of one list a prompt.
+    prompt_lengths : list of int or None
+        Tokens before the answer that a conversation ends with; None where there are no answers.
+    fills : dict of str to int
+        What each column is padded with.
+    left : bool
+        Whether padding goes before the tokens.
+    """
+
+    columns: dict[str, list[list[int]]]
+    prompt_lengths: list[int] | None
+    fills: Mapping[str, int]
+    left: bool
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def batch(self, rows: Sequence[int] | NDArray) -> Batch:
+        """The prompts `rows`, in that order, padded no further than they need."""
+        kwargs = {
+            key: self._pad([column[i] for i in rows], self.fills.get(key, 0)) for key, column in self.columns.items()
+        }
+        mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], 0)
+        lengths = None if self.prompt_lengths is None else torch.tensor([self.prompt_lengths[i] for i in rows])
+        return Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, prompt_length=lengths)
+
+    def _pad(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
+        for out, row in zip(padded, rows, strict=True):
+            out[-len(row) if self.left else 0 : None if self.left else len(row)] = torch.as_tensor(row)
+        return padded
+
+
+# --- what may be given ------------------------------------------------------------------------------------------------
+
+
+def is_conversation(entry: Any) -> bool:
+    """Whether `entry` is a list of messages such as ``{"role": "user", "content": "..."}``."""
+    return isinstance(entry, list | tuple) and bool(entry) and all(map(is_message, entry))
+
+
+def is_message(entry: Any) -> bool:
+    """Whether `entry` is one message of a conversation."""
+    return isinstance(entry, Mapping) and isinstance(entry.get("role"), str)
+
+
+def is_token_ids(entry: Any) -> bool:
+    """Whether `entry` is a list of token ids, or an array [T] of them."""
+    if isinstance(entry, np.ndarray):
+        return entry.ndim == 1 and entry.dtype.kind in "iu"
+    return isinstance(entry, list) and bool(entry) and all(type(one) is int for one in entry)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda entry: isinstance(entry, str),
+    "conversation": is_conversation,
+    "list of token ids": is_token_ids,
+}
+
+
+def tokenize(
+    entries: Sequence[Any], kind: str, tokenizer: Tokenizer | None, max_length: int | None, argument: str
+) -> TokenRows:
+    """Tokenise entries of one of `KINDS`.
+
+    Conversations are rendered by the tokenizer's chat template: where the last message is not the assistant's, the
+    start of its answer follows, as when it is generated. No beginning-of-text token is put twice: neither by a
+    template, nor before a text that starts with one, as texts do that a template rendered.
 
     Parameters
     ----------
-    data : texts, batch, or iterable of batches
-        Texts are strings. A batch is a mapping, called as ``model(**batch)``, whose ``"attention_mask"``, where
-        there is one, is the mask of its tokens; or a tensor or tuple, called as ``model(x)`` or ``model(*x)``.
-        In an iterable a list is taken like a tuple, since that is what a `DataLoader` gives.
-    tokenizer : callable, optional
-        A transformers tokenizer; needed for texts. It is not modified: padding is done here, on its
-        ``padding_side``, also where it has no pad token.
+    entries : sequence
+        At least one.
+    kind : str
+        The kind of the first of them, which all must share.
+    tokenizer : transformers tokenizer, optional
+        Needed for texts and conversations. It is not modified: padding is done here, on its ``padding_side`` (on the
+        right without a tokenizer), also where it has no pad token.
     max_length : int, optional
-        Texts are cut to so many tokens.
-    batch_size : int, optional
-        Texts in a batch; None puts all of them in one.
+        Longer prompts are cut to so many tokens, on the tokenizer's ``truncation_side``.
     argument : str
-        What to call `data` in error messages.
+        What to call the entries in error messages.
 
     Raises
     ------
     TypeError, ValueError
-        For empty data, texts without a tokenizer, a text without tokens, and entries that are no batch.
+        For entries of another kind, texts and conversations without a tokenizer, a tokenizer without a chat template,
+        and an entry without tokens.
     """
-    for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an integer or None, got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if isinstance(data, str):
-        raise TypeError(f"{argument} is one string: give a list of texts")
-    if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and not _all_texts(data)):
-        return [_as_batch(data, argument)]
-    if not isinstance(data, Iterable):
-        raise TypeError(
-            f"{argument} must be texts, a batch (mapping, tensor or tuple) or a list of them, got {type(data).__name__}"
-        )
-    entries = list(data)
-    if not entries:
-        raise ValueError(f"{argument} is empty")
-    if isinstance(entries[0], str):
-        return _tokenize(entries, tokenizer, max_length, batch_size or len(entries), argument)
-    return [_as_batch(entry, f"{argument}[{i}]") for i, entry in enumerate(entries)]
-
-
-def _all_texts(data: Sequence[Any]) -> bool:
-    return all(isinstance(entry, str) for entry in data)
-
-
-def _as_batch(data: Any, argument: str) -> Batch:
-    if isinstance(data, Tensor):
-        return Batch(args=(data,))
-    if isinstance(data, tuple | list) and not any(isinstance(entry, str) for entry in data):
-        if not data:
-            raise ValueError(f"{argument} is empty")
-        return Batch(args=tuple(data))
-    if not isinstance(data, Mapping):
-        raise TypeError(f"{argument} must be a mapping, a tensor or a tuple, got {type(data).__name__}")
-    if not data:
-        raise ValueError(f"{argument} is empty")
-    kwargs = dict(data)
-    for key in ("input_ids", "attention_mask"):
-        if kwargs.get(key) is not None and not isinstance(kwargs[key], Tensor):
-            raise TypeError(
-                f"{argument}: {key!r} must be a tensor, got {type(kwargs[key]).__name__} "
-                '(tokenizers give tensors with return_tensors="pt")'
-            )
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(f"{argument}: 'attention_mask' must be [batch, tokens], got shape {tuple(mask.shape)}")
-    if mask is not None and not (mask != 0).any(dim=1).all():
-        row = int((mask == 0).all(dim=1).nonzero()[0])
-        raise ValueError(f"{argument}: row {row} of 'attention_mask' has no real token")
-    return Batch(kwargs=kwargs, mask=mask)
-
-
-def _tokenize(
-    texts: list[Any], tokenizer: Callable[..., Any] | None, max_length: int | None, batch_size: int, argument: str
-) -> list[Batch]:
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{argument}[{i}] must be a text like the entries before it, got {type(text).__name__}")
-    if tokenizer is None:
-        raise ValueError(f"{argument} holds texts: pass tokenizer=")
-    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    encoded = dict(tokenizer(texts, **cut))
-    encoded.pop("attention_mask", None)  # made below, by the one that pads
-    for i, ids in enumerate(encoded["input_ids"]):
+    for i, entry in enumerate(entries):
+        if not KINDS[kind](entry):
+            raise TypeError(f"{argument}[{i}] must be a {kind} like the entries before it, got {type(entry).__name__}")
+    if tokenizer is None and kind != "list of token ids":
+        raise ValueError(f"{argument} holds {kind}s: pass tokenizer=")
+    from_left = getattr(tokenizer, "truncation_side", "right") == "left"
+    lengths = None
+    if kind == "text":
+        assert tokenizer is not None
+        cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        columns = _texts(list(entries), tokenizer, cut)
+    else:
+        if kind == "conversation":
+            rendered = [_render(entry, tokenizer, f"{argument}[{i}]") for i, entry in enumerate(entries)]
+            if any(length < len(ids) for ids, length in rendered):
+                lengths = [length for _, length in rendered]
+            entries = [ids for ids, _ in rendered]
+        columns = {"input_ids": [[int(one) for one in entry] for entry in entries]}
+        if max_length is not None:
+            if lengths is not None and from_left:
+                surplus = [max(len(ids) - max_length, 0) for ids in columns["input_ids"]]
+                lengths = [max(length - more, 0) for length, more in zip(lengths, surplus, strict=True)]
+            part = slice(-max_length, None) if from_left else slice(max_length)
+            columns = {"input_ids": [ids[part] for ids in columns["input_ids"]]}
+    for i, ids in enumerate(columns["input_ids"]):
         if not len(ids):
-            raise ValueError(f"{argument}[{i}] has no tokens: {texts[i]!r}")
-    left = getattr(tokenizer, "padding_side", "right") == "left"
-    fills = {"input_ids": getattr(tokenizer, "pad_token_id", None), "token_type_ids": 0}
-    batches = []
-    for start in range(0, len(texts), batch_size):
-        part = slice(start, start + batch_size)
-        # A tokenizer without a pad token pads with 0: any id will do under the mask.
-        kwargs = {key: _pad(rows[part], fills.get(key) or 0, left) for key, rows in encoded.items()}
-        mask = _pad([[1] * len(ids) for ids in encoded["input_ids"][part]], 0, left)
-        batches.append(Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, padded_here=True))
-    return batches
+            raise ValueError(f"{argument}[{i}] has no tokens: {entries[i]!r}")
+    # A tokenizer without a pad token pads with 0: any id will do under the mask.
+    fills = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "token_type_ids": 0}
+    return TokenRows(columns, lengths, fills, getattr(tokenizer, "padding_side", "right") == "left")
 
 
-def _pad(rows: Sequence[Sequence[int]], fill: int, left: bool) -> Tensor:
-    padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
-    for out, row in zip(padded, rows, strict=True):
-        out[-len(row) if left else 0 : None if left else len(row)] = torch.as_tensor(row)
-    return padded
+def _texts(texts: list[str], tokenizer: Tokenizer, cut: Mapping[str, Any]) -> dict[str, list[list[int]]]:
+    columns = dict(tokenizer(texts, **cut))
+    columns.pop("attention_mask", None)  # made by the one that pads
+    bos = getattr(tokenizer, "bos_token_id", None)
+    twice = [bos is not None and list(ids[:2]) == [bos, bos] for ids in columns["input_ids"]]
+    if any(twice) and list(tokenizer("")["input_ids"])[:1] == [bos]:  # one of them is the tokenizer's own
+        columns = {
+            key: [row[1:] if double else row for row, double in zip(rows, twice, strict=True)]
+            for key, rows in columns.items()
+        }
+    return columns
+
+
+def _render(conversation: Sequence[Mapping[str, Any]], tokenizer: Any, argument: str) -> tuple[list[int], int]:
+    """Token ids of a conversation, and how many of them stand before the answer that it ends with, or all."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{argument} is a conversation, and {type(tokenizer).__name__} has no chat template")
+
+    def ids(messages: Sequence[Mapping[str, Any]], start_answer: bool) -> list[int]:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=start_answer, return_dict=True
+        )["input_ids"]
+
+    answered = conversation[-1]["role"] == "assistant"
+    whole = ids(conversation, not answered)
+    if not answered or len(conversation) == 1:
+        return whole, 0 if answered else len(whole)
+    prompt = ids(conversation[:-1], True)
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(
+            f"{argument}: the chat template does not render the answer after its prompt, so it is not found"
+        )
+    return whole, len(prompt)

@@ -19,6 +19,7 @@ Selection: TypeAlias = str | slice | Callable[[Any], Any]
 """What users may give as ``tokens=``; a callable gets a `lineas.Tokens`."""
 
 WORDS = ("all", "last", "prompt", "generated")
+POOLINGS = ("mean", "min", "max", "last", "all")
 
 
 def describe(method: str, **facts: Any) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from torch import nn
 
 import lineas
 from lineas import fit_end_to_end
-from lineas.fitting import problem
-from lineas.fitting.objective import Objective
-from lineas.fitting.parameters import FlatMaps
+from lineas.fitting.end_to_end import prepare, read_sets
+from lineas.fitting.objective import Objective, _join
+from lineas.fitting.parameters import MapParameters
+from lineas.fitting.settings import ObjectiveSettings
 from lineas.hooks.capture import Capture
-from lineas.inputs import batches, frozen, tokenize
+from lineas.inputs import batches, frozen
+from lineas.inputs.prompts import Prompts, Sampler, read
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +28,32 @@ def llama():
     return zoo.llama().double()
 
 
-def posed(
-    model, source, target, layers, *, forward=None, pooling="mean", scaling="layer-mean", loss_layers=None, **part
-):
-    """An objective, its sets, and maps near the identity."""
-    data = problem.read(source, target, None, zoo.tokenizer(), None)
-    torch.manual_seed(3)
-    names = problem.find(model, layers, loss_layers)
-    objective, fitted, _ = problem.pose(model, data, *names, forward, pooling, scaling, **part)
-    maps = FlatMaps(objective.widths, objective.dtype, objective.device)
+def posed(model, source, target, layers, **settings):
+    """An objective, its task, and maps near the identity."""
+    mini_batch = settings.pop("mini_batch", None)
+    settings = ObjectiveSettings(layers=layers, tokenizer=zoo.tokenizer(), seed=3, progress=False, **settings)
+    sets = read_sets(None, (source, target), None, settings)
+    objective, tasks, _, _ = prepare(model, [sets], settings, mini_batch)
+    maps = MapParameters(objective.widths, objective.dtype, objective.device)
     generator = torch.Generator().manual_seed(4)
     for values in (maps.weight, maps.bias):
         values += 0.2 * torch.randn(values.shape, generator=generator, dtype=values.dtype)
-    return objective, fitted, maps.leaves()
+    return objective, tasks, maps.leaves()
 
 
 def gradient(model, *data, **settings):
     with frozen.frozen(model):
-        objective, *sets = posed(model, *data, **settings)
-        loss, terms, grad_weight, grad_bias = objective.gradient(*sets)
-    return loss, terms, torch.cat([grad_weight, grad_bias])
+        objective, tasks, maps = posed(model, *data, **settings)
+        loss, terms, grad_weight, grad_bias = objective.gradient(tasks, maps)
+    return loss, terms[0], torch.cat([grad_weight, grad_bias])
 
 
 def naive_gradient(model, *data, **settings):
     """The gradient by one backward pass, with the graphs of all batches kept."""
     with frozen.frozen(model), Capture() as capture:
-        objective, fitted, maps = posed(model, *data, **settings)
-        parts = [objective._pooled(capture, batch, objective._steer(maps)) for batch in fitted.batches]
-        total, terms = objective._compare(fitted, objective._join(parts))
+        objective, (task,), maps = posed(model, *data, **settings)
+        parts = [objective._pooled(capture, batch, objective._steer(maps)) for batch in task.batches]
+        total, terms = objective._compare(task, _join(parts))
         weights, biases = zip(*maps.values(), strict=True)
         return total.item(), terms, torch.cat(torch.autograd.grad(total, [*weights, *biases]))
 
@@ -112,11 +112,11 @@ def test_both_passes_draw_the_same_random_numbers():
         torch.manual_seed(0)
         with torch.random.fork_rng():
             model = zoo.mlp()
-            objective, fitted, maps = posed(model, *data, forward=noisy)
+            objective, tasks, maps = posed(model, *data, forward=noisy)
             if function is gradient:
-                objective.gradient(fitted, maps)
+                objective.gradient(tasks, maps)
             else:
-                [objective._pooled(Capture(), batch, objective._steer(maps)) for batch in fitted.batches]
+                [objective._pooled(Capture(), batch, objective._steer(maps)) for batch in tasks[0].batches]
             after.append(torch.rand(1))
     assert after[0] == after[1]
 
@@ -187,8 +187,8 @@ def test_all_batches_but_the_last_run_twice():
     ):
         calls.clear()
         fit_end_to_end(zoo.mlp(), x, x + 1, layers="[02]", forward=forward, batch_size=size, lr=0.1, steps=1, **QUIET)
-        # before the step: the search for the order, and the targets
-        assert calls == [(size or 6, False)] * (1 + 6 // (size or 6)) + expected
+        # before the step: the targets
+        assert calls == [(size or 6, False)] * (6 // (size or 6)) + expected
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -200,8 +200,8 @@ def test_gradient_checkpointing_in_parts():
     same(gradient(model, *data, batch_size=2), expected, 1e-5)
 
 
-# The order takes one call, the targets three, the first step three and two.
-@pytest.mark.parametrize("call", [5, 7, 8, 9])
+# The targets take three calls, the first step three and two.
+@pytest.mark.parametrize("call", [4, 6, 7, 8])
 def test_an_interrupt_in_either_pass_leaves_no_hook(llama, call):
     before = snapshot(llama)
     result = short_fit(llama, forward=Trouble(call, interrupt), batch_size=2)
@@ -209,7 +209,7 @@ def test_an_interrupt_in_either_pass_leaves_no_hook(llama, call):
     assert snapshot(llama) == before
 
 
-@pytest.mark.parametrize("call", [5, 7, 8, 9])
+@pytest.mark.parametrize("call", [4, 6, 7, 8])
 def test_an_error_in_either_pass_leaves_no_hook(llama, call):
     def fail(model):
         raise RuntimeError("out of luck")
@@ -245,8 +245,8 @@ def test_a_gradient_that_is_not_finite_names_the_module(batch_size):
 
 def test_a_loss_that_is_not_finite_in_parts_keeps_the_maps():
     x = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(6, 5)
-    # 1 + 3 calls, then five a step
-    forward = Trouble(4 + 5 + 1, lambda model: model[2].weight.data.fill_(math.nan))
+    # 3 calls, then five a step
+    forward = Trouble(3 + 5 + 1, lambda model: model[2].weight.data.fill_(math.nan))
     with pytest.warns(RuntimeWarning, match="not finite at step 1: source: 2: nan at row 0"):
         result = fit_end_to_end(
             zoo.mlp().double(), x, x**2, layers="[02]", forward=forward, batch_size=2, lr=0.1, **QUIET
@@ -280,7 +280,7 @@ def test_a_path_in_parts_is_that_of_the_whole(llama):
     parts = lineas.sparse_path_end_to_end(llama, prompts(6, 1), prompts(5, 2), **sets, batch_size=4)
     np.testing.assert_allclose(parts.weight, whole.weight, atol=1e-6)
     np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-6)
-    assert (whole.passes, parts.passes) == (2 + 3 * 5, 2 + 4 * 5)
+    assert (whole.passes, parts.passes) == (1 + 3 * 5, 1 + 4 * 5)
     assert parts.metadata["settings"]["batch_size"] == 4
 
 
@@ -291,15 +291,27 @@ def test_texts_are_padded_no_further_than_their_part_needs():
     texts = ["a", "a good day", "a b c d e", "the night"]
     for side in ("left", "right"):
         tokenizer = zoo.tokenizer(padding_side=side)
-        (whole,) = tokenize.as_batches(texts, tokenizer=tokenizer, argument="source")
-        for part, expected in zip(
-            batches.split([whole], 2, "source"),
-            tokenize.as_batches(texts, tokenizer=tokenizer, batch_size=2, argument="source"),
-            strict=True,
+        for part, those in zip(
+            read(texts, "source", tokenizer=tokenizer).parts(2), (texts[:2], texts[2:]), strict=True
         ):
-            assert part.kwargs.keys() == expected.kwargs.keys()
-            assert all(torch.equal(value, expected.kwargs[key]) for key, value in part.kwargs.items())
-            assert torch.equal(part.mask, expected.mask)
+            expected = tokenizer(those, padding=True, return_tensors="pt")
+            assert torch.equal(part.kwargs["input_ids"], expected["input_ids"])
+            assert torch.equal(part.mask, expected["attention_mask"])
+
+
+def test_texts_are_tokenised_once(llama):
+    calls = []
+
+    class Counting:
+        padding_side, pad_token_id = "left", 0
+
+        def __call__(self, texts, **settings):
+            calls.append(len(texts))
+            return zoo.tokenizer()(texts, **settings)
+
+    source, target = zoo.texts(9, seed=1), zoo.texts(7, seed=2)
+    short_fit(llama, source, target, tokenizer=Counting(), mini_batch=4, batch_size=2, steps=3)
+    assert calls == [9, 7]
 
 
 def test_a_mapping_is_taken_apart_along_its_first_axis():
@@ -314,7 +326,7 @@ def test_a_mapping_is_taken_apart_along_its_first_axis():
 
 
 def test_a_batch_of_the_user_keeps_its_padding():
-    (batch,) = tokenize.as_batches(prompts(4, 1), argument="source")
+    (batch,) = read(prompts(4, 1), "source").parts()
     part = batches.take(batch, [int(batch.mask.sum(dim=1).argmin())], "source")
     assert part.mask.shape == (1, batch.mask.shape[1]) and (part.mask == 0).any()
     assert part.mask is part.kwargs["attention_mask"]
@@ -331,8 +343,8 @@ def test_a_batch_of_the_user_keeps_its_padding():
 def test_every_epoch_draws_every_prompt_once(sizes, size, seed, batch_size):
     total = sum(sizes)
     size = min(size, total)
-    whole = [batches.Batch(args=(part,)) for part in torch.arange(total).split(sizes)]
-    make = partial(batches.Sampler, whole, size, seed=seed, argument="source")
+    whole = Prompts([batches.Batch(args=(part,)) for part in torch.arange(total).split(sizes)], "source")
+    make = partial(Sampler, whole, size, seed=seed)
     sampler, parted = make(batch_size=None), make(batch_size=batch_size)
     turns = total // size
     drawn = []
@@ -351,8 +363,8 @@ def test_every_epoch_draws_every_prompt_once(sizes, size, seed, batch_size):
 
 
 def test_epochs_and_seeds_shuffle_anew():
-    whole = [batches.Batch(args=(torch.arange(40),))]
-    first, other = (batches.Sampler(whole, 20, batch_size=None, seed=seed, argument="source") for seed in (0, 1))
+    whole = Prompts([batches.Batch(args=(torch.arange(40),))], "source")
+    first, other = (Sampler(whole, 20, batch_size=None, seed=seed) for seed in (0, 1))
     draws = [tuple(sampler.draw(step)[0].args[0].tolist()) for sampler in (first, other) for step in (0, 2)]
     assert len(set(draws)) == 4
 
@@ -361,9 +373,7 @@ def test_epochs_and_seeds_shuffle_anew():
 def test_a_step_sees_its_mini_batch_and_the_whole_target(llama, batch_size):
     source, target = zoo.texts(9, seed=1), zoo.texts(7, seed=2)
     data = dict(target=target, tokenizer=zoo.tokenizer(), steps=1)
-    (whole,) = tokenize.as_batches(source, tokenizer=zoo.tokenizer(), argument="source")
-    sampler = batches.Sampler([whole], 4, batch_size=None, seed=5, argument="source")
-    (drawn,) = sampler.draw(0)
+    (drawn,) = Sampler(read(source, "source", tokenizer=zoo.tokenizer()), 4, batch_size=None, seed=5).draw(0)
     expected = short_fit(llama, dict(drawn.kwargs), **data)
     found = short_fit(llama, source, **data, mini_batch=4, batch_size=batch_size, seed=5)
     same_maps(found.maps, expected.maps, atol=1e-6)
@@ -374,9 +384,7 @@ def test_a_step_sees_its_mini_batch_and_the_whole_target(llama, batch_size):
 def test_steps_go_through_the_mini_batches(llama):
     source = [rows(prompts(10, 1), 0, 6), rows(prompts(10, 1), 6, 10)]
     found = short_fit(llama, source, mini_batch=3, steps=4, lr=1e-9)
-    sampler = batches.Sampler(
-        tokenize.as_batches(source, argument="source"), 3, batch_size=None, seed=0, argument="source"
-    )
+    sampler = Sampler(read(source, "source"), 3, batch_size=None, seed=0)
     for step, loss in enumerate(found.history["loss"]):
         expected = short_fit(llama, [dict(batch.kwargs) for batch in sampler.draw(step)], steps=1)
         assert loss == pytest.approx(expected.history["loss"][0], rel=1e-6)
@@ -497,7 +505,7 @@ def test_float16_gradients_are_scaled_out_of_the_underflow(monkeypatch):
 
 
 def test_scales_go_by_the_largest_gradient():
-    objective = Objective(zoo.mlp(), ["0"], ["0"], forward=None, pooling="mean", scaling="paper")
+    objective = Objective(zoo.mlp(), ["0"], ["0"], ObjectiveSettings())
     grads = [torch.tensor([0.1, -0.6]), torch.tensor([0.0])]
     assert list(objective._exponents(grads)) == [0]
     objective.seen = {torch.float32, torch.float16}
@@ -512,11 +520,11 @@ def test_a_scale_that_overflows_is_lowered(monkeypatch, batch_size):
     model = zoo.llama().half()
     expected = scaled(monkeypatch, [2], model, *data, batch_size=batch_size)
     with frozen.frozen(model):
-        objective, *sets = posed(model, *data, batch_size=batch_size)
+        objective, tasks, maps = posed(model, *data, batch_size=batch_size)
         monkeypatch.setattr(objective, "_exponents", lambda cached: [30, 25, 2, -10])
         runs = []
         kept = objective._pull_back
         monkeypatch.setattr(objective, "_pull_back", lambda *args: runs.append(args[-1]) or kept(*args))
-        found = objective.gradient(*sets)
+        found = objective.gradient(tasks, maps)
     assert runs == [2.0**30, 2.0**25, 4.0]
     assert torch.equal(torch.cat(found[2:]), expected[2])

@@ -26,13 +26,12 @@ def fit(llama):
 # --- early ends -------------------------------------------------------------------------------------------------------
 
 
-# Calls of the model: 1 finds the order, 2 takes the targets, then one a step; with held-out data 3 takes their
-# targets, then two a step.
+# Calls of the model: 1 takes the targets, then one a step; with held-out data 2 takes their targets, then two a step.
 @pytest.mark.parametrize("done", [0, 1, 3])
 def test_an_interrupt_keeps_the_maps(fit, llama, done):
     before = snapshot(llama)
     plain = {"forward": lambda model, batch: model(**batch)}
-    result = fit(forward=Trouble(3 + done, interrupt), steps=5)
+    result = fit(forward=Trouble(2 + done, interrupt), steps=5)
     assert (result.stopped, result.best_step) == ("interrupted", done)
     full = fit(steps=5, **plain)
     np.testing.assert_array_equal(result.history["loss"], full.history["loss"][:done])
@@ -48,7 +47,7 @@ def test_an_interrupt_keeps_the_maps(fit, llama, done):
 
 def test_an_interrupt_keeps_the_best_held_out_maps(fit):
     held_out = (prompts(6, 1), prompts(6, 1))  # the best maps are the first
-    result = fit(forward=Trouble(4 + 2 * 2, interrupt), held_out=held_out)
+    result = fit(forward=Trouble(3 + 2 * 2, interrupt), held_out=held_out)
     assert (result.stopped, result.best_step, len(result.history["loss"])) == ("interrupted", 0, 2)
     assert result.held_out_loss == result.history["held_out_loss"][0]
 
@@ -56,7 +55,7 @@ def test_an_interrupt_keeps_the_best_held_out_maps(fit):
 def test_an_interrupt_before_any_step_is_passed_on(fit, llama):
     before = snapshot(llama)
     with pytest.raises(KeyboardInterrupt):
-        fit(forward=Trouble(2, interrupt))
+        fit(forward=Trouble(1, interrupt))
     assert snapshot(llama) == before
 
 
@@ -65,7 +64,7 @@ def test_an_error_is_passed_on(fit, llama):
         raise RuntimeError("out of luck")
 
     before = snapshot(llama)
-    for call in (1, 2, 4):
+    for call in (1, 2, 3):
         with pytest.raises(RuntimeError, match="out of luck"):
             fit(forward=Trouble(call, fail))
         assert snapshot(llama) == before
@@ -85,7 +84,7 @@ X = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(6, 5)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_maps_with_one(poisoned):
-    model, forward = poisoned(3 + 2)
+    model, forward = poisoned(2 + 2)
     before = snapshot(model)
     with pytest.warns(RuntimeWarning, match=r"not finite at step 2: source: 2: nan at row 0.*maps after 1 steps"):
         result = fit_end_to_end(model, X, X**2, layers="[02]", forward=forward, steps=5, lr=0.1, **QUIET)
@@ -98,7 +97,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_maps_with_one(poisoned):
 
 
 def test_a_held_out_loss_that_is_not_finite_keeps_the_best_maps(poisoned):
-    model, forward = poisoned(4 + 3)
+    model, forward = poisoned(3 + 3)
     sets = dict(held_out=(X, X**2), layers="[02]", forward=forward)
     with pytest.warns(RuntimeWarning, match="not finite at step 1: held_out source: 2: nan"):
         result = fit_end_to_end(model, X, X**2, steps=5, lr=1e-3, **sets, **QUIET)
@@ -115,10 +114,10 @@ def test_maps_that_overflow_are_not_kept():
 
 def test_activations_that_are_not_finite_to_begin_with_are_an_error(poisoned):
     settings = dict(layers="[02]", steps=5, **QUIET)
-    model, forward = poisoned(2)
+    model, forward = poisoned(1)
     with pytest.raises(ValueError, match="target: 2: nan at row 0, column 0"):
         fit_end_to_end(model, X, X**2, forward=forward, **settings)
-    model, forward = poisoned(3)
+    model, forward = poisoned(2)
     with pytest.raises(ValueError, match="not finite before any step: source: 2: nan at row 0, column 0"):
         fit_end_to_end(model, X, X**2, forward=forward, **settings)
 

@@ -156,9 +156,9 @@ def test_every_token_of_a_prompt_is_the_same_as_all():
 def test_a_checkpoint_is_of_one_selection(tmp_path):
     path = tmp_path / "fit.safetensors"
     short_fit(zoo.llama(), tokens="last", checkpoint=path)
-    message = r"is the checkpoint of another fit, of which the tokens differs: it was 'last', and is 'all'"
+    message = r"is that of another fit, of which the tokens differs: it was 'last', and is 'all'"
     with pytest.raises(ValueError, match=message):
-        short_fit(zoo.llama(), resume=path)
+        short_fit(zoo.llama(), checkpoint=path)
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_of_one_selection(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "error", "message"),
     [
-        ("generated", ValueError, r"^tokens='generated' selects nothing in a fit, where every token is of a prompt"),
+        ("generated", ValueError, r"^tokens='generated' selects nothing of .*source, where every token is of a prompt"),
         ("first", ValueError, r"^tokens must be 'all', 'last', .* got 'first'"),
         (1.5, TypeError, r"^tokens must be 'all', 'last', .* got float"),
         (slice(20, None), ValueError, r"tokens=slice\(20, None, None\) selects none of the \d tokens of row 0"),

@@ -75,14 +75,14 @@ def test_a_fit_goes_on_with_its_strengths(llama, lr, tmp_path):
     settings = dict(held_out=HELD_OUT, strengths=STRENGTHS, patience=None, lr=lr, steps=4)
     path = tmp_path / "fit.safetensors"
     whole = short_fit(llama, forward=Trouble(0, interrupt), **settings)
-    part = short_fit(llama, checkpoint=path, forward=Trouble(14, interrupt), **settings)
+    part = short_fit(llama, checkpoint=path, forward=Trouble(13, interrupt), **settings)
     assert part.stopped == "interrupted"
-    again = short_fit(llama, resume=path, forward=Trouble(0, interrupt), **settings)
+    again = short_fit(llama, checkpoint=path, forward=Trouble(0, interrupt), **settings)
     assert again.maps == whole.maps and again.best_strength == whole.best_strength
     for name, values in whole.history.items():
         np.testing.assert_array_equal(values, again.history[name])
     with pytest.raises(ValueError, match="of which the strengths differs"):
-        short_fit(llama, resume=path, **{**settings, "strengths": (1.0,)})
+        short_fit(llama, checkpoint=path, **{**settings, "strengths": (1.0,)})
 
 
 def test_several_tasks_share_a_strength(llama):

@@ -157,7 +157,7 @@ def test_metadata_says_where_the_maps_come_from():
         "layers": models_zoo.NORMS["llama"],
         "pooling": "mean",
         "tokens": "all",
-        "settings": {"local_method": "gaussian", "max_length": 5, "batch_size": None},
+        "settings": {"method": "gaussian", "max_length": 5, "batch_size": None},
     }
 
 

@@ -167,8 +167,8 @@ def test_mini_batches_are_of_every_task(fit, llama):
         return model(**batch)
 
     fit(mini_batch=3, forward=forward, steps=2)
-    # The order of the modules; targets in parts of at most 3; then 3 prompts of each task a step.
-    assert seen == [3, 3, 3, 3, 2, 3, 3, 3, 3]
+    # Targets in parts of at most 3; then 3 prompts of each task a step.
+    assert seen == [3, 3, 3, 2, 3, 3, 3, 3]
     # A mini-batch of all prompts is the whole set in another order.
     tasks = {name: (rows(source, 0, 5), target) for name, (source, target) in TASKS.items()}
     same_maps(fit(tasks, mini_batch=5).maps, fit(tasks).maps, rtol=1e-9, atol=1e-12)
@@ -187,20 +187,20 @@ def test_a_fit_that_was_cut_off_goes_on_to_the_same_bits(fit, tmp_path, settings
         return model(**batch)
 
     assert fit(**{**settings, "forward": cut}, checkpoint=path).stopped == "interrupted"
-    same_fit(fit(**settings, resume=path), whole)
-    same_fit(fit(**settings, resume=path), whole)
+    same_fit(fit(**settings, checkpoint=path), whole)
+    same_fit(fit(**settings, checkpoint=path), whole)
 
 
 def test_the_checkpoint_of_other_tasks(fit, llama, tmp_path):
     path = tmp_path / "fit.safetensors"
     fit(checkpoint=path)
     with pytest.raises(ValueError, match=r"the tasks differs: it was \['a', 'b'\], and is \['b', 'a'\]"):
-        fit(dict(reversed(TASKS.items())), resume=path)
+        fit(dict(reversed(TASKS.items())), checkpoint=path)
     with pytest.raises(ValueError, match="the digest of the prompts differs"):
-        fit({"a": TASKS["a"], "b": TASKS["a"]}, resume=path)
-    with pytest.raises(ValueError, match=r"the tasks differs: it was \['a', 'b'\], and is None"):
+        fit({"a": TASKS["a"], "b": TASKS["a"]}, checkpoint=path)
+    with pytest.raises(ValueError, match=r"the tasks differs: it was \['a', 'b'\], and is \[None\]"):
         fit_end_to_end(
-            llama, *TASKS["a"], layers=zoo.NORMS["llama"], lr=0.02, steps=4, patience=None, resume=path, **QUIET
+            llama, *TASKS["a"], layers=zoo.NORMS["llama"], lr=0.02, steps=4, patience=None, checkpoint=path, **QUIET
         )
 
 
@@ -244,7 +244,7 @@ def test_a_value_that_is_not_finite_names_the_task_and_the_warning_points_here()
 
     def forward(model, batch):
         calls.append(1)
-        return model(batch * (torch.nan if len(calls) == 9 else 1))  # order, three targets, three sources, then two
+        return model(batch * (torch.nan if len(calls) == 8 else 1))  # three targets, three sources, then two
 
     with pytest.warns(RuntimeWarning, match="fit_jointly stopped, not finite at step 1: ") as caught:
         found = fit_jointly(model, MLP_TASKS, layers="[02]", forward=forward, steps=4, lr=0.1, **QUIET)

@@ -10,7 +10,8 @@ from fits import use_engine
 
 import lineas
 from lineas import AffineMap
-from lineas.fitting.parameters import FlatMaps, ProximalOptimizer, cosine_rate
+from lineas.fitting.parameters import MapParameters, ProximalOptimizer
+from lineas.fitting.step_sizes import cosine_rate
 
 WIDTHS = {"a": 4, "b": 7, "c": 1}
 PENALTIES = dict(l1=0.2, group=0.1, l1_bias=0.05, group_bias=0.3)
@@ -18,7 +19,7 @@ NONE = dict.fromkeys(PENALTIES, 0.0)
 
 
 def flat_maps(dtype=torch.float64, seed=0):
-    maps = FlatMaps(WIDTHS, dtype, torch.device("cpu"))
+    maps = MapParameters(WIDTHS, dtype, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     maps.weight += torch.randn(12, dtype=torch.float64, generator=generator).to(dtype)
     maps.bias += torch.randn(12, dtype=torch.float64, generator=generator).to(dtype)
@@ -67,7 +68,7 @@ def test_steps_equal_torch_optim_and_numpy_prox(monkeypatch, dtype, optimizer, p
     rates = [cosine_rate(0.2, k, 6) for k in range(6)]
     maps = flat_maps(dtype)
     expected = reference_steps(maps, optimizer, (0.8, 0.95), penalties, gradients, rates)
-    stepper = ProximalOptimizer(maps, optimizer=optimizer, betas=(0.8, 0.95), **penalties)
+    stepper = ProximalOptimizer(maps, tuple(penalties.values()), optimizer, (0.8, 0.95))
     for grads, rate in zip(gradients, rates, strict=True):
         penalty, support = stepper.step(*grads, rate)
     tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-13)
@@ -85,7 +86,7 @@ def test_strong_penalties_make_exact_identities(monkeypatch, engine):
     use_engine(monkeypatch, engine)
     for penalties in (dict(NONE, l1=100.0, l1_bias=100.0), dict(NONE, group=100.0, group_bias=100.0)):
         maps = flat_maps()
-        stepper = ProximalOptimizer(maps, optimizer="sgd", betas=(0.9, 0.999), **penalties)
+        stepper = ProximalOptimizer(maps, tuple(penalties.values()))
         assert stepper.step(torch.zeros(12).double(), torch.zeros(12).double(), 0.5) == (0.0, 0)
         assert torch.equal(maps.weight, torch.ones(12).double())
         assert torch.equal(maps.bias, torch.zeros(12).double())
@@ -96,7 +97,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch, engine):
     use_engine(monkeypatch, engine)
     maps = flat_maps()
     before = maps.weight.clone(), maps.bias.clone()
-    stepper = ProximalOptimizer(maps, optimizer="adam", betas=(0.9, 0.999), **PENALTIES)
+    stepper = ProximalOptimizer(maps, tuple(PENALTIES.values()), "adam")
     grad = torch.zeros(12).double()
     grad[5] = torch.nan
     with pytest.raises(ValueError, match=r"grad_bias.*5"):
@@ -127,7 +128,7 @@ def test_leaves_share_the_flat_memory():
 def test_snapshot_is_a_copy_and_load_its_inverse():
     maps = flat_maps()
     taken = maps.snapshot()
-    other = FlatMaps(WIDTHS, torch.float64, torch.device("cpu"))
+    other = MapParameters(WIDTHS, torch.float64, torch.device("cpu"))
     assert other.snapshot() == {name: AffineMap(np.ones(d), np.zeros(d)) for name, d in WIDTHS.items()}
     other.load(lineas.SteeringMaps(taken))
     assert torch.equal(other.weight, maps.weight) and torch.equal(other.bias, maps.bias)
@@ -136,7 +137,7 @@ def test_snapshot_is_a_copy_and_load_its_inverse():
 
 
 def test_load_refuses_other_modules():
-    maps = FlatMaps(WIDTHS, torch.float32, torch.device("cpu"))
+    maps = MapParameters(WIDTHS, torch.float32, torch.device("cpu"))
     taken = maps.snapshot()
     with pytest.raises(ValueError, match=r"init must .* 3 mapped modules: missing \['c'\], not mapped \[\]"):
         maps.load({name: taken[name] for name in "ab"})

@@ -208,7 +208,7 @@ def test_passes_are_counted(path, held_out, refit_steps):
     found = path(forward=count, held_out=held_out, refit_steps=refit_steps, steps=2)
     taken = len(found.history["loss"])
     assert taken == 5 * 2 + 5 * refit_steps  # the first point is the identity and costs none
-    set_up = 2 if held_out is None else 3
+    set_up = 1 if held_out is None else 2
     trials = 0 if held_out is None else 6 + (5 if refit_steps else 0)
     assert count.calls == set_up + 1 + taken + trials
     assert found.passes == set_up + 3 * (1 + taken) + trials
@@ -236,9 +236,9 @@ def test_history(path):
 # --- early ends -------------------------------------------------------------------------------------------------------
 
 
-# Calls: order, targets, held-out targets, start; then two steps, a held-out loss, two steps of the refit, a held-out
+# Calls: targets, held-out targets, start; then two steps, a held-out loss, two steps of the refit, a held-out
 # loss for each point. The third penalty's refit is where the last two are interrupted.
-@pytest.mark.parametrize(("call", "points", "refitted"), [(5 + 6, 1, 1), (5 + 8, 1, 1), (5 + 9, 2, 1), (5 + 11, 2, 1)])
+@pytest.mark.parametrize(("call", "points", "refitted"), [(4 + 6, 1, 1), (4 + 8, 1, 1), (4 + 9, 2, 1), (4 + 11, 2, 1)])
 def test_an_interrupt_keeps_the_points(path, llama, call, points, refitted):
     before = snapshot(llama)
     settings = dict(penalties=[0.3, 0.1, 0.05], refit_steps=2, held_out=(prompts(6, 1), prompts(6, 2)))
@@ -252,7 +252,7 @@ def test_an_interrupt_keeps_the_points(path, llama, call, points, refitted):
     assert snapshot(llama) == before
 
 
-@pytest.mark.parametrize("call", [2, 5])
+@pytest.mark.parametrize("call", [1, 4])
 def test_an_interrupt_before_the_first_point_is_passed_on(path, llama, call):
     before = snapshot(llama)
     with pytest.raises(KeyboardInterrupt):
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_ends_the_path():
     with pytest.warns(
         RuntimeWarning, match=r"sparse_path_end_to_end stopped, not finite at penalty 0.01: source: 2: nan"
     ):
-        found = poisoned(3 + 3)
+        found = poisoned(2 + 3)
     assert found.stopped.startswith("not finite at penalty 0.01: source: 2: nan at row 0, column 0")
     assert len(found) == 1 and np.isfinite(found.weight).all()
     with warnings.catch_warnings():
@@ -287,16 +287,15 @@ def test_a_loss_that_is_not_finite_ends_the_path():
 
 def test_a_loss_that_is_not_finite_before_the_first_point_is_an_error():
     with pytest.raises(ValueError, match="not finite before any step: source: 2: nan at row 0, column 0"):
-        poisoned(3)
+        poisoned(2)
     with pytest.raises(ValueError, match=r"no point of the path was found, not finite at penalty 0\.1: source: 2: nan"):
-        poisoned(4)
+        poisoned(3)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 BAD = [
-    (dict(penalties=[0.1], n_penalties=3), TypeError, "exactly one of penalties and n_penalties must be given"),
-    (dict(n_penalties=None), TypeError, "exactly one of penalties and n_penalties must be given"),
+    (dict(n_penalties=None), TypeError, "n_penalties must be an int, got NoneType"),
     (dict(penalties=0.1), TypeError, "penalties must be a sequence of numbers, got float"),
     (dict(penalties="0.1"), TypeError, "penalties must be a sequence of numbers, got str"),
     (dict(penalties=[]), ValueError, "penalties is empty"),

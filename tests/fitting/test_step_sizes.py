@@ -8,7 +8,7 @@ from fits import Trouble, interrupt, prompts, same_maps, short_fit, snapshot
 
 import lineas
 from lineas import fit_end_to_end, sparse_path_end_to_end
-from lineas.fitting.loop import MOST_RETREATS
+from lineas.fitting.step_sizes import MOST_RETREATS
 
 HELD_OUT = (prompts(6, 3), prompts(6, 4))
 
@@ -118,7 +118,7 @@ class Overflow:
 
 
 def test_a_step_into_infinity_is_taken_back(fit):
-    result, plain = fit(forward=Overflow({4})), fit(forward=Overflow(()))
+    result, plain = fit(forward=Overflow({3})), fit(forward=Overflow(()))
     assert result.stopped == "finished"
     assert result.history["kept"].tolist()[:2] == [False, True]
     assert result.history["lr"][1] == plain.history["lr"][0] / 4
@@ -127,7 +127,7 @@ def test_a_step_into_infinity_is_taken_back(fit):
 
 def test_infinities_for_ever_end_the_fit_with_the_last_finite_maps(fit):
     with pytest.warns(RuntimeWarning, match="fit_end_to_end stopped, not finite at step"):
-        result = fit(forward=Overflow(range(6, 100)), steps=20)
+        result = fit(forward=Overflow(range(5, 100)), steps=20)
     assert result.stopped.startswith(f"not finite at step {2 + MOST_RETREATS - 1}: source: ")
     same_maps(result.maps, fit(forward=Overflow(()), steps=2).maps)
 
@@ -166,8 +166,8 @@ def test_mini_batches_are_judged_by_themselves(fit):
 def test_an_interrupt_in_a_step_keeps_the_maps_before_it(fit, llama):
     before = snapshot(llama)
     plain = {"forward": lambda model, batch: model(**batch)}
-    # Calls of the model: order, targets, start, then one a step.
-    result = fit(forward=Trouble(3 + 3, interrupt), steps=6)
+    # Calls of the model: targets, start, then one a step.
+    result = fit(forward=Trouble(2 + 3, interrupt), steps=6)
     assert (result.stopped, result.best_step) == ("interrupted", 2)
     same_maps(result.maps, fit(steps=2, **plain).maps)
     assert snapshot(llama) == before

@@ -56,9 +56,7 @@ def test_no_match_lists_near_names_with_layers_written_as_a_star(llama):
 
 
 def test_no_match_names_the_glob_of_a_list_that_failed_and_some_modules_where_nothing_is_near(llama):
-    with pytest.raises(
-        ValueError, match=r"^layers: no module matches '£££'; the model has model, model.emb"
-    ):
+    with pytest.raises(ValueError, match=r"^layers: no module matches '£££'; the model has model, model.emb"):
         modules.resolve(llama, ["model.norm", "£££"])
     with pytest.raises(ValueError, match=r"the model has no modules"):
         modules.resolve(nn.Linear(2, 2), "*")

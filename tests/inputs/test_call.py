@@ -9,14 +9,15 @@ from torch import nn
 import lineas
 from lineas.hooks import modules
 from lineas.hooks.capture import Capture, execution_order
-from lineas.inputs import batches, call, tokenize
+from lineas.inputs import batches, call
+from lineas.inputs.prompts import read
 
 FAMILIES = list(models_zoo.LANGUAGE_MODELS)
 
 
-def batches_of(texts, **settings):
+def batches_of(data, batch_size=None, argument="source", **settings):
     settings.setdefault("tokenizer", models_zoo.tokenizer())
-    return tokenize.as_batches(texts, argument="source", **settings)
+    return read(data, argument, **settings).parts(batch_size)
 
 
 def count_calls(module):
@@ -44,9 +45,8 @@ def test_texts_become_padded_batches_on_the_side_of_the_tokenizer():
         assert second.mask.tolist() == [[1, 1, 1, 1]]
 
 
-def test_all_texts_are_one_batch_unless_told_otherwise():
-    (batch,) = batches_of(models_zoo.texts(70))
-    assert len(batch.mask) == 70
+def test_texts_come_in_batches_of_32_unless_told_otherwise():
+    assert [len(b.mask) for b in batches_of(models_zoo.texts(70))] == [32, 32, 6]
     assert [len(b.mask) for b in batches_of(tuple(models_zoo.texts(5)), batch_size=2)] == [2, 2, 1]
 
 
@@ -78,21 +78,21 @@ def test_token_type_ids_are_padded_too():
 
 def test_a_mapping_is_one_batch_and_its_attention_mask_the_mask():
     encoded = models_zoo.tokenizer()(models_zoo.texts(3), padding=True, return_tensors="pt")
-    (batch,) = tokenize.as_batches(encoded, argument="source")
+    (batch,) = batches_of(encoded)
     assert batch.mask is encoded["attention_mask"]
     assert set(batch.kwargs) == set(encoded.keys())
-    (batch,) = tokenize.as_batches({"input_ids": encoded["input_ids"]}, argument="source")
+    (batch,) = batches_of({"input_ids": encoded["input_ids"]})
     assert batch.mask is None
 
 
 def test_a_tensor_or_a_tuple_is_one_batch_and_a_list_or_a_loader_several():
     x = models_zoo.images(4)
-    assert tokenize.as_batches(x, argument="source")[0].args == (x,)
-    assert tokenize.as_batches((x, x), argument="source")[0].args == (x, x)
-    several = tokenize.as_batches([x, (x, x), {"x": x}], argument="source")
+    assert batches_of(x)[0].args == (x,)
+    assert batches_of((x, x))[0].args == (x, x)
+    several = batches_of([x, (x, x), {"x": x}])
     assert [(len(b.args), list(b.kwargs)) for b in several] == [(1, []), (2, []), (0, ["x"])]
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=3)
-    assert [len(b.args[0]) for b in tokenize.as_batches(loader, argument="source")] == [3, 1]
+    assert [len(b.args[0]) for b in batches_of(loader)] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_tensor_or_a_tuple_is_one_batch_and_a_list_or_a_loader_several():
         ((), ValueError, "^source is empty"),
         ([{}], ValueError, r"^source\[0\] is empty"),
         ("a text", TypeError, "^source is one string: give a list of texts"),
-        (3, TypeError, "^source must be texts, a batch .* got int"),
+        (3, TypeError, "^source must be texts, conversations, token ids, a batch .* got int"),
         ([["a", "b"], ["c"]], TypeError, r"^source\[0\] must be a mapping, a tensor or a tuple, got list"),
         ([torch.ones(2), "a"], TypeError, r"^source\[1\] must be a mapping, a tensor or a tuple, got str"),
         (np.ones((2, 2)), TypeError, r"^source\[0\] must be a mapping, a tensor or a tuple, got ndarray"),
@@ -125,15 +125,6 @@ def test_data_that_is_no_batch_is_refused(data, error, message):
 def test_texts_without_a_tokenizer_are_refused():
     with pytest.raises(ValueError, match=r"^source holds texts: pass tokenizer="):
         batches_of(["a"], tokenizer=None)
-
-
-@pytest.mark.parametrize("argument", ["max_length", "batch_size"])
-def test_lengths_and_sizes_are_checked(argument):
-    with pytest.raises(ValueError, match=rf"^{argument} must be at least 1, got 0"):
-        batches_of(["a"], **{argument: 0})
-    for value in (2.0, True, "2"):
-        with pytest.raises(TypeError, match=rf"^{argument} must be an integer or None, got {value!r}"):
-            batches_of(["a"], **{argument: value})
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -173,7 +164,7 @@ LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 def test_use_cache_is_off_and_left_padding_gives_positions(wrapped):
     model = Recorder()
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": LEFT}
-    call.call(Wrapped(model) if wrapped else model, tokenize.as_batches(batch, argument="x")[0])
+    call.call(Wrapped(model) if wrapped else model, batches_of(batch)[0])
     assert model.seen["use_cache"] is False
     assert model.seen["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert set(batch) == {"input_ids", "attention_mask"}
@@ -183,7 +174,7 @@ def test_use_cache_is_off_and_left_padding_gives_positions(wrapped):
 def test_without_left_padding_the_model_counts_itself(mask):
     model = Recorder()
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long)} | ({} if mask is None else {"attention_mask": mask})
-    call.call(model, tokenize.as_batches(batch, argument="x")[0])
+    call.call(model, batches_of(batch)[0])
     assert "position_ids" not in model.seen
 
 
@@ -191,14 +182,14 @@ def test_positions_and_use_cache_of_the_batch_are_kept():
     model = Recorder()
     mine = torch.zeros(2, 4, dtype=torch.long)
     batch = {"input_ids": mine, "attention_mask": LEFT, "position_ids": mine, "use_cache": True}
-    call.call(model, tokenize.as_batches(batch, argument="x")[0])
+    call.call(model, batches_of(batch)[0])
     assert model.seen["position_ids"] is mine and model.seen["use_cache"] is True
 
 
 def test_a_mask_longer_than_the_input_gives_no_positions():
     model = Recorder()  # a cached prefix: the mask speaks of more tokens than are given
     batch = {"input_ids": torch.ones(2, 1, dtype=torch.long), "attention_mask": LEFT}
-    call.call(model, tokenize.as_batches(batch, argument="x")[0])
+    call.call(model, batches_of(batch)[0])
     assert "position_ids" not in model.seen
 
 
@@ -219,7 +210,7 @@ def test_models_that_skip_padding_by_themselves_get_no_positions():
     ).eval()
     ids = torch.tensor([[1, 1, 5, 6], [7, 8, 9, 5]])
     with torch.no_grad():
-        (batch,) = tokenize.as_batches({"input_ids": ids, "attention_mask": LEFT}, argument="x")
+        (batch,) = batches_of({"input_ids": ids, "attention_mask": LEFT})
         padded = call.call(model, batch).last_hidden_state[0, 2:]
         alone = model(input_ids=ids[:1, 2:]).last_hidden_state[0]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
@@ -228,10 +219,10 @@ def test_models_that_skip_padding_by_themselves_get_no_positions():
 def test_models_without_these_arguments_are_called_as_they_are():
     x = models_zoo.images(2)
     model = models_zoo.cnn()
-    (batch,) = tokenize.as_batches(x, argument="x")
+    (batch,) = batches_of(x)
     assert torch.equal(call.call(model, batch), model(x))
     two = nn.Bilinear(3, 3, 2)
-    (batch,) = tokenize.as_batches((x[0, 0, :, :3], x[1, 0, :, :3]), argument="x")
+    (batch,) = batches_of((x[0, 0, :, :3], x[1, 0, :, :3]))
     assert torch.equal(call.call(two, batch), two(*batch.args))
 
 
@@ -247,7 +238,7 @@ def test_models_without_these_arguments_are_called_as_they_are():
 def test_forward_gets_the_model_and_the_batch_as_given(data, given):
     model = Recorder()
     seen = []
-    (batch,) = tokenize.as_batches(data, argument="x")
+    (batch,) = batches_of(data)
     assert call.call(model, batch, lambda *arguments: seen.append(arguments) or "result") == "result"
     ((first, second),) = seen
     assert first is model and type(second) is type(given)
@@ -317,13 +308,13 @@ def test_execution_order_is_that_of_the_calls_not_of_the_names():
         def forward(self, x):
             return self.a(self.b(x))
 
-    (batch,) = tokenize.as_batches(torch.ones(1, 2), argument="x")
+    (batch,) = batches_of(torch.ones(1, 2))
     assert execution_order(Swapped(), batch, ["a", "b"]) == ["b", "a"]
 
 
 def test_outputs_are_replaced_for_what_runs_later():
     model = models_zoo.mlp()
-    (batch,) = tokenize.as_batches(torch.randn(3, 5), argument="x")
+    (batch,) = batches_of(torch.randn(3, 5))
     seen = {}
 
     def on_output(name, module, tensor):
@@ -354,14 +345,14 @@ class Swallowing(nn.Module):
 def test_except_exception_in_user_code_does_not_swallow_the_exit():
     model = Swallowing()
     second = count_calls(model.second)
-    (batch,) = tokenize.as_batches(torch.ones(1, 2), argument="x")
+    (batch,) = batches_of(torch.ones(1, 2))
     assert Capture().run(model, batch, ["first"], nothing) == ["first"]
     assert model.swallowed == [] and second == []
 
 
 def test_an_exit_of_an_outer_run_passes_through_an_inner_one():
     model = models_zoo.mlp()
-    (batch,) = tokenize.as_batches(torch.ones(1, 5), argument="x")
+    (batch,) = batches_of(torch.ones(1, 5))
     after = []
 
     def forward(outer, x):
@@ -378,7 +369,7 @@ def test_an_exit_of_an_outer_run_passes_through_an_inner_one():
 @pytest.mark.parametrize("place", ["hook", "model"])
 def test_hooks_are_removed_after_errors(held, place):
     model = models_zoo.mlp()
-    (batch,) = tokenize.as_batches(torch.ones(1, 5 if place == "hook" else 4), argument="x")
+    (batch,) = batches_of(torch.ones(1, 5 if place == "hook" else 4))
 
     def on_output(name, module, tensor):
         raise ZeroDivisionError
@@ -395,7 +386,7 @@ def test_hooks_are_removed_after_errors(held, place):
 
 def test_hooks_of_a_held_capture_stay_until_the_block_ends_and_no_two_runs_add_up():
     model = models_zoo.mlp()
-    (batch,) = tokenize.as_batches(torch.ones(1, 5), argument="x")
+    (batch,) = batches_of(torch.ones(1, 5))
     with Capture() as capture:
         capture.run(model, batch, ["0", "2"], nothing)
         capture.run(model, batch, ["0", "2"], nothing)
@@ -415,7 +406,7 @@ def test_a_module_that_is_never_called_is_named():
             return self.used(x)
 
     model = Unused()
-    (batch,) = tokenize.as_batches(torch.ones(1, 2), argument="x")
+    (batch,) = batches_of(torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"^module 'unused' was not called when the model ran \(nor were 1 others\)"):
         execution_order(model, batch, ["used", "unused", "other"])
     with pytest.raises(ValueError, match=r"^module 'unused' was not called before 'used' when the model ran"):
@@ -434,7 +425,7 @@ def test_a_module_called_twice_counts_with_its_first_call_and_is_mapped_at_every
 
     model = Twice()
     x = torch.randn(3, 2)
-    (batch,) = tokenize.as_batches(x, argument="x")
+    (batch,) = batches_of(x)
     seen = []
 
     def on_output(name, module, tensor):
@@ -465,7 +456,7 @@ def test_an_output_without_a_hidden_state_names_the_module():
         def forward(self, x):
             return self.part(x)
 
-    (batch,) = tokenize.as_batches(torch.ones(1, 2), argument="x")
+    (batch,) = batches_of(torch.ones(1, 2))
     with pytest.raises(TypeError, match=r"^part: the output must be a tensor, .*got dict"):
         execution_order(Odd(), batch, ["part"])
 
@@ -475,7 +466,7 @@ def test_a_run_leaves_no_activations_behind():
     import weakref
 
     model = models_zoo.mlp()
-    (batch,) = tokenize.as_batches(torch.ones(1, 5), argument="x")
+    (batch,) = batches_of(torch.ones(1, 5))
     alive = []
 
     def on_output(name, module, tensor):

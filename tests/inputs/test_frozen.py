@@ -12,7 +12,8 @@ from lineas.hooks import modules
 from lineas.hooks.affine import affine
 from lineas.hooks.capture import Capture
 from lineas.hooks.pooling import pool_output
-from lineas.inputs import frozen, tokenize
+from lineas.inputs import frozen
+from lineas.inputs.prompts import read
 
 FAMILIES = list(models_zoo.LANGUAGE_MODELS)
 
@@ -146,7 +147,7 @@ def gradients_through(model, family, texts):
     calls = []
     loss = 0.0
     with frozen.frozen(model), Capture() as capture:
-        for batch in tokenize.as_batches(texts, tokenizer=models_zoo.tokenizer(), batch_size=3, argument="x"):
+        for batch in read(texts, "x", tokenizer=models_zoo.tokenizer()).parts(3):
             pooled = {}
 
             def on_output(name, module, tensor, batch=batch, pooled=pooled):

@@ -1,0 +1,403 @@
+"""All settings of the fits through a model, once: names, defaults, descriptions and checks.
+
+Users write them as keyword arguments; `takes` turns these into one object, which travels whole. Needs no torch, so that
+the command line can ask for names and defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+
+import numpy as np
+
+from .._checks import as_choice, as_finite, as_flag, as_int, as_not_negative, as_positive, as_share
+from .._names import near_names
+from ..arrays.closed_form import METHODS
+from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
+
+SCALINGS = ("layer-mean", "paper", "reference")
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Which modules are fitted, and how the model is run.
+
+    Parameters
+    ----------
+    layers : str, list[str] or re.Pattern, optional
+        Modules that get a map: a glob (``*`` stops at dots, ``**`` crosses them), a list of globs, or a compiled
+        regular expression. Default: those that `lineas.sites` suggests, which are named when the fit starts.
+    tokenizer : transformers tokenizer, optional
+        For texts and conversations. One without a pad token is left as it is; the padding is done here.
+    max_length : int, optional
+        Longest prompt in tokens; longer ones are cut. Default: no limit.
+    batch_size : int, optional
+        Prompts in a forward pass, in every set. Default: 32 texts, and batches that you made as they are.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the model where ``model(**batch)``, ``model(batch)`` and ``model(*batch)`` do
+        not fit.
+    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
+        Over the tokens under the attention mask. "all" keeps each of them as a sample of its own.
+    tokens : "all", "last", "prompt", "generated", slice or callable, default "all"
+        The tokens that the maps act on, and over which activations are pooled: what is fitted is what the maps meet
+        when they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata
+        name them. In a prompt "last" is its last token. "generated" are the answers of conversations that end with one
+        of the assistant, and "prompt" is what stands before them; in all other prompts "generated" is none and refused.
+        ``pooling="last"`` takes the last one of the selected tokens. Outputs without tokens, such as images, allow
+        "all" only.
+    progress : bool, default True
+        Show a progress bar.
+    """
+
+    layers: Layers | None = None
+    tokenizer: Any = None
+    max_length: int | None = None
+    batch_size: int | None = None
+    forward: Callable[[Any, Any], Any] | None = None
+    pooling: str = "mean"
+    tokens: Selection = "all"
+    progress: bool = True
+
+    # Kept in the metadata of maps, under "settings".
+    recorded: ClassVar[tuple[str, ...]] = ("max_length", "batch_size")
+
+    def __post_init__(self) -> None:
+        self._set(
+            max_length=_optional(as_int, self.max_length, "max_length", low=1),
+            batch_size=_optional(as_int, self.batch_size, "batch_size", low=1),
+            pooling=as_choice(self.pooling, "pooling", POOLINGS),
+            tokens=check_tokens(self.tokens),
+            progress=as_flag(self.progress, "progress"),
+        )
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(f"forward must be a function of model and batch, got {type(self.forward).__name__}")
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def record(self) -> dict[str, Any]:
+        """The settings that the metadata of maps keep."""
+        values = {name: getattr(self, name) for name in self.recorded}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncrementalSettings(RunSettings):
+    """Settings of `lineas.fit_incremental`.
+
+    Parameters
+    ----------
+    method : {"linear", "gaussian", "mean"}, default "linear"
+        As in `lineas.fit`.
+    """
+
+    method: str = "linear"
+
+    recorded: ClassVar[tuple[str, ...]] = ("method", *RunSettings.recorded)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_choice(self.method, "method", METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings(RunSettings):
+    """What fits by gradients through the model minimise.
+
+    Parameters
+    ----------
+    loss_layers : str, list[str] or re.Pattern, optional
+        Modules at which the distance is taken. Default: those of `layers`.
+    held_out : (source, target), or a dict of them by task, optional
+        Two more sets, by whose loss the best maps are chosen; of `lineas.fit_jointly` two for each task, by the mean.
+    scaling : {"layer-mean", "paper", "reference"}, default "layer-mean"
+        The loss is the mean over loss modules, their sum (eq. 4 of the paper), or what the published code minimises,
+        which its rates and penalties fit.
+    seed : int, default 0
+        Of torch's random numbers during the fit, for models that draw any, and of the mini-batches. The state is
+        restored afterwards.
+    """
+
+    loss_layers: Layers | None = None
+    held_out: Any = None
+    scaling: str = "layer-mean"
+    seed: int = 0
+
+    recorded: ClassVar[tuple[str, ...]] = ("scaling", "seed", *RunSettings.recorded)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(scaling=as_choice(self.scaling, "scaling", SCALINGS), seed=as_int(self.seed, "seed", low=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(ObjectiveSettings):
+    """Settings of `lineas.fit_end_to_end` and `lineas.fit_jointly`.
+
+    Parameters
+    ----------
+    init : SteeringMaps, optional
+        Where to start. Default: the identity.
+    strengths : list of float, default (1.0,)
+        Strengths at which the maps are tried on the held-out sets at every step; the best of them is kept, and the maps
+        are returned so that strength 1 is that one. The steps go on from strength 1. Fits to few prompts go too far, as
+        means of few samples differ by chance as well: ``(0.7, 0.85, 1.0)`` finds how much to hold back
+        (docs/end-to-end-fits.md), at a forward pass of the held-out source each.
+    mini_batch : int, optional
+        Prompts of the source in a step, at least 2; default: all of them. They are drawn without replacement until
+        fewer are left, then anew, by `seed` and the number of the step alone. The target is always the whole set. The
+        loss is that of all prompts of a step together, in however many forward passes `batch_size` divides them: all
+        but the last are then made twice and one is kept at a time, so that memory for one is enough, and a step takes
+        up to half as long again (docs/decisions/0013).
+    l1, group : float, default 0.0
+        Penalties ``l1 (|w - 1|_1 + |b|_1)`` and ``group sqrt(d) (||w - 1||_2 + ||b||_2)`` of each module.
+    l1_bias, group_bias : float, optional
+        Those of the shifts, where they differ from those of the slopes.
+    optimizer : {"sgd", "adam"}, default "sgd"
+        Gradient descent without momentum, or Adam with bias correction.
+    lr : "auto" or float, default "auto"
+        The rate, which is the step of the prox too. "auto" finds rates from the loss and its gradients, whatever the
+        model and the scale of its activations: the first step goes a quarter of the way to where a linear loss would
+        reach 0, later rates are half of the smallest inverse curvature (Barzilai and Borwein 1988) of the last ten
+        steps, and a step after which loss and penalties together are higher is taken back. It costs one more gradient
+        than there are steps, and is for "sgd". A number is the first rate; it falls along a cosine to a thousandth of
+        itself.
+    betas : (float, float), default (0.9, 0.999)
+        Decay rates of Adam.
+    steps : int, default 20
+        The largest number of steps.
+    patience : int or None, default 5
+        With `held_out`: stop after so many steps without a lower held-out loss; None takes all steps.
+    checkpoint : path, optional
+        File to keep the fit in: written before the first step and after every one, as a whole or not at all. Where it
+        is there, the fit goes on from it, whatever ended it, to the same bits as if nothing had (on the same machine,
+        with as many threads): model, data and settings must be those of then; only `patience` and, at automatic rates
+        without mini-batches, `steps` may differ.
+    """
+
+    init: Mapping[str, Any] | None = None
+    strengths: Sequence[float] = (1.0,)
+    mini_batch: int | None = None
+    l1: float = 0.0
+    group: float = 0.0
+    l1_bias: float | None = None
+    group_bias: float | None = None
+    optimizer: str = "sgd"
+    lr: float | str = "auto"
+    betas: tuple[float, float] = (0.9, 0.999)
+    steps: int = 20
+    patience: int | None = 5
+    checkpoint: str | os.PathLike[str] | None = None
+
+    recorded: ClassVar[tuple[str, ...]] = (
+        *ObjectiveSettings.recorded,
+        *("strengths", "mini_batch", "l1", "group", "l1_bias", "group_bias", "optimizer", "lr", "betas", "steps"),
+        "patience",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init is not None and not isinstance(self.init, Mapping):
+            raise TypeError(f"init must be a SteeringMaps, got {type(self.init).__name__}")
+        l1, group = as_not_negative(self.l1, "l1"), as_not_negative(self.group, "group")
+        self._set(
+            strengths=_strengths(self.strengths, self.held_out),
+            mini_batch=_optional(as_int, self.mini_batch, "mini_batch", low=2),
+            l1=l1,
+            group=group,
+            l1_bias=l1 if self.l1_bias is None else as_not_negative(self.l1_bias, "l1_bias"),
+            group_bias=group if self.group_bias is None else as_not_negative(self.group_bias, "group_bias"),
+            optimizer=as_choice(self.optimizer, "optimizer", OPTIMIZERS),
+            lr=_rate(self.lr),
+            betas=_betas(self.betas),
+            steps=as_int(self.steps, "steps", low=1),
+            patience=_optional(as_int, self.patience, "patience", low=1),
+        )
+        if self.lr == "auto" and self.optimizer != "sgd":
+            raise ValueError(f"lr must be a number for optimizer {self.optimizer!r}: 'auto' is for 'sgd'")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
+            raise TypeError(f"checkpoint must be a path, got {type(self.checkpoint).__name__}")
+
+    @property
+    def penalties(self) -> tuple[float, float, float, float]:
+        """l1 and group of the slopes, l1 and group of the shifts."""
+        return self.l1, self.group, cast(float, self.l1_bias), cast(float, self.group_bias)
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The settings in which a fit that goes on may differ: the number of steps where no rate depends on it."""
+        return ("steps", "patience") if self.lr == "auto" and self.mini_batch is None else ("patience",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathSettings(ObjectiveSettings):
+    """Settings of `lineas.sparse_path_end_to_end`.
+
+    Parameters
+    ----------
+    n_penalties : int, default 50
+        How many penalties, at least 2, in equal ratios from the smallest one that leaves every map the identity, which
+        the gradient there tells, down to ``min_ratio`` times it.
+    min_ratio : float, default 1e-3
+        The last of them divided by the first.
+    l1_ratio : float, default 1.0
+        1 changes single neurons wherever they are, 0 whole modules only.
+    penalties : sequence of float, optional
+        The penalties themselves, falling and above 0, in place of `n_penalties` and `min_ratio`. A penalty p stands for
+        ``l1 = p * l1_ratio`` and ``group = p * (1 - l1_ratio)``, of slopes and shifts alike.
+    steps : int, default 2
+        Steps at each penalty. A step costs a forward and a backward pass.
+    refit_steps : int, default 0
+        Steps of each refit; 0 for none. A refit that makes the held-out loss larger is not kept (without held-out sets,
+        one that makes the fitted loss larger).
+    refit_support : float, default 0.5
+        Points at which more than this share of the neurons is changed are not refitted: theirs is a small penalty.
+    lr : "auto" or float, default "auto"
+        The rate of the first step; "auto" goes to where a linear loss would reach 0. Later ones stay between a tenth
+        and a hundred times it.
+    """
+
+    n_penalties: int = 50
+    min_ratio: float = 1e-3
+    l1_ratio: float = 1.0
+    penalties: Sequence[float] | np.ndarray | None = None
+    steps: int = 2
+    refit_steps: int = 0
+    refit_support: float = 0.5
+    lr: float | str = "auto"
+
+    recorded: ClassVar[tuple[str, ...]] = (
+        *ObjectiveSettings.recorded,
+        *("l1_ratio", "steps", "refit_steps", "refit_support", "lr"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(
+            n_penalties=as_int(self.n_penalties, "n_penalties", low=2),
+            min_ratio=as_positive(self.min_ratio, "min_ratio"),
+            l1_ratio=as_share(self.l1_ratio, "l1_ratio"),
+            penalties=None if self.penalties is None else _falling(self.penalties),
+            steps=as_int(self.steps, "steps", low=1),
+            refit_steps=as_int(self.refit_steps, "refit_steps", low=0),
+            refit_support=as_share(self.refit_support, "refit_support"),
+            lr=_rate(self.lr),
+        )
+        if self.min_ratio >= 1:
+            raise ValueError(f"min_ratio must be below 1, got {self.min_ratio:g}")
+
+
+def _optional(check: Callable[..., Any], value: Any, name: str, **bounds: Any) -> Any:
+    return None if value is None else check(value, name, **bounds)
+
+
+def _rate(lr: Any) -> float | str:
+    if isinstance(lr, str):
+        if lr != "auto":
+            raise ValueError(f"lr must be 'auto' or a number, got {lr!r}")
+        return lr
+    return as_positive(lr, "lr")
+
+
+def _strengths(strengths: Any, held_out: Any) -> tuple[float, ...]:
+    if isinstance(strengths, str) or not isinstance(strengths, Sequence | np.ndarray):
+        raise TypeError(f"strengths must be a list of numbers, got {type(strengths).__name__}")
+    found = tuple(as_finite(strength, "strengths") for strength in strengths)
+    if not found:
+        raise ValueError("strengths is empty")
+    if found != (1.0,) and held_out is None:
+        raise ValueError("strengths: there are no held_out sets to choose among them by")
+    return found
+
+
+def _betas(betas: Any) -> tuple[float, float]:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    first, second = (as_not_negative(beta, "betas") for beta in betas)
+    if max(first, second) >= 1:
+        raise ValueError(f"betas must be < 1, got {betas!r}")
+    return first, second
+
+
+def _falling(penalties: Any) -> tuple[float, ...]:
+    if isinstance(penalties, str) or not isinstance(penalties, Sequence | np.ndarray):
+        raise TypeError(f"penalties must be a sequence of numbers, got {type(penalties).__name__}")
+    values = tuple(as_positive(value, f"penalties[{k}]") for k, value in enumerate(penalties))
+    if not values:
+        raise ValueError("penalties is empty")
+    for k, (before, after) in enumerate(itertools.pairwise(values)):
+        if after >= before:
+            raise ValueError(f"penalties must fall, got {before:g} and then {after:g} at index {k + 1}")
+    return values
+
+
+# --- from keyword arguments to settings -------------------------------------------------------------------------------
+
+P = ParamSpec("P")
+S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
+R = TypeVar("R")
+
+
+class _Taker(Protocol[P, S_co]):
+    """What makes a function of settings one of keyword arguments; for type checkers and editors."""
+
+    @overload
+    def __call__(self, function: Callable[[Any, Any, S_co], R], /) -> Callable[Concatenate[Any, Any, P], R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[Any, Any, Any, S_co], R], /
+    ) -> Callable[Concatenate[Any, Any, Any, P], R]: ...
+
+
+def takes(settings: Callable[P, S]) -> _Taker[P, S]:
+    """Let callers write the settings, the last parameter of a function, as keyword arguments.
+
+    Signature and description show all of them: the descriptions of the settings, and of the classes they come from,
+    stand where the function's own description says ``**settings``.
+    """
+    cls = cast(type, settings)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        leading = list(inspect.signature(function).parameters.values())[:-1]
+        signature = inspect.Signature([*leading, *inspect.signature(cls).parameters.values()])
+        names = [parameter.name for parameter in leading]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                unknown = next((name for name in kwargs if name not in signature.parameters), None)
+                near = [] if unknown is None else near_names(unknown, signature.parameters)
+                hint = f" (similar: {', '.join(near)})" if near else ""
+                raise TypeError(f"{function.__name__}() {error}{hint}") from None
+            return function(*(given.pop(name) for name in names), cls(**given))
+
+        wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            return_annotation=inspect.signature(function).return_annotation
+        )
+        if function.__doc__ is not None:  # there is none under -OO
+            described = "\n".join(map(_parameters, reversed(cls.__mro__[:-1])))
+            wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", described.strip(), 1)
+        return wrapper
+
+    return cast("_Taker[P, S]", decorate)
+
+
+def _parameters(cls: type) -> str:
+    """The entries of the section on parameters in the description of a class."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("----------\n")[2]
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The defaults of settings by name."""
+    return {field.name: field.default for field in fields(cls)}

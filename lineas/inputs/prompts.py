@@ -1,0 +1,163 @@
+"""Sets of prompts: what users hand over as source, target or data, in batches of the size that is asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import batches, tokenize
+from .batches import Batch
+
+BATCH_SIZE = 32
+"""Texts in a forward pass where nothing else is said."""
+
+
+class Prompts:
+    """A set of prompts: rows of tokens, or batches that the user made.
+
+    Parameters
+    ----------
+    made : TokenRows or list of Batch
+    argument : str
+        What error messages call the set.
+    """
+
+    def __init__(self, made: tokenize.TokenRows | list[Batch], argument: str) -> None:
+        self.made, self.argument = made, argument
+
+    @property
+    def answered(self) -> bool:
+        """Whether there are answers after the prompts."""
+        return isinstance(self.made, tokenize.TokenRows) and self.made.prompt_lengths is not None
+
+    def counts(self) -> list[int]:
+        """How many prompts there are, in each batch that the user made; ValueError where that cannot be told."""
+        if isinstance(self.made, tokenize.TokenRows):
+            return [len(self.made)]
+        return [batches.count(batch, self.argument) for batch in self.made]
+
+    def parts(self, batch_size: int | None = None) -> list[Batch]:
+        """All prompts in batches of at most `batch_size`; by default 32, and batches that the user made as they are."""
+        if not isinstance(self.made, tokenize.TokenRows):
+            return batches.split(self.made, batch_size, self.argument)
+        return self.take(range(len(self.made)), batch_size)
+
+    def take(self, rows: Sequence[int] | NDArray, batch_size: int | None = None) -> list[Batch]:
+        """The prompts `rows`, in that order, or in that order out of each batch that the user made."""
+        if isinstance(self.made, tokenize.TokenRows):
+            size = batch_size or BATCH_SIZE
+            return [self.made.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+        rows = np.asarray(rows)
+        starts = np.array([0, *itertools.accumulate(self.counts())])
+        home = np.searchsorted(starts, rows, side="right") - 1
+        parts = [
+            batches.take(self.made[k], rows[home == k] - starts[k], self.argument) for k in np.unique(home).tolist()
+        ]
+        return batches.split(parts, batch_size, self.argument)
+
+    def first(self) -> Batch:
+        """A batch to look at: the first two prompts, or the first batch that the user made."""
+        if isinstance(self.made, tokenize.TokenRows):
+            return self.made.batch(range(min(2, len(self.made))))
+        return self.made[0]
+
+    def contents(self) -> Any:
+        """Everything that tells this set from another."""
+        if isinstance(self.made, tokenize.TokenRows):
+            return [self.made.columns, self.made.prompt_lengths]
+        return [[batch.args, batch.kwargs] for batch in self.made]
+
+
+def read(
+    data: Any, argument: str, *, tokenizer: tokenize.Tokenizer | None = None, max_length: int | None = None
+) -> Prompts:
+    """Read what a user handed over.
+
+    Parameters
+    ----------
+    data : texts, conversations, token ids, batch, or iterable of batches
+        Texts are strings; conversations lists of messages with "role" and "content"; token ids lists of integers. A
+        batch is a mapping, called as ``model(**batch)``, whose ``"attention_mask"``, where there is one, is the mask of
+        its tokens; or a tensor or tuple, called as ``model(x)`` or ``model(*x)``. In an iterable of batches a list is
+        taken like a tuple, since that is what a `DataLoader` gives.
+    argument : str
+        What to call `data` in error messages.
+    tokenizer, max_length
+        As in `tokenize.tokenize`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For empty data, entries that are neither prompts nor batches, and as `tokenize.tokenize`.
+    """
+    if isinstance(data, str):
+        raise TypeError(f"{argument} is one string: give a list of texts")
+    if tokenize.is_message(data):
+        raise TypeError(f"{argument} is one message: give a list of conversations, which are lists of messages")
+    if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and _kind(data) is None):
+        return Prompts([batches.as_batch(data, argument)], argument)
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"{argument} must be texts, conversations, token ids, a batch (mapping, tensor or tuple) or a list of "
+            f"batches, got {type(data).__name__}"
+        )
+    entries = list(data)
+    if not entries:
+        raise ValueError(f"{argument} is empty")
+    if all(map(tokenize.is_message, entries)):
+        raise TypeError(f"{argument} is one conversation: give a list of them")
+    if tokenize.is_token_ids(entries):
+        raise TypeError(f"{argument} is one list of token ids: give a list of them")
+    kind = _kind(entries)
+    if kind is not None:
+        return Prompts(tokenize.tokenize(entries, kind, tokenizer, max_length, argument), argument)
+    return Prompts([batches.as_batch(entry, f"{argument}[{i}]") for i, entry in enumerate(entries)], argument)
+
+
+def _kind(entries: Sequence[Any]) -> str | None:
+    """What the entries are, by the first of them; None for batches. A tuple is a batch unless all entries are alike."""
+    found = next((kind for kind, holds in tokenize.KINDS.items() if entries and holds(entries[0])), None)
+    if found is not None and isinstance(entries, tuple) and not all(map(tokenize.KINDS[found], entries)):
+        return None
+    return found
+
+
+class Sampler:
+    """Mini-batches of a set of prompts.
+
+    Every epoch shuffles the prompts and deals them out in mini-batches of equal size; those left over wait for the
+    next. What a step gets depends on the seed and on its number alone.
+
+    Parameters
+    ----------
+    prompts : Prompts
+        The whole set.
+    size : int
+        Prompts in a mini-batch.
+    batch_size : int, optional
+        As in `Prompts.parts`.
+    seed : int
+        Of the shuffling.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than ``size`` prompts, or a batch cannot be taken apart into prompts.
+    """
+
+    def __init__(self, prompts: Prompts, size: int, *, batch_size: int | None, seed: int) -> None:
+        self.prompts, self.size, self.batch_size, self.seed = prompts, size, batch_size, seed
+        self.total = sum(prompts.counts())
+        if size > self.total:
+            raise ValueError(f"mini_batch must be at most the {self.total} prompts of {prompts.argument}, got {size}")
+
+    def draw(self, step: int) -> list[Batch]:
+        """The mini-batch of a step, counted from 0."""
+        epoch, turn = divmod(step, self.total // self.size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.total)
+        return self.prompts.take(order[turn * self.size : (turn + 1) * self.size], self.batch_size)
