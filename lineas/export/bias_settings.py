@@ -35,7 +35,7 @@ def _with(config: Any, settings: Iterable[Setting]) -> Any:
     return changed
 
 
-def find_homes(model: nn.Module, wanted: Iterable[str]) -> tuple[list[Setting], set[str]]:
+def find_bias_settings(model: nn.Module, wanted: Iterable[str]) -> tuple[list[Setting], set[str]]:
     """Settings of a transformers model under which the Linears `wanted` have a bias, and all biases that come by them.
 
     The model's own class is asked: it is built without memory, with and without each setting.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_strength
+from .._checks import as_flag, as_strength
 from ..hooks.attach import attach
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
@@ -18,17 +18,17 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import read
 from ..maps.affine import AffineMap
 from ..maps.steering import SteeringMaps
-from .bias_settings import Setting, check_conversion, find_homes, switch_on, to_llama
-from .fold_module import fold_gain
-from .parameter_changes import Edits, write_parameters
+from .bias_settings import Setting, check_conversion, find_bias_settings, switch_on, to_llama
+from .fold_module import fold_into_module
+from .parameter_changes import ParameterChanges, write_parameters
 from .readers import (
-    Consumers,
+    Readers,
     Refusal,
-    check_consumers,
     check_maps,
-    count_places,
+    check_readers,
+    count_uses,
     dense_weight,
-    find_consumers,
+    find_readers,
     is_conv1d,
     shift_through,
 )
@@ -44,7 +44,7 @@ def fold(
     strength: float = 1.0,
     *,
     inplace: bool = False,
-    consumers: Consumers | None = None,
+    readers: Readers | None = None,
     convert: bool = False,
     check: Any = None,
     tokenizer: Any = None,
@@ -67,7 +67,7 @@ def fold(
         The strength for good; 1 is the maps.
     inplace : bool, default False
         Change `model` itself and return it; otherwise a deep copy is changed.
-    consumers : dict[str, list[str]], optional
+    readers : dict[str, list[str]], optional
         For models of one's own: by name of a norm, the names of all Linears that read its output, where nothing
         else reads it. A wrong list gives a wrong model: use `check`.
     convert : bool, default False
@@ -97,19 +97,17 @@ def fold(
         missing or has another width, or `check` finds a difference.
     """
     strength = as_strength(strength)
-    for name, flag in (("inplace", inplace), ("convert", convert)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:
         raise ValueError("convert makes a model of another class: it cannot be done in place")
     check_maps(maps, model, "a fold")
-    consumers = check_consumers(consumers, maps, model)
+    readers = check_readers(readers, maps, model)
     if convert:
         check_conversion(model)
     batches = None if check is None else read(check, "check", tokenizer=tokenizer).parts()
 
-    edits, settings, biases = _plan(maps, model, strength, consumers, convert)
-    values = _rounded(edits)
+    changes, settings, biases = _plan(maps, model, strength, readers, convert)
+    values = _rounded(changes)
     for name in sorted(biases - {f"{module}.{kind}" for module, kind in values}):
         weight = model.get_submodule(name.removesuffix(".bias"))._parameters["weight"]
         assert weight is not None  # the Linear of a bias that a setting adds
@@ -124,7 +122,7 @@ def fold(
     undo = write_parameters(target, values)
     try:
         if hooked is not None:
-            _compare(hooked, _outputs(target, batches or [], forward), next(model.parameters()).dtype)
+            _compare(hooked, _outputs(target, batches or [], forward), _coarsest(model))
     except BaseException:
         undo()
         raise
@@ -149,52 +147,52 @@ def refuse(refused: Mapping[str, str], total: int, what: str) -> None:
 
 
 def _plan(
-    maps: SteeringMaps, model: nn.Module, strength: float, consumers: Consumers, convert: bool
-) -> tuple[Edits, list[Setting], set[str]]:
+    maps: SteeringMaps, model: nn.Module, strength: float, readers: Readers, convert: bool
+) -> tuple[ParameterChanges, list[Setting], set[str]]:
     """All new parameters, the settings that give them a home on disk, and the biases that come by those."""
-    edits, places, refused = Edits(model), count_places(model), {}
+    changes, uses, refused = ParameterChanges(model), count_uses(model), {}
     for name, affine in maps.items():
         weight, bias = parameters_of(affine, strength)
         if (weight == 1).all() and (bias == 0).all():
             continue
         try:
-            left = fold_gain(edits, name, weight, bias)
+            left = fold_into_module(changes, name, weight, bias)
             if (left != 0).any():
-                _shift_consumers(edits, name, left, consumers, places)
+                _shift_readers(changes, name, left, readers, uses)
         except Refusal as error:
             refused[name] = str(error.args[0])
     settings: list[Setting] = []
     biases: set[str] = set()
-    if edits.homeless and not convert:
+    if changes.added_biases and not convert:
         try:
-            settings, biases = find_homes(model, edits.homeless)
+            settings, biases = find_bias_settings(model, changes.added_biases)
         except Refusal as error:
             reason, lost = error.args
             for linear in lost:
-                for name in edits.homeless[linear]:
+                for name in changes.added_biases[linear]:
                     refused.setdefault(name, f"its shift is not 0, {linear!r} {reason}")
     refuse({name: refused[name] for name in maps if name in refused}, len(maps), "folded")
-    return edits, settings, biases
+    return changes, settings, biases
 
 
-def _shift_consumers(edits: Edits, name: str, shift: Tensor, consumers: Consumers, places: Counter[int]) -> None:
+def _shift_readers(changes: ParameterChanges, name: str, shift: Tensor, readers: Readers, uses: Counter[int]) -> None:
     try:
-        readers = find_consumers(edits.model, name, shift.numel(), consumers, places)
-        for reader in readers:
-            dense_weight(edits.model, reader)
+        linears = find_readers(changes.model, name, shift.numel(), readers, uses)
+        for linear in linears:
+            dense_weight(changes.model, linear)
     except Refusal as error:
-        kind = type(edits.model.get_submodule(name)).__name__
+        kind = type(changes.model.get_submodule(name)).__name__
         raise Refusal(f"its shift is not 0, {kind} has no bias, and {error}") from None
-    for reader in readers:
-        # As it will be: a map of the reader's own output may be in there already.
-        weight = edits.read(reader, "weight")
-        weight = weight.T if is_conv1d(edits.model.get_submodule(reader)) else weight
-        edits.add_to_bias(reader, shift_through(weight, shift), wanted_by=name)
+    for linear in linears:
+        # As it will be: a map of the Linear's own output may be in there already.
+        weight = changes.read(linear, "weight")
+        weight = weight.T if is_conv1d(changes.model.get_submodule(linear)) else weight
+        changes.add_to_bias(linear, shift_through(weight, shift), wanted_by=name)
 
 
-def _rounded(edits: Edits) -> dict[tuple[str, str], Tensor]:
+def _rounded(changes: ParameterChanges) -> dict[tuple[str, str], Tensor]:
     try:
-        return edits.rounded()
+        return changes.rounded()
     except Refusal as error:
         raise ValueError(f"the maps cannot be folded, and nothing was changed: {error}") from None
 
@@ -217,6 +215,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (tensor for value in output for tensor in _tensors(value))
 
 
+def _coarsest(model: nn.Module) -> torch.dtype:
+    """The dtype that rounds most of those that the model computes in; weights may be integers."""
+    found = {parameter.dtype for parameter in model.parameters()} & set(_TOLERANCES)
+    return max(found or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def _compare(hooked: list[Tensor], folded: list[Tensor], dtype: torch.dtype) -> None:
     tolerance = _TOLERANCES[dtype]
     if not hooked:
@@ -227,5 +231,5 @@ def _compare(hooked: list[Tensor], folded: list[Tensor], dtype: torch.dtype) -> 
             raise ValueError(
                 f"check: the folded model gives something else than the model with hooks (root mean square {error:.3g} "
                 f"of {size:.3g}, and {tolerance:g} of it is taken for rounding in {dtype}); nothing was changed. "
-                "If consumers= was given, it is not all that reads the outputs"
+                "If readers= was given, it is not all that reads the outputs"
             )

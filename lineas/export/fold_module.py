@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .parameter_changes import Edits
+from .parameter_changes import ParameterChanges
 from .readers import Refusal, is_conv1d, is_from
 
 _AFFINE = (
@@ -36,12 +36,12 @@ _MODULATED = {
 }
 
 
-def fold_gain(edits: Edits, name: str, weight: Tensor, bias: Tensor) -> Tensor:
+def fold_into_module(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> Tensor:
     """Put a map into module `name` and return the shift that is left over: zero, or all of it.
 
     Parameters
     ----------
-    edits : Edits
+    changes : ParameterChanges
     name : str
         The module whose output the map changes.
     weight, bias : Tensor [d]
@@ -57,34 +57,34 @@ def fold_gain(edits: Edits, name: str, weight: Tensor, bias: Tensor) -> Tensor:
     Refusal
         When the module has no parameters of which the output is known to be a multiple.
     """
-    module = edits.model.get_submodule(name)
+    module = changes.model.get_submodule(name)
     if type(module) is nn.Linear or is_conv1d(module) or type(module) in _CONVOLUTIONS + _TRANSPOSED:
-        return _fold_linear(edits, name, weight, bias)
+        return _fold_linear(changes, name, weight, bias)
     if type(module).__name__ in _ADAPTIVE and is_from(module, "diffusers.models.normalization"):
-        _fold_adaptive(edits, name, weight, bias)
+        _fold_adaptive(changes, name, weight, bias)
         return torch.zeros_like(bias)
-    modulated = _modulated_by(edits.model, name)
-    if modulated is not None and not edits.has(name, "weight"):
-        _fold_modulated(edits, name, modulated, weight, bias)
+    modulated = _modulated_by(changes.model, name)
+    if modulated is not None and not changes.has(name, "weight"):
+        _fold_modulated(changes, name, modulated, weight, bias)
         return torch.zeros_like(bias)
-    if (weight != 1).any() or edits.has(name, "bias"):
-        _fold_norm(edits, name, weight)
-    if not edits.has(name, "bias"):
+    if (weight != 1).any() or changes.has(name, "bias"):
+        _fold_norm(changes, name, weight)
+    if not changes.has(name, "bias"):
         return bias
-    edits.write(name, "bias", edits.vector(name, "bias") * weight + bias)
+    changes.write(name, "bias", changes.vector(name, "bias") * weight + bias)
     return torch.zeros_like(bias)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-def _fold_norm(edits: Edits, name: str, weight: Tensor) -> None:
-    module = edits.model.get_submodule(name)
-    if not edits.has(name, "weight"):
+def _fold_norm(changes: ParameterChanges, name: str, weight: Tensor) -> None:
+    module = changes.model.get_submodule(name)
+    if not changes.has(name, "weight"):
         raise Refusal(f"{type(module).__name__} has no gain of its own that could hold the map")
-    gain = edits.vector(name, "weight")
+    gain = changes.vector(name, "weight")
     plus = 0.0 if type(module) in _AFFINE else _offset_of_gain(module)
-    edits.write(name, "weight", (gain + plus) * weight - plus)
+    changes.write(name, "weight", (gain + plus) * weight - plus)
 
 
 def _offset_of_gain(module: nn.Module) -> float:
@@ -133,18 +133,18 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # --- Linears and convolutions -----------------------------------------------------------------------------------------
 
 
-def _fold_linear(edits: Edits, name: str, weight: Tensor, bias: Tensor) -> Tensor:
-    module = edits.model.get_submodule(name)
+def _fold_linear(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> Tensor:
+    module = changes.model.get_submodule(name)
     if (weight != 1).any():
         if type(module) in _TRANSPOSED:  # [in, out / groups, ...]
-            _scale_transposed(edits, name, weight)
+            _scale_transposed(changes, name, weight)
         else:
-            edits.map_rows(name, _scaling(weight), axis=1 if is_conv1d(module) else 0)
-    if edits.has(name, "bias"):
-        edits.write(name, "bias", edits.vector(name, "bias") * weight + bias)
+            changes.map_rows(name, _scaling(weight), axis=1 if is_conv1d(module) else 0)
+    if changes.has(name, "bias"):
+        changes.write(name, "bias", changes.vector(name, "bias") * weight + bias)
     elif (bias != 0).any():
-        edits.read(name, "weight")  # a Refusal where a bias beside it could not be added
-        edits.add_to_bias(name, bias, wanted_by=name)
+        changes.read(name, "weight")  # a Refusal where a bias beside it could not be added
+        changes.add_to_bias(name, bias, wanted_by=name)
     return torch.zeros_like(bias)
 
 
@@ -152,14 +152,14 @@ def _scaling(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda rows: rows * weight.to(rows.device)[:, None]
 
 
-def _scale_transposed(edits: Edits, name: str, weight: Tensor) -> None:
-    groups = int(edits.model.get_submodule(name).groups)  # type: ignore[arg-type]
+def _scale_transposed(changes: ParameterChanges, name: str, weight: Tensor) -> None:
+    groups = int(changes.model.get_submodule(name).groups)  # type: ignore[arg-type]
 
     def change(rows: Tensor) -> Tensor:  # [in, out / groups * positions], input channels of a group side by side
         per_group = weight.to(rows.device).view(groups, 1, -1, 1)
         return (rows.view(groups, len(rows) // groups, per_group.shape[2], -1) * per_group).view(rows.shape)
 
-    edits.map_rows(name, change)
+    changes.map_rows(name, change)
 
 
 # --- adaptive norms ---------------------------------------------------------------------------------------------------
@@ -172,33 +172,33 @@ def _modulated_by(model: nn.Module, name: str) -> tuple[str, int, int, int] | No
     return None if found is None else (f"{parent}.{found[0]}", *found[1:])
 
 
-def _check_modulation(edits: Edits, linear: str, rows: int) -> None:
-    if type(edits.model.get_submodule(linear)) is not nn.Linear or not edits.has(linear, "bias"):
+def _check_modulation(changes: ParameterChanges, linear: str, rows: int) -> None:
+    if type(changes.model.get_submodule(linear)) is not nn.Linear or not changes.has(linear, "bias"):
         raise Refusal(f"the modulation {linear!r} is no Linear with a bias")
-    found = edits.read(linear, "weight").shape[0]
+    found = changes.read(linear, "weight").shape[0]
     if found != rows:
         raise Refusal(f"the modulation {linear!r} gives {found} numbers, not {rows}")
 
 
-def _fold_adaptive(edits: Edits, name: str, weight: Tensor, bias: Tensor) -> None:
+def _fold_adaptive(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> None:
     """w (n (1 + s) + t) + b: s' = w (1 + s) - 1, t' = w t + b, row by row of the Linear that gives s and t."""
-    count, shift, scale = _ADAPTIVE[type(edits.model.get_submodule(name)).__name__]
+    count, shift, scale = _ADAPTIVE[type(changes.model.get_submodule(name)).__name__]
     linear, d = f"{name}.linear", weight.numel()
-    _check_modulation(edits, linear, count * d)
+    _check_modulation(changes, linear, count * d)
     factor, offset = torch.ones(count, d, dtype=weight.dtype), torch.zeros(count, d, dtype=weight.dtype)
     factor[shift] = factor[scale] = weight
     offset[shift], offset[scale] = bias, weight - 1
-    edits.map_rows(linear, _scaling(factor.flatten()))
-    edits.write(linear, "bias", edits.vector(linear, "bias") * factor.flatten() + offset.flatten())
+    changes.map_rows(linear, _scaling(factor.flatten()))
+    changes.write(linear, "bias", changes.vector(linear, "bias") * factor.flatten() + offset.flatten())
 
 
 def _fold_modulated(
-    edits: Edits, name: str, modulated: tuple[str, int, int, int], weight: Tensor, bias: Tensor
+    changes: ParameterChanges, name: str, modulated: tuple[str, int, int, int], weight: Tensor, bias: Tensor
 ) -> None:
     """(w n + b) (1 + s) + t: s' = w (1 + s) - 1, t' = t + b (1 + s)."""
     linear, count, shift, scale = modulated
     d = weight.numel()
-    _check_modulation(edits, linear, count * d)
+    _check_modulation(changes, linear, count * d)
 
     def change(rows: Tensor) -> Tensor:
         slices = rows.view(count, d, -1).clone()
@@ -207,9 +207,9 @@ def _fold_modulated(
         slices[scale] *= w
         return slices.view(rows.shape)
 
-    edits.map_rows(linear, change)
-    old = edits.vector(linear, "bias").view(count, d)
+    changes.map_rows(linear, change)
+    old = changes.vector(linear, "bias").view(count, d)
     new = old.clone()
     new[shift] += bias * (1 + old[scale])
     new[scale] = weight * (1 + old[scale]) - 1
-    edits.write(linear, "bias", new.flatten())
+    changes.write(linear, "bias", new.flatten())

@@ -21,13 +21,13 @@ from ..maps.files import write_atomically
 from ..maps.steering import SteeringMaps
 from .fold import parameters_of, refuse
 from .readers import (
-    Consumers,
+    Readers,
     Refusal,
-    check_consumers,
     check_maps,
-    count_places,
+    check_readers,
+    count_uses,
     dense_weight,
-    find_consumers,
+    find_readers,
     is_conv1d,
     shift_through,
 )
@@ -43,7 +43,7 @@ def to_peft_lora(
     *,
     rank: int | None = None,
     bias: bool | None = None,
-    consumers: Consumers | None = None,
+    readers: Readers | None = None,
 ) -> Path:
     """Write the maps as a LoRA adapter of PEFT, which does the same to the model without lineas.
 
@@ -68,7 +68,7 @@ def to_peft_lora(
         the largest that a map needs.
     bias : bool, optional
         False: refuse maps that need biases. Default: biases where a shift is not 0.
-    consumers : dict[str, list[str]], optional
+    readers : dict[str, list[str]], optional
         As in `fold`.
 
     Returns
@@ -97,10 +97,10 @@ def to_peft_lora(
     strength = as_strength(strength)
     if bias is not None and not isinstance(bias, bool):
         raise TypeError(f"bias must be True, False or None, got {bias!r}")
-    if rank is not None and (rank := as_int(rank, "rank")) < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if rank is not None:
+        rank = as_int(rank, "rank", low=1)
     check_maps(maps, model, "an adapter")
-    pairs = _pairs(maps, model, check_consumers(consumers, maps, model))
+    pairs = _pairs(maps, model, check_readers(readers, maps, model))
     if not pairs:
         raise ValueError("these maps change nothing: there is nothing to write")
     shifted = any((shift != 0).any() for _, _, shift in pairs.values())
@@ -148,17 +148,17 @@ def to_peft_lora(
     return folder
 
 
-def _pairs(maps: SteeringMaps, model: nn.Module, consumers: Consumers) -> dict[str, _Pair]:
+def _pairs(maps: SteeringMaps, model: nn.Module, readers: Readers) -> dict[str, _Pair]:
     """What the maps do to each Linear that reads a mapped norm."""
     pairs: dict[str, _Pair] = {}
-    refused, places = {}, count_places(model)
+    refused, uses = {}, count_uses(model)
     for name, affine in maps.items():
         weight, bias = parameters_of(affine, 1.0)
         chosen = (weight != 1).nonzero().flatten()
         if not len(chosen) and (bias == 0).all():
             continue
         try:
-            for reader in find_consumers(model, name, affine.d, consumers, places):
+            for reader in find_readers(model, name, affine.d, readers, uses):
                 if reader in pairs:
                     raise Refusal(f"{reader!r} reads the output of another mapped norm as well")
                 dense = dense_weight(model, reader)

@@ -15,7 +15,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-class Edits:
+class ParameterChanges:
     """New parameters of a model, by module and parameter name.
 
     Vectors are kept in float64 until all changes of them are known, so that each is rounded once. Matrices are kept in
@@ -23,13 +23,13 @@ class Edits:
 
     Attributes
     ----------
-    homeless : dict of str to list of str
+    added_biases : dict of str to list of str
         Modules that are to have a bias and were made without one, and the maps that want it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.homeless: dict[str, list[str]] = {}
+        self.added_biases: dict[str, list[str]] = {}
         self._new: dict[Key, Tensor] = {}
         self._first: dict[int, str] = {}  # the first name of each module
         self._owners: dict[int, list[Key]] = {}  # of each parameter
@@ -77,7 +77,7 @@ class Edits:
         if self.has(name, "bias"):
             shift = self.vector(name, "bias") + shift
         if self.model.get_submodule(name)._parameters.get("bias") is None:
-            self.homeless.setdefault(name, []).append(wanted_by)
+            self.added_biases.setdefault(name, []).append(wanted_by)
         self.write(name, "bias", shift)
 
     def rounded(self) -> dict[Key, Tensor]:

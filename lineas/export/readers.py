@@ -17,7 +17,7 @@ from .._names import near_names
 from ..hooks.modules import get_module, output_width
 from ..maps.steering import SteeringMaps
 
-Consumers: TypeAlias = Mapping[str, Sequence[str]]
+Readers: TypeAlias = Mapping[str, Sequence[str]]
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj")
@@ -96,8 +96,8 @@ def _tokens(metadata: dict) -> object:
     return next((one for one in inner if one != "all"), "all")
 
 
-def check_consumers(consumers: Consumers | None, maps: SteeringMaps, model: nn.Module) -> Consumers:
-    """`consumers` as the user gave them, checked as far as they can be.
+def check_readers(readers: Readers | None, maps: SteeringMaps, model: nn.Module) -> Readers:
+    """`readers` as the user gave them, checked as far as they can be.
 
     Raises
     ------
@@ -106,37 +106,37 @@ def check_consumers(consumers: Consumers | None, maps: SteeringMaps, model: nn.M
     ValueError
         When there is no map for a key, a list is empty, or the model lacks a module.
     """
-    if consumers is None:
+    if readers is None:
         return {}
-    if not isinstance(consumers, Mapping):
-        raise TypeError(f"consumers must be a mapping from module name to names, got {type(consumers).__name__}")
-    for name, readers in consumers.items():
+    if not isinstance(readers, Mapping):
+        raise TypeError(f"readers must be a mapping from module name to names, got {type(readers).__name__}")
+    for name, linears in readers.items():
         if name not in maps:
             near = near_names(str(name), maps)
             raise ValueError(
-                f"consumers: there is no map for module {name!r}" + ("; similar: " + ", ".join(near) if near else "")
+                f"readers: there is no map for module {name!r}" + ("; similar: " + ", ".join(near) if near else "")
             )
-        if not isinstance(readers, list | tuple) or not all(isinstance(reader, str) for reader in readers):
-            raise TypeError(f"consumers[{name!r}] must be a list of module names, got {readers!r}")
-        if not readers:
-            raise ValueError(f"consumers[{name!r}] is empty")
-        for reader in readers:
+        if not isinstance(linears, list | tuple) or not all(isinstance(linear, str) for linear in linears):
+            raise TypeError(f"readers[{name!r}] must be a list of module names, got {linears!r}")
+        if not linears:
+            raise ValueError(f"readers[{name!r}] is empty")
+        for reader in linears:
             try:
                 get_module(model, reader)
             except ValueError as error:
-                raise ValueError(f"consumers[{name!r}]: {error}") from None
-    return consumers
+                raise ValueError(f"readers[{name!r}]: {error}") from None
+    return readers
 
 
-def count_places(model: nn.Module) -> Counter[int]:
+def count_uses(model: nn.Module) -> Counter[int]:
     """In how many places of the model each module is, by its id."""
     return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
 
 
-def find_consumers(model: nn.Module, name: str, width: int, given: Consumers, places: Counter[int]) -> list[str]:
+def find_readers(model: nn.Module, name: str, width: int, given: Readers, uses: Counter[int]) -> list[str]:
     """Full names of the Linears that read the output, of `width` neurons, of norm `name`, and that nothing else feeds.
 
-    `places` is what `count_places` says of the model.
+    `uses` is what `count_uses` says of the model.
 
     Raises
     ------
@@ -152,11 +152,11 @@ def find_consumers(model: nn.Module, name: str, width: int, given: Consumers, pl
         if last not in known:
             raise Refusal(
                 f"it is not known which Linears alone read the output of {last!r} in {type(layer).__name__} "
-                "(consumers= can say it, where there are such)"
+                "(readers= can say it, where there are such)"
             )
         readers = [f"{parent}.{reader}" for reader in known[last]]
     for used in (name, *readers):
-        count = places[id(model.get_submodule(used))]
+        count = uses[id(model.get_submodule(used))]
         if count > 1:
             raise Refusal(f"{used!r} is used in {count} places of the model")
     for reader in readers:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import as_int, as_positive, as_strength
+from ..fitting.result import FitResult
 from ..maps.affine import AffineMap
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
@@ -43,9 +44,38 @@ _explorers: weakref.WeakKeyDictionary[Any, weakref.ref[Explorer]] = weakref.Weak
 
 
 class Explorer(anywidget.AnyWidget):
-    """Sliders for the strength and the sparsity of maps, with pictures and text that follow; see `lineas.explore`.
+    """Explore maps in a notebook: sliders for sparsity and strength, with pictures and text that follow.
 
-    As a with-block it is closed at its end, also after an error.
+    Shows the loss along the path, which modules and neurons are changed at the chosen point, and the most changed
+    neurons; with a model, its text without the maps and with them. The maps are on the model from the start, at what
+    the sliders say, until ``close()``: whatever else runs the model is steered, too. A model has one explorer at a
+    time: a second one takes the maps of the first off.
+
+    Where no browser is, there is a still picture: in the saved notebook, and by ``plot()``.
+
+    Parameters
+    ----------
+    path : SparsePath, FitResult, SteeringMaps or AffineMap
+        A path, or the maps of one point, for which there is no sparsity to choose.
+    model : torch.nn.Module, optional
+        A loaded model with the modules of the maps.
+    tokenizer : transformers tokenizer, optional
+        For text, by ``model.generate``.
+    index : int, optional
+        The point to start from. Default: that with the least held-out loss, without one the middle of the path.
+    strength : float, default 1.0
+        The strength to start from.
+    max_strength : float, default 2.0
+        The end of the slider.
+    prompt : str, default ""
+        A first prompt.
+    max_new_tokens : int, default 30
+        The length of the text, which is made greedily.
+    live_text : bool, default False
+        Whether the steered text is made anew whenever a slider is let go. It can be changed in the instrument.
+    generate : callable, optional
+        ``generate(prompt)`` returns the text to show, where the model is to be used in another way: sampling, a chat
+        template, a model without ``generate``. It is called with the maps on, at strength 0 and at the chosen one.
 
     Attributes
     ----------
@@ -57,6 +87,28 @@ class Explorer(anywidget.AnyWidget):
         The text to continue.
     live_text : bool
         Whether the steered text is made anew whenever a slider is let go.
+
+    Raises
+    ------
+    ImportError
+        If anywidget is not installed (``pip install "lineas[notebook]"``).
+    TypeError
+        If an argument is of a wrong type, or there is a tokenizer without a model.
+    ValueError
+        If a setting is out of range, the model lacks a module or one has another width, or the path is of one array
+        and there is a model.
+    IndexError
+        If `index` is out of range.
+
+    Notes
+    -----
+    A Jupyter widget. As a with-block it is closed at its end, also after an error.
+
+    Examples
+    --------
+    >>> view = lineas.explore(path, model, tokenizer, prompt="My day was")  # doctest: +SKIP
+    >>> view.support = 0.01  # at most 1 % of the neurons  # doctest: +SKIP
+    >>> view.maps.save("chosen.safetensors")  # doctest: +SKIP
     """
 
     # As text: anywidget would watch files, and hold every explorer, with its model, for ever.
@@ -75,7 +127,7 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(
         self,
-        path: SparsePath | SteeringMaps | AffineMap,
+        path: SparsePath | FitResult | SteeringMaps | AffineMap,
         model: Any = None,
         tokenizer: Any = None,
         *,
@@ -91,19 +143,20 @@ class Explorer(anywidget.AnyWidget):
             raise TypeError(f"{'tokenizer' if generate is None else 'generate'} needs a model, got model=None")
         if generate is not None and not callable(generate):
             raise TypeError(f"generate must be a function from prompt to text, got {type(generate).__name__}")
-        if as_int(max_new_tokens, "max_new_tokens") < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        max_new_tokens = as_int(max_new_tokens, "max_new_tokens", low=1)
         for name, value, kind in (("prompt", prompt, str), ("live_text", live_text, bool)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-        self._given, self._path = path, _as_path(path)
+        self._given = path.maps if isinstance(path, FitResult) else path
+        self._path = _as_path(self._given)
         self._cells = _cells(self._path.widths)
-        self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, int(max_new_tokens)
+        self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, max_new_tokens
         self._text_of = generate or (self._continue if tokenizer is not None else None)
         self._handle: Handle | None = None
         if index is None:
             index = len(self._path) // 2 if self._path.held_out_loss is None else self._path.index(best=True)
         index, strength = self._path.index(index=index), as_strength(strength)
+        max_strength = as_positive(max_strength, "max_strength")  # before anything is attached
         maps = self._at(index)
         if model is not None:
             if not isinstance(maps, SteeringMaps):
@@ -119,7 +172,7 @@ class Explorer(anywidget.AnyWidget):
             strength=strength,
             prompt=prompt,
             live_text=live_text,
-            _path_data=_path_data(self._path, as_positive(max_strength, "max_strength"), self._text_of is not None),
+            _path_data=_path_data(self._path, max_strength, self._text_of is not None),
             _point_data=self._point(index),
             _text_data={"state": "idle"},
             _attached=self._handle is not None,
@@ -393,7 +446,7 @@ def _as_path(given: Any) -> SparsePath:
     elif isinstance(given, SteeringMaps):
         modules, maps, metadata = tuple(given), list(given.values()), given.metadata
     else:
-        raise TypeError(f"path must be a SparsePath, SteeringMaps or AffineMap, got {type(given).__name__}")
+        raise TypeError(f"path must be a SparsePath, FitResult, SteeringMaps or AffineMap, got {type(given).__name__}")
     penalty = metadata.get("penalty")
     return SparsePath(
         penalties=np.array([penalty if isinstance(penalty, int | float) else np.nan], np.float64),

@@ -308,33 +308,42 @@ def difference(maps, model, **settings):
         return float((maps.fold(model, **settings)(X) - hooked).abs().max())
 
 
-def test_consumers_tell_what_reads_a_norm_of_ones_own():
+def test_readers_tell_what_reads_a_norm_of_ones_own():
     maps = one_map("norm", 4)
-    assert difference(maps, own(), consumers=READERS) < 1e-14
+    assert difference(maps, own(), readers=READERS) < 1e-14
     message = (
         "  norm: its shift is not 0, RMSNorm has no bias, and it is not known which Linears alone read the output of "
-        "'norm' in Own (consumers= can say it, where there are such)"
+        "'norm' in Own (readers= can say it, where there are such)"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         maps.fold(own())
 
 
-def test_a_check_finds_consumers_that_are_not_all():
+def test_a_check_works_where_the_first_parameter_holds_integers():
+    model = language_model("llama")
+    model.model.embed_tokens.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    order = dict(model.model.embed_tokens._parameters)
+    model.model.embed_tokens._parameters = {"codes": order.pop("codes"), **order}
+    assert next(model.parameters()).dtype == torch.int8
+    random_maps(model, "**.input_layernorm").fold(model, check=models_zoo.texts(2), tokenizer=models_zoo.tokenizer())
+
+
+def test_a_check_finds_readers_that_are_not_all():
     model, maps = own(third=True), one_map("norm", 4)
-    assert difference(maps, model, consumers=READERS) > 0.5
+    assert difference(maps, model, readers=READERS) > 0.5
     before = state(model)
     for settings in ({"inplace": True}, {}):
         with pytest.raises(ValueError, match=r"check: the folded model gives something else .* nothing was changed"):
-            maps.fold(model, consumers=READERS, check=X, **settings)
+            maps.fold(model, readers=READERS, check=X, **settings)
         assert same_state(model, before) and hooks_on(model) == 0
-    assert maps.fold(own(), consumers=READERS, check=[X, (X[:2],)], inplace=True).norm.weight is not None
+    assert maps.fold(own(), readers=READERS, check=[X, (X[:2],)], inplace=True).norm.weight is not None
     with pytest.raises(ValueError, match="check: the folded model"):
-        maps.fold(own(), consumers={"norm": ["left"]}, check=X)
+        maps.fold(own(), readers={"norm": ["left"]}, check=X)
 
 
 def test_a_norm_without_a_gain_can_shift_what_reads_it():
     for norm in (nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4, bias=False)):
-        assert difference(one_map("norm", 4, weight=1.0), own(norm=norm), consumers=READERS) < 1e-14
+        assert difference(one_map("norm", 4, weight=1.0), own(norm=norm), readers=READERS) < 1e-14
 
 
 def test_a_failed_check_takes_new_biases_off_again():
@@ -343,7 +352,7 @@ def test_a_failed_check_takes_new_biases_off_again():
     before = state(model)
     wrong = {name: ["model.layers.0.self_attn.q_proj"] for name in maps}
     with pytest.raises(ValueError, match="check: the folded model"):
-        maps.fold(model, inplace=True, consumers=wrong, check={"input_ids": tokens()})
+        maps.fold(model, inplace=True, readers=wrong, check={"input_ids": tokens()})
     assert same_state(model, before) and not model.config.attention_bias
     assert maps.fold(model, check={"input_ids": tokens()}) is not model
 
@@ -360,7 +369,7 @@ def test_a_check_lets_rounding_pass(dtype):
         maps.fold(model, check=tokens(), forward=lambda model, batch: None)
 
 
-def test_a_norm_called_twice_is_exact_and_one_with_consumers_is_refused():
+def test_a_norm_called_twice_is_exact_and_one_with_readers_is_refused():
     class Twice(nn.Module):
         def __init__(self, norm):
             super().__init__()
@@ -374,7 +383,7 @@ def test_a_norm_called_twice_is_exact_and_one_with_consumers_is_refused():
     assert difference(one_map("b", 4), model) < 1e-14
     model = Twice(nn.RMSNorm(4)).double()
     with pytest.raises(ValueError, match="'a' is used in 2 places of the model"):
-        one_map("a", 4).fold(model, consumers={"a": ["linear"]})
+        one_map("a", 4).fold(model, readers={"a": ["linear"]})
 
 
 class OddNorm(nn.Module):
@@ -390,10 +399,10 @@ class OddNorm(nn.Module):
 
 def test_norms_of_any_class_are_tried_out():
     for plus in (0.0, 1.0):
-        assert difference(one_map("norm", 4), own(norm=OddNorm(plus)), consumers=READERS) < 1e-14
+        assert difference(one_map("norm", 4), own(norm=OddNorm(plus)), readers=READERS) < 1e-14
     for settings in ({"plus": 0.5}, {"power": 2}):
         with pytest.raises(ValueError, match="the output of OddNorm is not weight"):
-            one_map("norm", 4).fold(own(norm=OddNorm(**settings)), consumers=READERS)
+            one_map("norm", 4).fold(own(norm=OddNorm(**settings)), readers=READERS)
 
 
 def test_a_norm_that_fails_by_itself_is_refused():
@@ -402,7 +411,7 @@ def test_a_norm_that_fails_by_itself_is_refused():
             return x
 
     with pytest.raises(ValueError, match=r"Needy could not be tried out by itself: TypeError: .* argument: 'y'"):
-        one_map("norm", 4).fold(own(norm=Needy()), consumers=READERS)
+        one_map("norm", 4).fold(own(norm=Needy()), readers=READERS)
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -485,7 +494,7 @@ def test_a_linear_without_a_place_for_a_bias_is_refused():
     )
     one_map("0", 4, bias=0.0).fold(nn.Sequential(nn.Linear(4, 4, bias=False)))
     refused(
-        own(bias=False), one_map("norm", 4), "'left' has no bias, and Own is no transformers model", consumers=READERS
+        own(bias=False), one_map("norm", 4), "'left' has no bias, and Own is no transformers model", readers=READERS
     )
     model = language_model("llama")
     model.model.extra = nn.Linear(2, 2)
@@ -550,17 +559,17 @@ def test_wrong_arguments():
         ({"strength": "1"}, TypeError, "strength must be a real number"),
         ({"inplace": 1}, TypeError, "inplace must be True or False, got 1"),
         ({"convert": None}, TypeError, "convert must be True or False, got None"),
-        ({"consumers": ["x"]}, TypeError, "consumers must be a mapping from module name to names, got list"),
-        ({"consumers": {"nrm": ["x"]}}, ValueError, "consumers: there is no map for module 'nrm'"),
-        ({"consumers": {"model.layers.0.input_layernorm": "q"}}, TypeError, "must be a list of module names, got 'q'"),
-        ({"consumers": {"model.layers.0.input_layernorm": []}}, ValueError, "input_layernorm'] is empty"),
+        ({"readers": ["x"]}, TypeError, "readers must be a mapping from module name to names, got list"),
+        ({"readers": {"nrm": ["x"]}}, ValueError, "readers: there is no map for module 'nrm'"),
+        ({"readers": {"model.layers.0.input_layernorm": "q"}}, TypeError, "must be a list of module names, got 'q'"),
+        ({"readers": {"model.layers.0.input_layernorm": []}}, ValueError, "input_layernorm'] is empty"),
         (
-            {"consumers": {"model.layers.0.input_layernorm": ["q"]}},
+            {"readers": {"model.layers.0.input_layernorm": ["q"]}},
             ValueError,
             "input_layernorm']: .* has no module 'q'",
         ),
         (
-            {"consumers": {"model.layers.0.input_layernorm": ["model.layers.0.mlp.down_proj"]}},
+            {"readers": {"model.layers.0.input_layernorm": ["model.layers.0.mlp.down_proj"]}},
             ValueError,
             "'model.layers.0.mlp.down_proj' reads 24 neurons, not 16",
         ),

@@ -172,7 +172,7 @@ def test_models_of_ones_own(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 3)).double()
     maps = lineas.SteeringMaps({"0": lineas.AffineMap(np.array([1.0, 2.0, 1.0, 0.5]), np.ones(4))})
-    maps.to_peft_lora(model, tmp_path, consumers={"0": ["1"]})
+    maps.to_peft_lora(model, tmp_path, readers={"0": ["1"]})
     x = torch.randn(2, 4, dtype=torch.float64)
     with maps.attach(model), torch.no_grad():
         hooked = model(x)

@@ -321,7 +321,7 @@ except ImportError as error:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"path": 3}, TypeError, r"path must be a SparsePath, SteeringMaps or AffineMap, got int"),
+        ({"path": 3}, TypeError, r"path must be a SparsePath, FitResult, SteeringMaps or AffineMap, got int"),
         ({"tokenizer": "t"}, TypeError, r"tokenizer needs a model, got model=None"),
         ({"generate": str}, TypeError, r"generate needs a model, got model=None"),
         ({"generate": 3, "model": 1}, TypeError, r"generate must be a function from prompt to text, got int"),
