@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 1
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,16 +14,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineas
+from lineas.fitting import settings
 
 if TYPE_CHECKING:
     from .fitting.result import FitResult
 
 INTERRUPTED = 130
-# Options of `fit` that only an end-to-end fit knows, by the name of its argument; None means not given.
-END_TO_END_ONLY = (
-    "steps", "lr", "l1", "group", "scaling", "optimizer", "batch_size", "mini_batch", "patience", "checkpoint",
-    "resume", "seed", "strengths", "held_out_fraction",
-)  # fmt: skip
+
+
+def _rate(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
+def _tokens(text: str) -> str | slice:
+    if ":" not in text:
+        return text
+    try:
+        return slice(*(int(part) if part else None for part in text.split(":")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a word or start:stop:step, got {text!r}") from None
+
+
+# Options of `fit` that set what the class of settings calls so; the last ones are for end-to-end fits only.
+_FOR_ALL: dict[str, dict[str, Any]] = {
+    "pooling": {"help": "mean, min, max, last or all, over the tokens"},
+    "tokens": {
+        "type": _tokens,
+        "help": "tokens that the maps are for, here and when they generate: all, last (whose output a token is "
+        "predicted from), prompt, generated (answers of conversations), or a slice of positions such as -3:",
+    },
+    "max_length": {"type": int, "metavar": "N", "help": "cut prompts to N tokens"},
+    "batch_size": {"type": int, "metavar": "N", "help": "prompts in a forward pass (default: 32)"},
+}
+_END_TO_END: dict[str, dict[str, Any]] = {
+    "loss_layers": {"nargs": "+", "metavar": "GLOB", "help": "modules at which the distance is taken"},
+    "steps": {"type": int, "metavar": "N", "help": "steps"},
+    "lr": {"type": _rate, "metavar": "RATE", "help": "learning rate; auto finds it from the loss"},
+    "l1": {"type": float, "metavar": "X", "help": "lasso penalty"},
+    "group": {"type": float, "metavar": "X", "help": "group lasso penalty of each module"},
+    "scaling": {"help": "layer-mean, paper or reference"},
+    "optimizer": {"help": "sgd or adam"},
+    "mini_batch": {"type": int, "metavar": "N", "help": "source prompts in a step (default: all)"},
+    "patience": {"type": int, "metavar": "N", "help": "steps without a lower held-out loss that end the fit"},
+    "strengths": {
+        "type": float, "nargs": "+", "metavar": "X", "help": "strengths that held-out prompts choose of (default: 1)"
+    },
+    "checkpoint": {
+        "metavar": "FILE", "help": "keep the fit in a file, written after every step; go on with it where it is there"
+    },
+    "seed": {"type": int, "metavar": "N", "help": "seed of the fit"},
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,13 +107,19 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = commands.add_parser(
         "fit", help="fit maps between two sets of prompts", description="Fit maps that move a model from --source to "
-        "--target, two text files of prompts, one a line.",
+        "--target: two text files of prompts, one a line, or JSON lines (.jsonl) of texts or of conversations, which "
+        "are lists of messages or objects with one under \"messages\".",
     )  # fmt: skip
     _add_model(fit)
-    fit.add_argument("--source", required=True, type=Path, metavar="FILE", help="prompts to move, one a line")
-    fit.add_argument("--target", required=True, type=Path, metavar="FILE", help="prompts to move them to, one a line")
-    fit.add_argument("--layers", required=True, nargs="+", metavar="GLOB", help="modules that get a map")
+    fit.add_argument("--source", required=True, type=Path, metavar="FILE", help="prompts to move")
+    fit.add_argument("--target", required=True, type=Path, metavar="FILE", help="prompts to move them to")
     fit.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="safetensors file to write")
+    fit.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="GLOB",
+        help="modules that get a map (default: as `lineas sites` suggests)",
+    )
     fit.add_argument(
         "--method",
         choices=("end-to-end", "incremental", "linear", "gaussian", "mean"),
@@ -77,35 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         help="end-to-end: all maps together, by gradient steps; incremental: linear maps, each fitted with the "
         "earlier ones on; the others: each module by itself (default: %(default)s)",
     )
-    fit.add_argument("--pooling", default="mean", help="mean, min, max, last or all, over the tokens (default: mean)")
-    fit.add_argument(
-        "--tokens",
-        type=_tokens,
-        default="all",
-        help="tokens that the maps are for, here and when they generate: all, last (whose output a token is predicted "
-        "from), prompt, or a slice of positions such as -3: (default: all)",
-    )
-    fit.add_argument("--max-length", type=int, metavar="N", help="cut prompts to N tokens")
+    _add_settings(fit, _FOR_ALL)
     only = fit.add_argument_group("end-to-end fits only")
-    only.add_argument("--steps", type=int, metavar="N", help="steps (default: 20)")
-    only.add_argument(
-        "--lr", type=_rate, metavar="RATE", help="learning rate; auto finds it from the loss (default: auto)"
-    )
-    only.add_argument("--l1", type=float, metavar="X", help="lasso penalty (default: 0)")
-    only.add_argument("--group", type=float, metavar="X", help="group lasso penalty of each module (default: 0)")
-    only.add_argument("--scaling", help="layer-mean, paper or reference (default: layer-mean)")
-    only.add_argument("--optimizer", help="sgd or adam (default: sgd)")
-    only.add_argument("--batch-size", type=int, metavar="N", help="prompts in a forward pass (default: all at once)")
-    only.add_argument("--mini-batch", type=int, metavar="N", help="source prompts in a step (default: all)")
-    only.add_argument(
-        "--patience", type=int, metavar="N", help="steps without a lower held-out loss that end the fit (default: 5)"
-    )
-    only.add_argument(
-        "--strengths", type=float, nargs="+", metavar="X", help="strengths that held-out prompts choose of (default: 1)"
-    )
-    only.add_argument("--checkpoint", metavar="FILE", help="keep the fit in a new file, written after every step")
-    only.add_argument("--resume", metavar="FILE", help="go on with the fit of a checkpoint, all else being the same")
-    only.add_argument("--seed", type=int, metavar="N", help="seed of the fit (default: 0)")
+    _add_settings(only, _END_TO_END)
     only.add_argument(
         "--held-out-fraction",
         type=float,
@@ -120,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("prompt", nargs="*", help="prompts to continue")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="file of prompts, one a line")
-    generate.add_argument("--maps", required=True, type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
+    generate.add_argument(
+        "--maps", required=True, metavar="FILE", help="maps that `lineas fit` wrote: file, folder or hub id"
+    )
     generate.add_argument(
         "--strength",
         type=float,
@@ -146,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         "exactly or not at all, and write it as a folder that runs without lineas.",
     )  # fmt: skip
     _add_model(fold)
-    fold.add_argument("--maps", required=True, type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
+    fold.add_argument(
+        "--maps", required=True, metavar="FILE", help="maps that `lineas fit` wrote: file, folder or hub id"
+    )
     fold.add_argument("--strength", type=float, default=1.0, metavar="X", help="default: 1")
     fold.add_argument(
         "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
@@ -155,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     fold.set_defaults(run=_fold)
 
     info = commands.add_parser("info", help="describe a file of maps", description="Describe a file of maps.")
-    info.add_argument("maps", type=Path, metavar="FILE", help="maps that `lineas fit` wrote")
+    info.add_argument("maps", metavar="FILE", help="maps that `lineas fit` wrote: file, folder or hub id")
     info.set_defaults(run=_info)
 
     demo = commands.add_parser(
@@ -170,20 +198,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rate(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
-
-
-def _tokens(text: str) -> str | slice:
-    if ":" not in text:
-        return text
-    try:
-        return slice(*(int(part) if part else None for part in text.split(":")))
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected a word or start:stop:step, got {text!r}") from None
+def _add_settings(command: Any, options: dict[str, dict[str, Any]]) -> None:
+    """Options for settings of a fit; what is not given is left to their class, whose default the help shows."""
+    defaults = settings.defaults(settings.FitSettings)
+    for name, option in options.items():
+        shown = "" if defaults[name] is None or "default" in option["help"] else f" (default: {defaults[name]})"
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            **{**option, "help": option["help"] + shown, "default": argparse.SUPPRESS},
+        )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -199,50 +222,46 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    settings = {name: value for name in END_TO_END_ONLY if (value := getattr(args, name)) is not None}
-    if settings and args.method != "end-to-end":
-        option = "--" + next(iter(settings)).replace("_", "-")
+    shared = {name: getattr(args, name) for name in _FOR_ALL if hasattr(args, name)}
+    only = {name: getattr(args, name) for name in _END_TO_END if hasattr(args, name)}
+    given = [*only, *(["held_out_fraction"] if args.held_out_fraction is not None else [])]
+    if given and args.method != "end-to-end":
+        option = "--" + given[0].replace("_", "-")
         raise ValueError(f"{option} is for --method end-to-end only, got --method {args.method}")
     source, target = _read_prompts(args.source), _read_prompts(args.target)
     for path, prompts in ((args.source, source), (args.target, target)):
         if len(prompts) < 2:
             raise ValueError(f"{path}: expected at least 2 prompts, got {len(prompts)}")
-    fraction = settings.pop("held_out_fraction", None)
-    if fraction is not None:
+    if args.held_out_fraction is not None:
         (source, held_source), (target, held_target) = (
-            _split(args.source, source, fraction),
-            _split(args.target, target, fraction),
+            _split(args.source, source, args.held_out_fraction),
+            _split(args.target, target, args.held_out_fraction),
         )
-        settings["held_out"] = (held_source, held_target)
+        only["held_out"] = (held_source, held_target)
     if args.output.is_dir() or not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output: expected a file in an existing folder, got {args.output}")
 
-    model, tokenizer = _load_model(args)
-    shared = {
-        "layers": args.layers[0] if len(args.layers) == 1 else args.layers,
-        "tokenizer": tokenizer,
-        "max_length": args.max_length,
-        "pooling": args.pooling,
-        "tokens": args.tokens,
-        "progress": not args.quiet,
-    }
+    model, shared["tokenizer"] = _load_model(args)
+    shared |= {"layers": _one_or_list(args.layers), "progress": not args.quiet}
+    interrupted = False
     if args.method == "end-to-end":
-        result = lineas.fit_end_to_end(model, source, target, **shared, **settings)
+        if "loss_layers" in only:
+            only["loss_layers"] = _one_or_list(only["loss_layers"])
+        result = lineas.fit_end_to_end(model, source, target, **shared, **only)
         maps, interrupted = result.maps, result.stopped == "interrupted"
         _report(result)
     elif args.method == "incremental":
-        maps, interrupted = lineas.fit_incremental(model, source, target, **shared), False
+        maps = lineas.fit_incremental(model, source, target, **shared)
     else:
         before, after = (lineas.collect(model, prompts, **shared) for prompts in (source, target))
-        fitted = lineas.fit(before, after, method=args.method)
-        from .maps.metadata import spell_tokens
-
-        origin = {key: shared[key] for key in ("layers", "pooling")}
-        origin |= {"model": args.model, "tokens": spell_tokens(args.tokens)}
-        maps, interrupted = lineas.SteeringMaps(fitted, {**fitted.metadata, **origin}), False
+        maps = lineas.fit(before, after, method=args.method)
     maps.save(args.output)
     print(f"{maps!r}\nwritten to {args.output}")
     return INTERRUPTED if interrupted else 0
+
+
+def _one_or_list(globs: list[str] | None) -> Any:
+    return globs[0] if globs is not None and len(globs) == 1 else globs
 
 
 def _report(result: FitResult) -> None:
@@ -265,7 +284,7 @@ def _generate(args: argparse.Namespace) -> int:
         prompts += _read_prompts(args.prompts)
     if not prompts:
         raise ValueError("expected a prompt or --prompts FILE with at least one, got none")
-    maps = lineas.load(args.maps)
+    maps = _load_maps(args.maps)
     strengths = args.strength or [1.0]
     model, tokenizer = _load_model(args)
     import torch
@@ -306,7 +325,7 @@ def _fold(args: argparse.Namespace) -> int:
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output: the folder of {args.output} does not exist")
-    maps = lineas.load(args.maps)
+    maps = _load_maps(args.maps)
     model, tokenizer = _load_model(args)
     folded: Any = maps.fold(model, args.strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
@@ -320,7 +339,7 @@ def _fold(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    maps = lineas.load(args.maps)
+    maps = _load_maps(args.maps)
     print(repr(maps))
     for key, value in maps.metadata.items():
         if key == "settings":
@@ -339,18 +358,39 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args.output, steps=args.steps, seed=args.seed, quick=args.quick)
 
 
-def _read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without the blank ones."""
+def _load_maps(name: str) -> Any:
+    """Maps out of a file, a folder or the hub."""
+    found = lineas.load(name)
+    if isinstance(found, lineas.SparsePath):
+        raise ValueError(f"{name} is a sparse path: save the maps of one of its points, as path.at(...).save(...) does")
+    return found if isinstance(found, lineas.SteeringMaps) else found.maps
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """The lines of a UTF-8 text file without the blank ones, or the values of a file of JSON lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
         ) from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
+    if path.suffix != ".jsonl":
+        return list(lines.values())
+    prompts = []
+    for number, line in lines.items():
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: expected JSON, got {line[:40]!r} ({error})") from None
+        value = value.get("messages") if isinstance(value, dict) else value
+        if not isinstance(value, str | list):
+            raise ValueError(f"{path}, line {number}: expected a text, messages or token ids, got {line[:40]!r}")
+        prompts.append(value)
+    return prompts
 
 
-def _split(path: Path, prompts: list[str], fraction: float) -> tuple[list[str], list[str]]:
+def _split(path: Path, prompts: list[Any], fraction: float) -> tuple[list[Any], list[Any]]:
     """Split off the last `fraction` of the prompts."""
     if not 0 < fraction < 1:
         raise ValueError(f"--held-out-fraction: expected 0 < x < 1, got {fraction:g}")

@@ -164,7 +164,7 @@ def test_fit_takes_several_globs_and_a_dtype(fit):
 def test_a_fit_is_kept_and_goes_on(fit, folder, tmp_path, capsys):
     kept = tmp_path / "kept.safetensors"
     assert fit("--steps", "2", "--checkpoint", str(kept))[0] == 0
-    code, path = fit("--steps", "4", "--lr", "auto", "--patience", "3", "--resume", str(kept))
+    code, path = fit("--steps", "4", "--lr", "auto", "--patience", "3", "--checkpoint", str(kept))
     assert code == 0
     expected = lineas.fit_end_to_end(
         models_zoo.llama(),
@@ -176,8 +176,8 @@ def test_a_fit_is_kept_and_goes_on(fit, folder, tmp_path, capsys):
         progress=False,
     )
     assert lineas.load(path) == expected.maps
-    code, path = fit("--checkpoint", str(kept))
-    assert code == 2 and "kept.safetensors exists" in capsys.readouterr().err
+    code, path = fit("--checkpoint", str(kept), "--l1", "0.1")
+    assert code == 2 and "is that of another fit, of which the l1 differs" in capsys.readouterr().err
 
 
 def test_an_interrupted_fit_saves_what_it_has_and_returns_130(fit, monkeypatch, capsys):
@@ -222,14 +222,14 @@ def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
         ({}, ("--held-out-fraction", "1.5"), "--held-out-fraction: expected 0 < x < 1, got 1.5"),
         ({}, ("--held-out-fraction", "0.9"), "at least 2 prompts on each side, got 1 fitted and 7 held out of"),
         ({}, ("--pooling", "median"), "pooling must be one of"),
-        ({}, ("--tokens", "generated"), "tokens='generated' selects nothing in a fit"),
+        ({}, ("--tokens", "generated"), "tokens='generated' selects nothing of source"),
         (
             {},
             ("--tokens", "first"),
             "tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable, got 'f",
         ),
         ({}, ("--steps", "0"), "steps must be at least 1, got 0"),
-        ({}, ("--resume", str(tmp_path / "none")), "No such file or directory"),
+        ({}, ("--checkpoint", str(tmp_path / "none" / "fit")), "No such file or directory"),
         ({}, ("--device", "nowhere"), "--device: expected a device of this machine, got 'nowhere'"),
     ]
     for files, options, message in cases:
