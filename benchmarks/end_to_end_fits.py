@@ -33,9 +33,11 @@ import lineas
 from lineas.demo import sentences
 from lineas.demo.model import load_smollm2
 from lineas.demo.run import LAYERS
-from lineas.fitting.loop import AutomaticSteps, ScheduledSteps
-from lineas.fitting.parameters import FlatMaps, ProximalOptimizer
-from lineas.fitting.problem import find, pose, read, trial_loss
+from lineas.fitting.end_to_end import prepare, read_sets
+from lineas.fitting.objective import Objective, Task
+from lineas.fitting.parameters import MapParameters, ProximalOptimizer
+from lineas.fitting.settings import ObjectiveSettings
+from lineas.fitting.step_sizes import AutomaticSteps, ScheduledSteps
 from lineas.inputs import frozen
 
 kept = Kept("end-to-end-fits")
@@ -78,21 +80,23 @@ class Problem:
 
     def __init__(self, model: Any, tokenizer: Any, concept: str, seed: int) -> None:
         self.model = model
-        parts = sets(concept, seed)
-        self.names, _ = find(model, LAYERS, None)
-        self.batches = read(*parts["fit"], parts["validation"], tokenizer, MAX_LENGTH)
-        self.test_batches = read(*parts["fit"], parts["test"], tokenizer, MAX_LENGTH)
+        self.sets, self.tokenizer = sets(concept, seed), tokenizer
 
     def __enter__(self) -> Problem:
         self.frozen = frozen.frozen(self.model)
         self.frozen.__enter__()
-        torch.manual_seed(0)
-        shared = (self.names, self.names, None, "mean")
-        self.objective, self.fitted, self.validation = pose(self.model, self.batches, *shared, "layer-mean")
-        _, _, self.test = pose(self.model, self.test_batches, *shared, "layer-mean")
-        self.published, self.published_sets, _ = pose(self.model, self.batches, *shared, "reference")
-        self.maps = FlatMaps(self.objective.widths, self.objective.dtype, self.objective.device)
+        self.objective, self.fitted, self.validation = self._prepare("validation", "layer-mean")
+        _, _, self.test = self._prepare("test", "layer-mean")
+        self.published, self.published_sets, _ = self._prepare("validation", "reference")
+        self.maps = MapParameters(self.objective.widths, self.objective.dtype, self.objective.device)
         return self
+
+    def _prepare(self, held_out: str, scaling: str) -> tuple[Objective, list[Task], list[Task]]:
+        settings = ObjectiveSettings(
+            layers=LAYERS, tokenizer=self.tokenizer, max_length=MAX_LENGTH, scaling=scaling, progress=False
+        )
+        tasks = [read_sets(None, self.sets["fit"], self.sets[held_out], settings)]
+        return prepare(self.model, tasks, settings)[:3]
 
     def __exit__(self, *error: object) -> None:
         self.frozen.__exit__(*error)
@@ -103,20 +107,18 @@ class Problem:
 
     def scheduled(self, optimizer: str, lr: float, steps: int, published: bool = False) -> ScheduledSteps:
         """Steps at a rate that falls along a cosine; in the published code's scaling or the default one."""
-        none = {"l1": 0.0, "group": 0.0, "l1_bias": 0.0, "group_bias": 0.0}
-        stepper = ProximalOptimizer(self.maps, optimizer=optimizer, betas=(0.9, 0.999), **none)
+        stepper = ProximalOptimizer(self.maps, optimizer=optimizer)
         objective, fitted = (self.published, self.published_sets) if published else (self.objective, self.fitted)
         return ScheduledSteps(objective, fitted, stepper, lr, steps)
 
     def losses(self, strength: float = 1.0) -> tuple[float, float]:
         """Validation and test loss of the maps as they stand, at a strength."""
         leaves = self.maps.leaves(strength)
-        found = [trial_loss(self.objective, part, leaves) for part in (self.validation, self.test)]
-        return found[0] or 0.0, found[1] or 0.0
+        return self.objective.loss(self.validation, leaves)[0], self.objective.loss(self.test, leaves)[0]
 
     def support(self) -> float:
         """The share of neurons that are mapped."""
-        return float(((self.maps.weight != 1) | (self.maps.bias != 0)).double().mean())
+        return float(self.maps.support().double().mean())
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def incremental(model: Any, tokenizer: Any, concept: str, seed: int) -> dict[str
     )
     with Problem(model, tokenizer, concept, seed) as problem:
         problem.maps.load(found)
-        train = trial_loss(problem.objective, problem.fitted, problem.maps.leaves())
+        train = problem.objective.loss(problem.fitted, problem.maps.leaves())[0]
         return columns([(0, 1, train, *problem.losses(), problem.support())])
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import lineas
 from lineas.demo.model import load_smollm2
-from lineas.fitting.autograd import sort_columns
-from lineas.fitting.objective import Objective, Sets
-from lineas.fitting.parameters import FlatMaps, ProximalOptimizer
+from lineas.fitting.objective import Objective, Task
+from lineas.fitting.parameters import MapParameters, ProximalOptimizer
+from lineas.fitting.settings import ObjectiveSettings
 from lineas.hooks import modules
 from lineas.inputs import batches, frozen
 
@@ -76,15 +76,13 @@ def measure(model: nn.Module, layers: str, prompts: int, tokens: int, rounds: in
     batch, other = (batches.Batch(kwargs={"input_ids": x, "attention_mask": mask}, mask=mask) for x in (source, target))
 
     with frozen.frozen(model):
-        objective = Objective(model, names, names, forward=None, pooling="mean", scaling="layer-mean")
-        sets = Sets("source", [batch], sort_columns(objective.survey([other]), names))
-        maps = FlatMaps(objective.widths, objective.dtype, objective.device)
-        stepper = ProximalOptimizer(
-            maps, optimizer="sgd", betas=(0.9, 0.999), l1=1e-3, group=1e-3, l1_bias=1e-3, group_bias=1e-3
-        )
+        objective = Objective(model, names, names, ObjectiveSettings())
+        task = Task("source", [batch], objective.target([other], "target"))
+        maps = MapParameters(objective.widths, objective.dtype, objective.device)
+        stepper = ProximalOptimizer(maps, (1e-3, 1e-3, 1e-3, 1e-3))
 
         def step() -> None:
-            _, _, grad_weight, grad_bias = objective.gradient(sets, maps.leaves())
+            _, _, grad_weight, grad_bias = objective.gradient([task], maps.leaves())
             stepper.step(grad_weight, grad_bias, 1e-3)
 
         ends = [model.get_submodule(names[0]), model.get_submodule(names[-1])]

@@ -31,9 +31,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import lineas
 from lineas.demo.model import load_smollm2
-from lineas.fitting.autograd import sort_columns
-from lineas.fitting.objective import Objective, Sets
-from lineas.fitting.parameters import FlatMaps, ProximalOptimizer
+from lineas.fitting.objective import Objective, Task
+from lineas.fitting.parameters import MapParameters, ProximalOptimizer
+from lineas.fitting.settings import ObjectiveSettings
 from lineas.hooks import modules
 from lineas.inputs import batches, frozen
 from lineas.inputs.batches import split
@@ -110,15 +110,13 @@ def measure(model_name: str, case: str) -> float:
     with frozen.frozen(model):
         if kind == "bare":
             return growth(lambda: bare_step(model, source, *ends))
-        objective = Objective(model, names, names, forward=None, pooling="mean", scaling="layer-mean")
-        sets = Sets("source", batches, sort_columns(objective.survey(others), names))
-        maps = FlatMaps(objective.widths, objective.dtype, objective.device)
-        stepper = ProximalOptimizer(
-            maps, optimizer="sgd", betas=(0.9, 0.999), l1=1e-3, group=1e-3, l1_bias=1e-3, group_bias=1e-3
-        )
+        objective = Objective(model, names, names, ObjectiveSettings())
+        task = Task("source", batches, objective.target(others, "target"))
+        maps = MapParameters(objective.widths, objective.dtype, objective.device)
+        stepper = ProximalOptimizer(maps, (1e-3, 1e-3, 1e-3, 1e-3))
 
         def step() -> None:
-            _, _, grad_weight, grad_bias = objective.gradient(sets, maps.leaves())
+            _, _, grad_weight, grad_bias = objective.gradient([task], maps.leaves())
             stepper.step(grad_weight, grad_bias, 1e-3)
 
         return growth(step)

@@ -31,10 +31,11 @@ from lineas import AffineMap, SteeringMaps
 from lineas.demo import sentences
 from lineas.demo.model import load_smollm2
 from lineas.demo.run import LAYERS, bootstrap_interval, sample, text_loss
-from lineas.fitting import sparse_path
-from lineas.fitting.parameters import FlatMaps
-from lineas.fitting.problem import find, pose, read
-from lineas.fitting.step_sizes import Descent
+from lineas.fitting.end_to_end import prepare, read_sets
+from lineas.fitting.parameters import MapParameters
+from lineas.fitting.settings import ObjectiveSettings
+from lineas.fitting.step_sizes import SpectralSteps
+from lineas.hooks.modules import resolve
 from lineas.inputs import frozen
 
 MARKS = "<!-- measured: python benchmarks/sparse_path_smollm2.py --write -->", "<!-- end -->"
@@ -170,25 +171,28 @@ class Study:
 
         def compute() -> dict[str, Any]:
             data = self.sets(seed)
-            held_out, tokenizer, max_length = data["held_out"], data["tokenizer"], data["max_length"]
-            batches = read(data["source"], data["target"], held_out, tokenizer, max_length)
-            names, _ = find(self.model, LAYERS, None)
+            settings = ObjectiveSettings(
+                layers=LAYERS, tokenizer=data["tokenizer"], max_length=data["max_length"], progress=False
+            )
+            sets = read_sets(None, (data["source"], data["target"]), data["held_out"], settings)
             dense, penalties = self.dense(seed), self.path(seed)["penalties"]
             with frozen.frozen(self.model):
-                objective, fitted, trial = pose(self.model, batches, names, names, None, "mean", "layer-mean")
-                maps = FlatMaps(objective.widths, objective.dtype, objective.device)
+                objective, fitted, held_out, _ = prepare(self.model, [sets], settings)
+                maps = MapParameters(objective.widths, objective.dtype, objective.device)
                 maps.load(self.maps(dense["weight"], dense["bias"]))
-                descent = Descent(objective, maps, DENSE["lr"])
-                descent.look(fitted)
+                steps = SpectralSteps(objective, maps, DENSE["lr"])
+                steps.look(fitted)
                 rows = []
                 for penalty in penalties[:0:-1]:
                     for _ in range(PATH["steps"]):
-                        descent.step((float(penalty), 0.0, float(penalty), 0.0))
-                    support = int(descent.place.support().sum())
-                    rows.append((penalty, support, descent.place.loss, sparse_path._trial_loss(descent, trial)))
+                        steps.step((float(penalty), 0.0, float(penalty), 0.0))
+                    support = int(steps.iterate.support().sum())
+                    loss = objective.loss(held_out, maps.leaves())[0]
+                    steps.passes += 1
+                    rows.append((penalty, support, steps.iterate.loss, loss))
             keys = ("penalties", "support", "loss", "held_out")
             columns = (np.array(column[::-1]) for column in zip(*rows, strict=True))
-            return {**dict(zip(keys, columns, strict=True)), "passes": descent.passes + int(dense["passes"])}
+            return {**dict(zip(keys, columns, strict=True)), "passes": steps.passes + int(dense["passes"])}
 
         return kept(f"down-{seed}", compute)
 
@@ -208,7 +212,7 @@ class Study:
 
     def maps(self, weight: NDArray, bias: NDArray) -> dict[str, AffineMap]:
         """Maps of all layers out of their flat slopes and shifts."""
-        names, _ = find(self.model, LAYERS, None)
+        names = resolve(self.model, LAYERS)
         pairs = zip(np.split(weight, len(names)), np.split(bias, len(names)), strict=True)
         return {name: AffineMap(*pair) for name, pair in zip(names, pairs, strict=True)}
 

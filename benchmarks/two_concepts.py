@@ -34,9 +34,10 @@ from lineas import AffineMap, SteeringMaps
 from lineas.demo import sentences
 from lineas.demo.model import load_smollm2
 from lineas.demo.run import LAYERS, bootstrap_interval
-from lineas.fitting import tasks
-from lineas.fitting.parameters import FlatMaps
-from lineas.fitting.problem import find, pose_tasks, read
+from lineas.fitting.end_to_end import prepare, read_sets
+from lineas.fitting.parameters import MapParameters
+from lineas.fitting.settings import ObjectiveSettings
+from lineas.hooks.modules import resolve
 from lineas.inputs import frozen
 
 MARKS = "<!-- measured: python benchmarks/two_concepts.py --write -->", "<!-- end -->"
@@ -122,7 +123,7 @@ class Study:
         if "@" in name:
             second, first = name.split("@")
             return self.maps(second, seed) @ self.maps(first, seed)
-        found, (names, _) = self.fitted(name, seed), find(self.model, LAYERS, None)
+        found, names = self.fitted(name, seed), resolve(self.model, LAYERS)
         pairs = zip(np.split(found["weight"], len(names)), np.split(found["bias"], len(names)), strict=True)
         maps = SteeringMaps({module: AffineMap(*pair) for module, pair in zip(names, pairs, strict=True)})
         return maps @ self.maps(name[2:], seed) if "|" in name else maps
@@ -131,23 +132,17 @@ class Study:
         """Held-out losses of both concepts, [2], under the maps of each row at strength 1."""
 
         def compute() -> dict[str, Any]:
-            data = {
-                concept: read(*fitted, held, self.tokenizer, MAX_LENGTH, concept)
-                for concept, (fitted, held) in self.sets(seed).items()
-            }
-            names, _ = find(self.model, LAYERS, None)
+            settings = ObjectiveSettings(layers=LAYERS, tokenizer=self.tokenizer, max_length=MAX_LENGTH, progress=False)
+            sets = [read_sets(concept, *pairs, settings) for concept, pairs in self.sets(seed).items()]
             rows = {name: None if name == "none" else self.maps(name, seed) for name in NAMES}
             losses = {}
             with frozen.frozen(self.model):
-                objective, posed = pose_tasks(
-                    self.model, data, names, names, None, "mean", "layer-mean", batch_size=None, mini_batch=None, seed=0
-                )
-                trial = tasks.Tasks([held for _, held in posed if held is not None])
+                objective, _, held_out, _ = prepare(self.model, sets, settings)
                 for name, maps in rows.items():
-                    flat = FlatMaps(objective.widths, objective.dtype, objective.device)
+                    flat = MapParameters(objective.widths, objective.dtype, objective.device)
                     if maps is not None:
                         flat.load(maps)
-                    losses[name] = tasks.loss(objective, trial, flat.leaves())[1].mean(dim=1).tolist()
+                    losses[name] = objective.loss(held_out, flat.leaves())[1].mean(dim=1).tolist()
             return losses
 
         return kept(f"held-out-{seed}", compute)

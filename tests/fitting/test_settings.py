@@ -1,0 +1,93 @@
+"""Settings of fits: one class, shown and checked as keyword arguments."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import models_zoo as zoo
+import pytest
+from fits import QUIET, prompts
+
+import lineas
+from lineas.fitting.settings import FitSettings, IncrementalSettings, PathSettings, RunSettings, defaults, takes
+
+FITS = {
+    lineas.fit_end_to_end: FitSettings,
+    lineas.fit_jointly: FitSettings,
+    lineas.fit_incremental: IncrementalSettings,
+    lineas.sparse_path_end_to_end: PathSettings,
+}
+
+
+@pytest.mark.parametrize(("function", "settings"), FITS.items(), ids=lambda one: one.__name__)
+def test_signature_and_description_show_every_setting(function, settings):
+    shown = inspect.signature(function).parameters
+    for field in fields(settings):
+        assert shown[field.name].default == field.default and shown[field.name].kind == inspect.Parameter.KEYWORD_ONLY
+    given = [name for name in shown if name not in defaults(settings)]
+    assert given in (["model", "source", "target"], ["model", "tasks"])
+    described = inspect.getdoc(function).partition("Parameters\n----------\n")[2].partition("\nReturns\n")[0]
+    entries = [line.partition(" : ")[0] for line in described.splitlines() if line and not line.startswith(" ")]
+    names = [name for entry in entries for name in entry.split(", ")]
+    assert names == list(dict.fromkeys(names)) and set(names) == set(shown)
+    assert "**settings" not in function.__doc__
+
+
+def test_every_setting_is_described_once():
+    for settings in {*FITS.values(), RunSettings}:
+        for base in settings.__mro__[:-1]:
+            for name in base.__annotations__:
+                if name != "recorded":
+                    assert f"{name} : " in base.__doc__ or f"{name}, " in base.__doc__ or f", {name} : " in base.__doc__
+
+
+def test_arguments_are_bound_as_python_does():
+    @takes(RunSettings)
+    def fit(model, source, settings):
+        """Fit."""
+        return model, source, settings
+
+    model, source, settings = fit(1, source=2, pooling="max")
+    assert (model, source, settings.pooling, settings.progress) == (1, 2, "max", True)
+    with pytest.raises(TypeError, match=r"^fit\(\) missing a required argument: 'source'"):
+        fit(1)
+    with pytest.raises(TypeError, match=r"^fit\(\) got an unexpected keyword argument 'poling' \(similar: pooling"):
+        fit(1, 2, poling="max")
+    with pytest.raises(TypeError, match=r"^fit\(\) too many positional arguments"):
+        fit(1, 2, 3)
+
+
+def test_an_unknown_setting_of_a_fit_names_its_like():
+    with pytest.raises(TypeError, match=r"^fit_end_to_end\(\) got an unexpected keyword argument 'learning_rate'"):
+        lineas.fit_end_to_end(zoo.mlp(), [], [], learning_rate=1)
+
+
+def test_settings_need_no_torch():
+    code = "import sys, lineas.fitting.settings as s; s.FitSettings(l1=0.1); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_metadata_keep_the_settings():
+    maps = lineas.fit_end_to_end(
+        zoo.llama(), prompts(3, 1), prompts(3, 2), layers=zoo.NORMS["llama"], steps=1, l1=0.5, **QUIET
+    ).maps
+    kept = maps.metadata["settings"]
+    assert set(kept) == set(FitSettings.recorded)
+    assert (kept["l1"], kept["l1_bias"], kept["lr"], kept["betas"]) == (0.5, 0.5, "auto", [0.9, 0.999])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"forward": 3}, TypeError, "forward must be a function of model and batch, got int"),
+        ({"progress": 1}, TypeError, "progress must be True or False, got 1"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+        ({"max_length": True}, TypeError, "max_length must be an int, got bool"),
+        ({"pooling": "median"}, ValueError, "pooling must be one of 'mean', 'min', 'max', 'last', 'all', got 'median'"),
+        ({"tokens": 3}, TypeError, "tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_run(settings, error, text):
+    with pytest.raises(error, match=text):
+        RunSettings(**settings)
