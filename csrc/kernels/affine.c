@@ -2,7 +2,7 @@
 #include "lineas.h"
 
 #include "core/threads.h"
-#include "kernels/load.h"
+#include "kernels/simd/load.h"
 
 #define MOST_CHUNKS 64
 
@@ -19,7 +19,7 @@ typedef struct affine_context {
 } affine_context;
 
 #define LNS_BODY "kernels/affine_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static void (*const PREPARE[LNS_CPU_COUNT][2])(const affine_context *) = LNS_TABLE(prepare);
 static const lns_loop_body APPLY[LNS_CPU_COUNT][2] = LNS_TABLE(affine_units);

@@ -1,5 +1,5 @@
 /* Template body: an affine map at a strength, forward and backward. */
-#include "kernels/strip_body.h"
+#include "kernels/simd/strip_body.h"
 
 static inline double VNAME(scale)(const affine_context *c, int64_t j)
 {

@@ -4,7 +4,7 @@
 #include <float.h>
 
 #include "core/blas.h"
-#include "kernels/load.h"
+#include "kernels/simd/load.h"
 
 /* Largest d whose LAPACK work size, 2 d^2 + 6 d + 1, is an int. */
 #define MOST_DIMENSIONS 32000

@@ -3,7 +3,7 @@
 
 #include "core/blas.h"
 #include "core/threads.h"
-#include "kernels/load.h"
+#include "kernels/simd/load.h"
 
 #define MOST_CHUNKS 64
 #define LEAST_ROWS 256
@@ -16,7 +16,7 @@ typedef struct moments_context {
 } moments_context;
 
 #define LNS_BODY "kernels/moments_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body MOMENTS[LNS_CPU_COUNT][2] = LNS_TABLE(moments_units);
 static void (*const MERGE[LNS_CPU_COUNT][2])(const moments_context *, int64_t, lns_moments *) = LNS_TABLE(merge_chunks);

@@ -1,5 +1,5 @@
 /* Template body: count, mean, squared deviations and range of a chunk of rows. */
-#include "kernels/strip_body.h"
+#include "kernels/simd/strip_body.h"
 
 /* LANES columns of a chunk: first the sums as they grow, then what they come to. All of a group lies together, since
  * arrays of their own, a power of two apart, would push each other out of the first-level cache. */

@@ -3,8 +3,8 @@
 #include "lineas.h"
 
 #include "core/threads.h"
-#include "kernels/load.h"
-#include "kernels/tile.h"
+#include "kernels/simd/load.h"
+#include "kernels/simd/tile.h"
 
 /* Rows of a block, a tile of doubles: what the lassos of its neurons need. */
 enum { PATH_A2, PATH_M2, PATH_G1, PATH_G2, PATH_V4, PATH_ROWS };
@@ -172,7 +172,7 @@ static double path_guess(double now, double before, double earlier)
 }
 
 #define LNS_BODY "kernels/path_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body UNITS[LNS_CPU_COUNT] = LNS_TABLE_F64(path_units);
 

@@ -9,7 +9,7 @@
  *
  * a lasso in two variables with a closed form; it stays finite at sx = 0, where ||y|| <= tau says that x is 0. */
 #if REAL_IS_DOUBLE
-#include "kernels/tile_body.h"
+#include "kernels/simd/tile_body.h"
 
 typedef struct VNAME(path_lasso) {
     VNAME(reals) y, c;

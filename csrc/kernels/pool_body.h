@@ -1,5 +1,5 @@
 /* Template body: pooling over the tokens of one sequence, a strip of columns at a time. */
-#include "kernels/strip_body.h"
+#include "kernels/simd/strip_body.h"
 
 static inline int VNAME(kept)(const pool_context *c, int64_t row, int64_t token)
 {

@@ -1,5 +1,5 @@
 /* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step. */
-#include "kernels/strip_body.h"
+#include "kernels/simd/strip_body.h"
 
 #define VECTORS (LANES * (int)sizeof(real) / VEC_BYTES)
 

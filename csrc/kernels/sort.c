@@ -2,7 +2,7 @@
 #include "lineas.h"
 
 #include "core/threads.h"
-#include "kernels/load.h"
+#include "kernels/simd/load.h"
 
 typedef struct sort_context {
     const lns_sample *samples;
@@ -13,7 +13,7 @@ typedef struct sort_context {
 } sort_context;
 
 #define LNS_BODY "kernels/sort_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body SORT[LNS_CPU_COUNT][2] = LNS_TABLE(sort_units);
 

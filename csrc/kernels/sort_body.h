@@ -1,5 +1,5 @@
 /* Template body: sorting whole samples. */
-#include "kernels/tile_body.h"
+#include "kernels/simd/tile_body.h"
 
 static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thread)
 {

@@ -2,8 +2,8 @@
 #include "lineas.h"
 
 #include "core/threads.h"
-#include "kernels/load.h"
-#include "kernels/tile.h"
+#include "kernels/simd/load.h"
+#include "kernels/simd/tile.h"
 
 typedef struct fit_context {
     const lns_fit_job *jobs;
@@ -25,7 +25,7 @@ static int64_t fit_panel(const lns_fit_job *job, int64_t left)
 }
 
 #define LNS_BODY "kernels/transport_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body FIT[LNS_CPU_COUNT][2] = LNS_TABLE(fit_units);
 

@@ -1,5 +1,5 @@
 /* Template body: closed-form maps of a tile of the source to a tile of the target. */
-#include "kernels/rank_body.h"
+#include "kernels/simd/rank_body.h"
 
 /* What the linear map needs to know of the columns of a tile. */
 typedef struct VNAME(fit_sums) {

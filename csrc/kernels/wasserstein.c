@@ -2,8 +2,8 @@
 #include "lineas.h"
 
 #include "core/threads.h"
-#include "kernels/load.h"
-#include "kernels/tile.h"
+#include "kernels/simd/load.h"
+#include "kernels/simd/tile.h"
 
 typedef struct w2_context {
     const lns_w2_job *jobs;
@@ -25,7 +25,7 @@ static int64_t lns_w2_panel(const lns_w2_job *job, int64_t left)
 }
 
 #define LNS_BODY "kernels/wasserstein_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body W2[LNS_CPU_COUNT][2] = LNS_TABLE(w2_units);
 

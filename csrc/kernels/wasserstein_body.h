@@ -1,5 +1,5 @@
 /* Template body: squared W2 of a tile against its target, with gradients. */
-#include "kernels/rank_body.h"
+#include "kernels/simd/rank_body.h"
 
 /* Equal sizes and weights: row i of the sorted tiles meets row i alone. u holds keys, g may be NULL. Returns whether u
  * has ties. With `so_far`, an entry of g is the mean over the ties up to it, for VNAME(spread_means); their sum is

@@ -1,5 +1,5 @@
 /* Template body: rows of a sample a strip of columns at a time, converted to the working type. */
-#include "kernels/simd_body.h"
+#include "kernels/simd/vector_body.h"
 
 /* a compare b ? a : b in every lane, by the instruction for it where there is one. */
 #if VEC_BYTES == 64 && REAL_IS_DOUBLE

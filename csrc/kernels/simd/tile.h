@@ -10,8 +10,8 @@
 #include <string.h>
 
 #include "core/threads.h"
-#include "kernels/load.h"
-#include "kernels/network.h"
+#include "kernels/simd/load.h"
+#include "kernels/simd/network.h"
 
 #define LNS_TILE_ROW 64 /* bytes in a row of a tile */
 

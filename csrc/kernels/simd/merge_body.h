@@ -7,7 +7,7 @@
  *
  * Stages are done several at a time, on as many rows as fit into registers, and depth first, so that what fits into
  * the first-level cache is finished there. */
-#include "kernels/network_body.h"
+#include "kernels/simd/network_body.h"
 
 /* Stages of a bitonic stretch of 2, 4, 8, 16 rows from row o on. */
 #define STAGES2(X, o) X(o, o + 1)

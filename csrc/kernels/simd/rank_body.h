@@ -1,7 +1,7 @@
 /* Template body: ranks of many rows, or of rows that carry weights. The rows of a tile are sorted by packed keys: as
  * much of the value as fits above the row's number. The values then follow by their rows, and where packed keys could
  * not tell neighbours apart, neighbours are put right. */
-#include "kernels/tile_body.h"
+#include "kernels/simd/tile_body.h"
 
 #define MANTISSA_BITS (REAL_IS_DOUBLE ? 52 : 23)
 #define KEY_SIGN ((ukey)1 << (KEY_BITS - 1))

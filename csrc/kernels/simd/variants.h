@@ -20,18 +20,18 @@
 
 #define LNS_VARIANT _portable
 #define VEC_BYTES 16
-#include "kernels/reals.h"
+#include "kernels/simd/reals.h"
 
 #if LNS_HAVE_X86
 LNS_TARGET_AVX2
 #define LNS_VARIANT _avx2
 #define VEC_BYTES 32
-#include "kernels/reals.h"
+#include "kernels/simd/reals.h"
 LNS_TARGET_END
 LNS_TARGET_AVX512
 #define LNS_VARIANT _avx512
 #define VEC_BYTES 64
-#include "kernels/reals.h"
+#include "kernels/simd/reals.h"
 LNS_TARGET_END
 #define LNS_TABLE(f) {LNS_PAIR_(f, _portable), LNS_PAIR_(f, _avx2), LNS_PAIR_(f, _avx512)}
 #define LNS_TABLE_F64(f) {f##_f64_portable, f##_f64_avx2, f##_f64_avx512}
