@@ -1,10 +1,10 @@
 /* z -> weight * z + bias at a strength, and its gradients. */
 #include "lineas.h"
 
+#include "core/sizes.h"
 #include "core/threads.h"
+#include "kernels/simd/blocks.h"
 #include "kernels/simd/load.h"
-
-#define MOST_CHUNKS 64
 
 typedef struct affine_context {
     const void *z, *grad_out;
@@ -27,13 +27,6 @@ static const lns_loop_body GRAD_Z[LNS_CPU_COUNT][2] = LNS_TABLE(grad_z_units);
 static const lns_loop_body SUM[LNS_CPU_COUNT][2] = LNS_TABLE(sum_units);
 static void (*const FINISH[LNS_CPU_COUNT][2])(const affine_context *, int64_t, void *, void *) = LNS_TABLE(finish);
 
-/* Chunks of rows are fixed by the sizes alone, so that sums do not depend on the number of threads. */
-static int64_t chunk_rows(int64_t outer)
-{
-    const int64_t rows = (outer + MOST_CHUNKS - 1) / MOST_CHUNKS;
-    return rows < LNS_FOLD ? LNS_FOLD : rows;
-}
-
 static int bad_sizes(int64_t outer, int64_t d, int64_t inner)
 {
     return outer < 0 || d < 1 || inner < 0 || lns_mul(lns_mul(lns_mul(outer, d), inner), 8) < 0;
@@ -44,7 +37,7 @@ int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner)
     if (bad_sizes(outer, d, inner)) {
         return -1;
     }
-    const int64_t chunks = (outer + chunk_rows(outer) - 1) / chunk_rows(outer);
+    const int64_t rows = lns_chunk_rows(outer, LNS_FOLD), chunks = (outer + rows - 1) / rows;
     return lns_mul(lns_mul(d, 16), chunks + 1) < 0 ? -1 : lns_pad(16 * d) + 16 * d * chunks;
 }
 
@@ -91,7 +84,7 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
     }
     const int64_t units = inner == 1 ? outer : outer * d, cost = outer * d * inner / 4;
     c.sums = (double *)(void *)((char *)work + lns_pad(d * 16));
-    c.chunk_rows = chunk_rows(outer);
+    c.chunk_rows = lns_chunk_rows(outer, LNS_FOLD);
     const int64_t chunks = (outer + c.chunk_rows - 1) / c.chunk_rows;
     if (grad_z != NULL) {
         PREPARE[lns_cpu()][is_double](&c);

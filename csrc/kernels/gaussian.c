@@ -2,9 +2,10 @@
 #include "lineas.h"
 
 #include <float.h>
+#include <math.h>
+#include <string.h>
 
 #include "core/blas.h"
-#include "kernels/simd/load.h"
 
 /* Largest d whose LAPACK work size, 2 d^2 + 6 d + 1, is an int. */
 #define MOST_DIMENSIONS 32000

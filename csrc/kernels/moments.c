@@ -1,11 +1,16 @@
 /* Streaming statistics: count, mean, squared deviations, range; and covariances (OpenBLAS). */
 #include "lineas.h"
 
+#include <math.h>
+
 #include "core/blas.h"
+#include "core/sizes.h"
 #include "core/threads.h"
+#include "kernels/samples.h"
+#include "kernels/simd/blocks.h"
 #include "kernels/simd/load.h"
 
-#define MOST_CHUNKS 64
+/* Fewer rows than a chunk has at least are summed in double. */
 #define LEAST_ROWS 256
 
 typedef struct moments_context {
@@ -21,13 +26,6 @@ typedef struct moments_context {
 static const lns_loop_body MOMENTS[LNS_CPU_COUNT][2] = LNS_TABLE(moments_units);
 static void (*const MERGE[LNS_CPU_COUNT][2])(const moments_context *, int64_t, lns_moments *) = LNS_TABLE(merge_chunks);
 
-/* Chunks of rows are fixed by n alone, so that the result does not depend on the number of threads. */
-static int64_t chunk_rows(int64_t n)
-{
-    const int64_t rows = (n + MOST_CHUNKS - 1) / MOST_CHUNKS;
-    return rows < LEAST_ROWS ? LEAST_ROWS : rows;
-}
-
 /* A cache line of each of five numbers for eight columns is the most that a group of either type takes. */
 static int64_t chunk_bytes(int64_t d)
 {
@@ -39,7 +37,8 @@ int64_t lns_moments_worksize(int64_t n, int64_t d)
     if (n < 1 || d < 1 || lns_mul(n, d) < 0) {
         return -1;
     }
-    return lns_mul((n + chunk_rows(n) - 1) / chunk_rows(n), chunk_bytes(d));
+    const int64_t rows = lns_chunk_rows(n, LEAST_ROWS);
+    return lns_mul((n + rows - 1) / rows, chunk_bytes(d));
 }
 
 lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d)
@@ -70,7 +69,7 @@ lns_status lns_moments_update(const lns_sample *sample, int threads, void *work,
     if (!lns_sample_ok(sample) || state->count < 0 || state->count > INT64_MAX - sample->n) {
         return LNS_BAD_SIZE;
     }
-    c.chunk_rows = chunk_rows(sample->n);
+    c.chunk_rows = lns_chunk_rows(sample->n, LEAST_ROWS);
     c.chunk_bytes = chunk_bytes(sample->d);
     const int64_t chunks = (sample->n + c.chunk_rows - 1) / c.chunk_rows;
     threads = lns_thread_count(chunks, sample->n * sample->d / 8, threads);

@@ -2,8 +2,11 @@
  * a module falls apart into neurons once the norms of its two groups are given; finding these stands here. */
 #include "lineas.h"
 
+#include <math.h>
+
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/simd/load.h"
+#include "kernels/simd/blocks.h"
 #include "kernels/simd/tile.h"
 
 /* Rows of a block, a tile of doubles: what the lassos of its neurons need. */

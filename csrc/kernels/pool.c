@@ -1,7 +1,9 @@
 /* Masked pooling over tokens. Rows that the mask drops are never read. */
 #include "lineas.h"
 
+#include "core/sizes.h"
 #include "core/threads.h"
+#include "kernels/simd/blocks.h"
 #include "kernels/simd/load.h"
 
 /* Columns of a sequence that are pooled at once: long pieces of a row, since rows are far apart. */

@@ -1,7 +1,10 @@
 /* Sparse-group lasso: the prox of one group, and the optimiser step fused with it. */
 #include "lineas.h"
 
+#include <math.h>
+
 #include "core/threads.h"
+#include "kernels/simd/blocks.h"
 #include "kernels/simd/load.h"
 
 typedef struct step_context {

@@ -1,9 +1,14 @@
 /* Closed-form maps per neuron. (The full-covariance map is in gaussian.c.) */
 #include "lineas.h"
 
+#include <math.h>
+
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/simd/load.h"
-#include "kernels/simd/tile.h"
+#include "kernels/samples.h"
+#include "kernels/segments.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/rank.h"
 
 typedef struct fit_context {
     const lns_fit_job *jobs;
@@ -56,7 +61,7 @@ static int threads_for(const lns_fit_job *jobs, int64_t count, int threads, int6
     *units = 0;
     for (int64_t k = 0; k < count; k++) {
         cost += lns_sort_cost(jobs[k].source.n, jobs[k].source.d) + lns_sort_cost(jobs[k].target.n, jobs[k].target.d);
-        *units += lns_tiles(jobs[k].source.d, jobs[k].source.dtype);
+        *units += lns_sample_tiles(&jobs[k].source);
     }
     return lns_thread_count(*units, cost, threads);
 }

@@ -245,12 +245,12 @@ static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thre
     lns_pairing pairing = {0};
     VNAME(fit_work) work = {0};
     for (int64_t unit = begin, count; unit < end; unit += count) {
-        while (lns_is_past(&c->jobs[k].source, unit, &first)) {
-            k++;
+        while (unit >= first + lns_sample_tiles(&c->jobs[k].source)) {
+            first += lns_sample_tiles(&c->jobs[k++].source);
         }
         const lns_fit_job *job = &c->jobs[k];
         const int64_t column = (unit - first) * LANES;
-        const int64_t left = lns_tiles(job->source.d, job->source.dtype) - (unit - first);
+        const int64_t left = first + lns_sample_tiles(&job->source) - unit;
         if (prepared != k) {
             prepared = k;
             pairing = lns_pair(&job->source, &job->target, (lns_segment *)(void *)memory);

@@ -1,9 +1,14 @@
 /* Quantile W2 per neuron, its gradient, and both through an affine map. */
 #include "lineas.h"
 
+#include <math.h>
+
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/simd/load.h"
-#include "kernels/simd/tile.h"
+#include "kernels/samples.h"
+#include "kernels/segments.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/rank.h"
 
 typedef struct w2_context {
     const lns_w2_job *jobs;
@@ -59,7 +64,7 @@ static int threads_for(const lns_w2_job *jobs, int64_t count, int threads, int64
     *units = 0;
     for (int64_t k = 0; k < count; k++) {
         cost += 2 * lns_sort_cost(jobs[k].u.n, jobs[k].u.d) + lns_sort_cost(jobs[k].v.n, jobs[k].v.d);
-        *units += lns_tiles(jobs[k].u.d, jobs[k].u.dtype);
+        *units += lns_sample_tiles(&jobs[k].u);
     }
     return lns_thread_count(*units, cost, threads);
 }

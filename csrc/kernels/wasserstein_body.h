@@ -317,11 +317,11 @@ static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int threa
     lns_pairing pairing = {0};
     VNAME(w2_work) work = {0};
     for (int64_t unit = begin, count; unit < end; unit += count) {
-        while (lns_is_past(&c->jobs[k].u, unit, &first)) {
-            k++;
+        while (unit >= first + lns_sample_tiles(&c->jobs[k].u)) {
+            first += lns_sample_tiles(&c->jobs[k++].u);
         }
         const lns_w2_job *job = &c->jobs[k];
-        const int64_t column = (unit - first) * LANES, left = lns_tiles(job->u.d, job->u.dtype) - (unit - first);
+        const int64_t column = (unit - first) * LANES, left = first + lns_sample_tiles(&job->u) - unit;
         if (prepared != k) {
             prepared = k;
             pairing = lns_pair(&job->u, &job->v, (lns_segment *)(void *)memory);

@@ -1,7 +1,6 @@
 /* Template body: sorting networks over the rows of a tile of keys, all columns in step. A network can record what its
  * comparators did, and be undone: whatever stands in the sorted rows then goes back to where they came from. */
 #include "kernels/simd/vector_body.h"
-#include "kernels/simd/tile.h"
 
 #define VEC_PARTS (LANES / VEC_LANES) /* registers in a row of a tile */
 
