@@ -91,7 +91,7 @@ typedef struct lns_pairing {
 } lns_pairing;
 
 /* `segments` has room for u->n + v->n of them. */
-static inline lns_pairing lns_pair(const lns_sample *u, const lns_sample *v, lns_segment *segments)
+static inline lns_pairing lns_pair_rows(const lns_sample *u, const lns_sample *v, lns_segment *segments)
 {
     const int weighted = lns_is_weighted(u, v);
     const int64_t count = weighted ? 0 : lns_segments(u->n, v->n, segments);

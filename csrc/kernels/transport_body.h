@@ -240,28 +240,29 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
 static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     fit_context *c = context;
-    char *memory = (char *)c->work + thread * c->work_each;
-    int64_t k = 0, first = 0, prepared = -1;
+    const lns_fit_job *job = c->call.jobs;
+    char *memory = c->call.work + thread * c->call.thread_bytes;
+    const int as_keys = c->method == LNS_LINEAR || c->method == LNS_MOMENTS;
+    const lns_fit_job *prepared = NULL;
+    int64_t first = 0; /* unit of the job */
     lns_pairing pairing = {0};
     VNAME(fit_work) work = {0};
     for (int64_t unit = begin, count; unit < end; unit += count) {
-        while (unit >= first + lns_sample_tiles(&c->jobs[k].source)) {
-            first += lns_sample_tiles(&c->jobs[k++].source);
+        while (unit >= first + lns_sample_tiles(&job->source)) {
+            first += lns_sample_tiles(&job->source);
+            job++;
         }
-        const lns_fit_job *job = &c->jobs[k];
-        const int64_t column = (unit - first) * LANES;
-        const int64_t left = first + lns_sample_tiles(&job->source) - unit;
-        if (prepared != k) {
-            prepared = k;
-            pairing = lns_pair(&job->source, &job->target, (lns_segment *)(void *)memory);
-            work = VNAME(fit_work_at)(memory + c->segments_each, job);
+        if (prepared != job) {
+            prepared = job;
+            pairing = lns_pair_rows(&job->source, &job->target, (lns_segment *)(void *)memory);
+            work = VNAME(fit_work_at)(memory + c->call.segment_bytes, job);
         }
+        const int64_t column = (unit - first) * LANES, left = first + lns_sample_tiles(&job->source) - unit;
         count = fit_panel(job, left < end - unit ? left : end - unit);
-        const int as_keys = c->method == LNS_LINEAR || c->method == LNS_MOMENTS;
         VNAME(load_tiles)(&job->source, column, count, work.u, as_keys);
         VNAME(load_tiles)(&job->target, column, count, work.v, as_keys);
         for (int64_t t = 0; t < count; t++) {
-            c->bad[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
+            c->call.not_finite[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
         }
     }
 }

@@ -122,5 +122,4 @@ static inline double lns_value(const void *data, lns_dtype dtype, int64_t index)
     return value;
 }
 
-
 #endif
