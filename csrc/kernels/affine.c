@@ -25,7 +25,8 @@ static void (*const PREPARE[LNS_CPU_COUNT][2])(const affine_context *) = LNS_TAB
 static const lns_loop_body APPLY[LNS_CPU_COUNT][2] = LNS_TABLE(affine_units);
 static const lns_loop_body GRAD_Z[LNS_CPU_COUNT][2] = LNS_TABLE(grad_z_units);
 static const lns_loop_body SUM[LNS_CPU_COUNT][2] = LNS_TABLE(sum_units);
-static void (*const FINISH[LNS_CPU_COUNT][2])(const affine_context *, int64_t, void *, void *) = LNS_TABLE(finish);
+static void (*const ADD_CHUNKS[LNS_CPU_COUNT][2])(const affine_context *, int64_t, void *,
+                                                  void *) = LNS_TABLE(add_chunks);
 
 static int bad_sizes(int64_t outer, int64_t d, int64_t inner)
 {
@@ -91,6 +92,6 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
         lns_parallel_for(units, lns_thread_count(units, cost, threads), GRAD_Z[lns_cpu()][is_double], &c);
     }
     lns_parallel_for(chunks, lns_thread_count(chunks, cost, threads), SUM[lns_cpu()][is_double], &c);
-    FINISH[lns_cpu()][is_double](&c, chunks, grad_weight, grad_bias);
+    ADD_CHUNKS[lns_cpu()][is_double](&c, chunks, grad_weight, grad_bias);
     return LNS_OK;
 }

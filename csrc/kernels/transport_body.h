@@ -1,11 +1,10 @@
 /* Template body: closed-form maps of a tile of the source to a tile of the target. */
 #include "kernels/simd/rank_body.h"
 
-/* What the linear map needs to know of the columns of a tile. */
+/* Moments of the columns of a tile and its target. */
 typedef struct VNAME(fit_sums) {
-    double mean_u[LANES], mean_v[LANES], variance[LANES];
-    double other[LANES];      /* covariance of the paired quantiles or, for the Gaussian map, variance of v */
-    double variance_v[LANES]; /* for moments alone */
+    double mean_u[LANES], mean_v[LANES], variance_u[LANES], variance_v[LANES];
+    double covariance[LANES]; /* of the paired quantiles */
 } VNAME(fit_sums);
 
 /* Pairs the quantiles of one column of sorted tiles. Sums are taken around the medians: a large mean costs no digits,
@@ -30,8 +29,8 @@ static inline void VNAME(pair_column)(const real *u, const real *v, const lns_se
     }
     sums->mean_u[l] = sum_u + middle_u;
     sums->mean_v[l] = sum_v + middle_v;
-    sums->variance[l] = sum_uu - sum_u * sum_u;
-    sums->other[l] = sum_uv - sum_u * sum_v;
+    sums->variance_u[l] = sum_uu - sum_u * sum_u;
+    sums->covariance[l] = sum_uv - sum_u * sum_v;
     sums->variance_v[l] = sum_vv - sum_v * sum_v;
 }
 
@@ -58,12 +57,13 @@ static inline void VNAME(pair_columns)(const real *u, int64_t n, const real *v, 
         sum_uv += mass_x * y;
         sum_vv += mass_y * y;
     }
-    const doubles mean_u = sum_u + middle_u, mean_v = sum_v + middle_v, variance = sum_uu - sum_u * sum_u;
-    const doubles covariance = sum_uv - sum_u * sum_v, variance_v = sum_vv - sum_v * sum_v;
+    const doubles mean_u = sum_u + middle_u, mean_v = sum_v + middle_v;
+    const doubles variance_u = sum_uu - sum_u * sum_u, variance_v = sum_vv - sum_v * sum_v;
+    const doubles covariance = sum_uv - sum_u * sum_v;
     memcpy(sums->mean_u + l, &mean_u, sizeof mean_u);
     memcpy(sums->mean_v + l, &mean_v, sizeof mean_v);
-    memcpy(sums->variance + l, &variance, sizeof variance);
-    memcpy(sums->other + l, &covariance, sizeof covariance);
+    memcpy(sums->variance_u + l, &variance_u, sizeof variance_u);
+    memcpy(sums->covariance + l, &covariance, sizeof covariance);
     memcpy(sums->variance_v + l, &variance_v, sizeof variance_v);
 }
 
@@ -169,17 +169,18 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
         for (int l = 0; l < LANES; l += 8) {
             VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
         }
+        for (int64_t l = 0; l < LANES; l++) {
+            constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
+        }
+        return 1;
     }
-    for (int64_t l = 0; pairing->weighted && l < LANES; l++) {
+    for (int64_t l = 0; l < LANES; l++) {
         const double *mass_u = VNAME(column_mass)(job->source.mass, n, l, &work->order_u);
         const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
         const int64_t count =
             lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
         VNAME(pair_column)(reals_u, reals_v, work->own, count, l, sums);
         constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
-    }
-    for (int64_t l = 0; !pairing->weighted && l < LANES; l++) {
-        constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
     }
     return 1;
 }
@@ -189,11 +190,11 @@ static inline void VNAME(store_moments)(const VNAME(fit_sums) * sums, const int 
                                         double *moments)
 {
     for (int64_t l = 0; l < lanes; l++) {
-        const int varies = !constant[l] && !(sums->variance[l] <= 0);
+        const int varies = !constant[l] && !(sums->variance_u[l] <= 0);
         moments[l] = sums->mean_u[l];
         moments[d + l] = sums->mean_v[l];
-        moments[2 * d + l] = varies ? sums->variance[l] : 0;
-        moments[3 * d + l] = varies ? sums->other[l] : 0;
+        moments[2 * d + l] = varies ? sums->variance_u[l] : 0;
+        moments[3 * d + l] = varies ? sums->covariance[l] : 0;
         moments[4 * d + l] = sums->variance_v[l] <= 0 ? 0 : sums->variance_v[l];
     }
 }
@@ -218,8 +219,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
         if (!VNAME(rows_finite)(reals_u, 0, n) || !VNAME(rows_finite)(reals_v, 0, m)) {
             return 0;
         }
-        VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance);
-        VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.other);
+        VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance_u);
+        VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.variance_v);
     }
     if (method == LNS_MOMENTS) {
         VNAME(store_moments)(&sums, constant, lanes, job->source.d, job->moments + column);
@@ -227,9 +228,9 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
     }
     for (int64_t l = 0; l < lanes; l++) {
         double slope = 1;
-        if (method != LNS_MEAN && !constant[l] && !(sums.variance[l] <= 0)) { /* an overflow shows as NaN */
-            slope = sums.other[l] / sums.variance[l];
-            slope = method == LNS_GAUSSIAN ? sqrt(slope) : slope;
+        if (method != LNS_MEAN && !constant[l] && !(sums.variance_u[l] <= 0)) { /* an overflow shows as NaN */
+            slope = method == LNS_GAUSSIAN ? sqrt(sums.variance_v[l] / sums.variance_u[l])
+                                           : sums.covariance[l] / sums.variance_u[l];
         }
         ((real *)job->weight)[column + l] = (real)slope;
         ((real *)job->bias)[column + l] = (real)(sums.mean_v[l] - slope * sums.mean_u[l]);

@@ -1,9 +1,10 @@
 /* Template body: squared W2 of a tile against its target, with gradients. A tile is sorted, compared with its target,
- * and its gradient taken back to the order of the source: VNAME(w2_tile) at the end calls the three. */
+ * and its gradient taken back to the order of the source: VNAME(w2_of_tile) calls the three. */
 #include "kernels/simd/rank_body.h"
 
-/* ---- ties: entries of u that are equal share the mean of their target quantiles, so the mean of their gradients ----
- */
+/* ---- ties ----
+ *
+ * Entries of u that are equal share the mean of their target quantiles: their gradients are replaced by their mean. */
 
 /* Running means over the entries of u that are equal, up to the one at hand. Sums are compensated where they can be
  * long: `lost` is what the last addition rounded away. */
@@ -77,8 +78,7 @@ static inline int VNAME(any_ties)(const real *u, int64_t n)
     return VNAME(vec_any)(tied);
 }
 
-/* ---- comparing sorted rows: value and, in sorted order, gradient ---------------------------------------------------
- */
+/* ---- comparing sorted rows: value and, in sorted order, gradient ---- */
 
 /* Equal sizes and weights: row i of u meets row i of v alone. u holds keys; g may be NULL. Returns whether u has ties.
  * With `means`, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
@@ -305,8 +305,7 @@ static void VNAME(compare_quantiles)(const VNAME(w2_tile) * t, double *value)
     }
 }
 
-/* ---- back to the source ---------------------------------------------------------------------------------------------
- */
+/* ---- back to the source ---- */
 
 /* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z.
  */
@@ -351,8 +350,7 @@ static void VNAME(gradient_to_source)(const VNAME(w2_tile) * t, const real *weig
     }
 }
 
-/* ---- all of it ------------------------------------------------------------------------------------------------------
- */
+/* ---- all of it ---- */
 
 /* Value and gradient of a tile; returns whether everything was finite. */
 static int VNAME(w2_of_tile)(const VNAME(w2_tile) * t)

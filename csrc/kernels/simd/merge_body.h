@@ -64,7 +64,7 @@ static inline int VNAME(pass_stages)(int stages)
 }
 
 /* Sorts a bitonic stretch of 2^stages rows, stages >= 4. */
-static void VNAME(finish)(key *keys, int stages)
+static void VNAME(sort_bitonic)(key *keys, int stages)
 {
     if (stages == 4) {
         VNAME(stages16)(keys, keys, 1);
@@ -83,7 +83,7 @@ static void VNAME(finish)(key *keys, int stages)
         }
     }
     for (int64_t i = 0; i < INT64_C(1) << taken; i++) {
-        VNAME(finish)(keys + i * stride * LANES, rest);
+        VNAME(sort_bitonic)(keys + i * stride * LANES, rest);
     }
 }
 
@@ -103,7 +103,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
             }
         }
         for (int64_t i = 0; i < INT64_C(1) << taken; i++) {
-            VNAME(finish)(keys + i * stride * LANES, rest);
+            VNAME(sort_bitonic)(keys + i * stride * LANES, rest);
         }
         return;
     }
@@ -111,7 +111,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
         key *low = keys + (p - 1 - i) * LANES, *high = keys + (p + i) * LANES;
         VNAME(stages2)(low, high - LANES, 1);
     }
-    VNAME(finish)(keys, stages);
+    VNAME(sort_bitonic)(keys, stages);
     keys += p * LANES;
     rows -= p;
     for (; rows > 0; stages--) {
@@ -122,7 +122,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
         for (int64_t i = 0; i < rows - half; i++) {
             VNAME(stages2)(keys + i * LANES, keys + i * LANES, half);
         }
-        VNAME(finish)(keys, stages);
+        VNAME(sort_bitonic)(keys, stages);
         keys += half * LANES;
         rows -= half;
     }
