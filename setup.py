@@ -87,6 +87,7 @@ setup(
                 ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
                 ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
                 ("LNS_BLAS_SCIPY", "1"),
+                ("LNS_API", ""),  # the extension hands none of the engine's functions on
             ],
             library_dirs=[openblas.get_lib_dir()],
             libraries=[openblas.get_library(), "m"],

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/sizes.h"
 #include "kernels/samples.h"
 #include "kernels/simd/load.h"
 #include "lineas.h"
