@@ -1,4 +1,6 @@
-/* Template body: an affine map at a strength, forward and backward. */
+/* Template body: an affine map at a strength, forward and backward.
+ *
+ * Included by affine.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/strip_body.h"
 
 static inline double VNAME(scale)(const affine_context *c, int64_t j)

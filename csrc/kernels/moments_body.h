@@ -1,4 +1,6 @@
-/* Template body: count, mean, squared deviations and range of a chunk of rows. */
+/* Template body: count, mean, squared deviations and range of a chunk of rows.
+ *
+ * Included by moments.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/strip_body.h"
 
 /* LANES columns of a chunk: first the sums as they grow, then what they come to. All of a group lies together, since

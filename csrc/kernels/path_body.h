@@ -1,4 +1,6 @@
-/* Template body: sparse group lasso of one module, from the moments of its paired quantiles. In double only.
+/* Template body: sparse group lasso of one module, from the moments of its paired quantiles.
+ *
+ * Included by path.c through simd/variants.h, once per CPU variant: in double only, whatever the type of the maps.
  *
  * With x = w - 1 the loss of a neuron is a quadratic in (x, b) whose gradient is (a2 x + m2 b + g1, m2 x + 2 b + g2);
  * the penalties are l1 (|x| + |b|) in each neuron and tau (||x|| + ||b||) over all of them; x >= -1. Where the norms

@@ -1,4 +1,6 @@
-/* Template body: pooling over the tokens of one sequence, a strip of columns at a time. */
+/* Template body: pooling over the tokens of one sequence, a strip of columns at a time.
+ *
+ * Included by pool.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/strip_body.h"
 
 static inline int VNAME(kept)(const pool_context *c, int64_t row, int64_t token)

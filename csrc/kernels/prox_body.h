@@ -1,11 +1,11 @@
-/* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step. */
+/* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step.
+ *
+ * Included by prox.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/strip_body.h"
-
-#define VECTORS (LANES * (int)sizeof(real) / VEC_BYTES)
 
 /* Sums of |p| and p^2: in each lane of a block of LANES parameters, and of the whole group. */
 typedef struct VNAME(lane_sums) {
-    VNAME(reals) l1[VECTORS], squares[VECTORS];
+    VNAME(reals) l1[VEC_PARTS], squares[VEC_PARTS];
 } VNAME(lane_sums);
 
 typedef struct VNAME(group_sums) {
@@ -33,7 +33,7 @@ static VNAME(group_sums) VNAME(add_exactly)(const real *p, int64_t d)
 static LNS_INLINE void VNAME(update_lanes)(real *p, const real *grad, VNAME(update) u, VNAME(lane_sums) * sums)
 {
     const VNAME(reals) high = (VNAME(reals)){0} + u.threshold, low = -high;
-    for (int k = 0; k < VECTORS; k++) {
+    for (int k = 0; k < VEC_PARTS; k++) {
         VNAME(reals) x = VNAME(reals_load)(p + k * VEC_LANES);
         if (grad != NULL) {
             x -= u.rate * VNAME(reals_load)(grad + k * VEC_LANES);
@@ -183,15 +183,15 @@ static void VNAME(step_units)(void *context, int64_t begin, int64_t end, int thr
 /* Whether one of the numbers is a NaN or an infinity: minus itself, such a number is a NaN, all others are 0. */
 static int VNAME(any_not_finite)(const real *x, int64_t count)
 {
-    VNAME(vec) wrong[VECTORS] = {{0}};
+    VNAME(vec) wrong[VEC_PARTS] = {{0}};
     int64_t j = 0;
     for (; count - j >= LANES; j += LANES) {
-        for (int k = 0; k < VECTORS; k++) {
+        for (int k = 0; k < VEC_PARTS; k++) {
             const VNAME(reals) v = VNAME(reals_load)(x + j + k * VEC_LANES);
             wrong[k] |= (VNAME(vec))(v - v);
         }
     }
-    for (int k = 1; k < VECTORS; k++) {
+    for (int k = 1; k < VEC_PARTS; k++) {
         wrong[0] |= wrong[k];
     }
     int any = VNAME(vec_any)(wrong[0]);
@@ -222,5 +222,3 @@ static int64_t VNAME(find_bad_gradient)(const lns_step_problem *s, lns_place *pl
     }
     return -1;
 }
-
-#undef VECTORS

@@ -1,4 +1,6 @@
-/* Template body: sorting whole samples. */
+/* Template body: sorting whole samples.
+ *
+ * Included by sort.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/tile_body.h"
 
 static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thread)

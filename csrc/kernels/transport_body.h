@@ -1,4 +1,6 @@
-/* Template body: closed-form maps of a tile of the source to a tile of the target. */
+/* Template body: closed-form maps of a tile of the source to a tile of the target.
+ *
+ * Included by transport.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/rank_body.h"
 
 /* Moments of the columns of a tile and its target. */

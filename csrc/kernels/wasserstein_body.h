@@ -1,5 +1,7 @@
 /* Template body: squared W2 of a tile against its target, with gradients. A tile is sorted, compared with its target,
- * and its gradient taken back to the order of the source: VNAME(w2_of_tile) calls the three. */
+ * and its gradient taken back to the order of the source: VNAME(w2_of_tile) calls the three.
+ *
+ * Included by wasserstein.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/rank_body.h"
 
 /* ---- ties ----

@@ -1,4 +1,5 @@
-/* Elements of the four dtypes, one by one or a run of them, and their conversion to and from the working type. */
+/* Elements of the four dtypes, one by one or a run of them, and their conversion to and from the working type. The
+ * functions are inline, to be compiled anew for every CPU variant that calls them. */
 #ifndef LNS_LOAD_H
 #define LNS_LOAD_H
 
@@ -85,7 +86,7 @@ static inline uint16_t lns_f32_to_f16(float value)
     return (uint16_t)(sign | half);
 }
 
-/* `count` elements from `index` on, as float. dtype is not LNS_F64. Inline, to be compiled for every variant. */
+/* `count` elements from `index` on, as float. dtype is not LNS_F64. */
 static LNS_INLINE void lns_load_f32(float *restrict out, const void *data, lns_dtype dtype, int64_t index,
                                     int64_t count)
 {

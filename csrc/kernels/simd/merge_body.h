@@ -1,5 +1,8 @@
 /* Template body: sorting more rows than registers hold, by bitonic merges of sorted runs, all lanes in step.
  *
+ * Included by   tile_body.h: once per working type and CPU variant of a kernel.
+ * Expects       what real.h sets, and network.h.
+ *
  * Rows lo[0..p) and lo[p..p+m) ascend, p a power of two, m <= p. Comparing rows p - 1 - i and p + i for all i < m (the
  * mirror stage) brings the p smallest into the first half and leaves both halves bitonic; comparing rows p / 2 apart,
  * p / 4 apart, ... sorts a bitonic stretch. Every comparator puts the smaller row first, so rows that are missing up to

@@ -1,4 +1,5 @@
-/* Sorting networks as lists of comparators: X(i, j) puts the smaller of rows i and j into row i.
+/* Sorting networks as lists of comparators: X(i, j) puts the smaller of rows i and j into row i. What runs them is
+ * network_body.h.
  *
  * LNS_SORT16 is Green's network of 60 comparators (Knuth, The Art of Computer Programming 3, 5.3.4); LNS_MERGE16 is
  * Batcher's odd-even merge of rows 0-7 with rows 8-15 (25). Written out, so that a compiler keeps the 16 rows in the 16
@@ -11,6 +12,7 @@
 
 #include <stdint.h>
 
+/* Rows of a run: what a network sorts at once, and what longer tiles are merged from. */
 #define LNS_RUN 32
 #define LNS_SORT16_COMPARATORS 60
 #define LNS_MERGE16_COMPARATORS 25

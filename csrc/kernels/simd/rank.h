@@ -1,4 +1,4 @@
-/* What remembering the order of a sorted tile takes. The arithmetic is in rank_body.h. */
+/* Ranks: what remembering the order of a sorted tile takes of work memory. The arithmetic is in rank_body.h. */
 #ifndef LNS_RANK_H
 #define LNS_RANK_H
 

@@ -1,6 +1,11 @@
-/* Names of the working type inside a template body. A body is included once per type and CPU variant (variants.h) and
- * sees: real, key (the signed integer of its size), ukey, LANES (reals in a cache line), VEC_BYTES (bytes of a vector
- * register), VNAME(f), REAL_IS_DOUBLE. There is no include guard: that is the point. */
+/* Includes the body for one working type.
+ *
+ * Included by   reals.h, twice per CPU variant; so without an include guard.
+ * Expects       LNS_BODY, LNS_VARIANT, VEC_BYTES (bytes of a vector register), REAL_IS_DOUBLE.
+ * Sets          for the body, and undefines again: real, the working type; key, the signed integer of its size, ukey,
+ *               the unsigned one, KEY_BITS; LANES, reals in a cache line; VNAME(f), f with the type and variant behind
+ *               it.
+ * Undefines     VEC_LANES and VEC_PARTS, which vector_body.h defines. */
 #if REAL_IS_DOUBLE
 #define real double
 #define key int64_t

@@ -1,5 +1,5 @@
 /* Tiles: LANES neighbouring columns of a sample, n rows of exactly one cache line each. All sorting happens in tiles.
- * What does not depend on the working type stands here, the rest in tile_body.h. */
+ * Sizes and costs, which no working type changes, stand here; the arithmetic in tile_body.h. */
 #ifndef LNS_TILE_H
 #define LNS_TILE_H
 
