@@ -73,7 +73,7 @@ if sanitize:
 if os.environ.get("LINEAS_WERROR") == "1":
     compile_args += ["-Werror"]
 
-sources = sorted(str(path) for folder in ("core", "kernels", "python") for path in Path("csrc", folder).glob("*.c"))
+sources = sorted(str(path) for path in Path("csrc").rglob("*.c"))
 headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 setup(
