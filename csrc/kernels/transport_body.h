@@ -36,12 +36,15 @@ static inline void VNAME(pair_column)(const real *u, const real *v, const lns_se
     sums->variance_v[l] = sum_vv - sum_v * sum_v;
 }
 
-/* The same for eight columns from l on, along segments that they share. */
+/* Columns that are paired at once: wider vectors than registers would be kept in memory. */
+#define DOUBLES (VEC_BYTES / 8)
+
+/* The same for DOUBLES columns from l on, along segments that they share. */
 static inline void VNAME(pair_columns)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
                                        int64_t count, int64_t l, VNAME(fit_sums) * sums)
 {
-    typedef real reals __attribute__((vector_size(8 * sizeof(real))));
-    typedef double doubles __attribute__((vector_size(8 * sizeof(double))));
+    typedef real reals __attribute__((vector_size(DOUBLES * sizeof(real))));
+    typedef double doubles __attribute__((vector_size(DOUBLES * sizeof(double))));
     reals a, b;
     memcpy(&a, u + n / 2 * LANES + l, sizeof a);
     memcpy(&b, v + m / 2 * LANES + l, sizeof b);
@@ -168,7 +171,7 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
     VNAME(flip_tile)(u, n);
     VNAME(flip_tile)(v, m);
     if (!pairing->weighted) {
-        for (int l = 0; l < LANES; l += 8) {
+        for (int l = 0; l < LANES; l += DOUBLES) {
             VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
         }
         for (int64_t l = 0; l < LANES; l++) {
@@ -269,3 +272,5 @@ static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thre
         }
     }
 }
+
+#undef DOUBLES
