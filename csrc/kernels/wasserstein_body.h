@@ -8,32 +8,31 @@
  *
  * Entries of u that are equal share the mean of their target quantiles: their gradients are replaced by their mean. */
 
-/* Running means over the entries of u that are equal, up to the one at hand. Sums are compensated where they can be
+/* A running mean over the entries of u that are equal, up to the one at hand. Its sum is compensated where it can be
  * long: `lost` is what the last addition rounded away. */
-typedef struct VNAME(tie_means) {
-    VNAME(reals) sum[VEC_PARTS], lost[VEC_PARTS], count[VEC_PARTS];
-} VNAME(tie_means);
+typedef struct VNAME(tie_mean) {
+    VNAME(reals) sum, lost, count;
+} VNAME(tie_mean);
 
 /* The mean including `slope`, whose entry is equal to the one before it in the lanes that `tied` marks. */
 static LNS_INLINE VNAME(reals)
-    VNAME(mean_so_far)(VNAME(tie_means) * means, int p, VNAME(reals) slope, VNAME(vec) tied, int compensated)
+    VNAME(mean_so_far)(VNAME(tie_mean) * mean, VNAME(reals) slope, VNAME(vec) tied, int compensated)
 {
-    const VNAME(reals) earlier = (VNAME(reals))((VNAME(vec))means->sum[p] & tied);
-    const VNAME(reals) term = slope - (VNAME(reals))((VNAME(vec))means->lost[p] & tied);
-    const VNAME(reals) sum = earlier + term, count = (real)1 + (VNAME(reals))((VNAME(vec))means->count[p] & tied);
-    means->sum[p] = sum;
-    means->count[p] = count;
+    const VNAME(reals) earlier = (VNAME(reals))((VNAME(vec))mean->sum & tied);
+    const VNAME(reals) term = slope - (VNAME(reals))((VNAME(vec))mean->lost & tied);
+    mean->sum = earlier + term;
     if (compensated) {
-        means->lost[p] = (sum - earlier) - term;
+        mean->lost = (mean->sum - earlier) - term;
     }
-    if (VNAME(vec_any)((VNAME(vec))(count > (real)2))) {
-        return sum / count;
+    mean->count = (real)1 + (VNAME(reals))((VNAME(vec))mean->count & tied);
+    if (VNAME(vec_any)((VNAME(vec))(mean->count > (real)2))) {
+        return mean->sum / mean->count;
     }
-    return sum * ((real)1.5 - (real)0.5 * count); /* the same, without waiting for a division */
+    return mean->sum * ((real)1.5 - (real)0.5 * mean->count); /* the same, without waiting for a division */
 }
 
 /* Gives all ties the mean that the last of them has. u holds keys, sorted. */
-static inline void VNAME(spread_means)(const key *u, real *g, int64_t n)
+static LNS_NOINLINE void VNAME(spread_means)(const key *u, real *g, int64_t n)
 {
     VNAME(vec) after[VEC_PARTS], mean[VEC_PARTS] = {0};
     for (int p = 0; p < VEC_PARTS; p++) {
@@ -90,7 +89,7 @@ static LNS_INLINE int VNAME(compare_rows_as)(const key *u, const real *v, int64_
     const real twice = (real)(2.0 / (double)n);
     VNAME(vec) ties = {0};
     VNAME(reals) before[VEC_PARTS];
-    VNAME(tie_means) means = {{{0}}, {{0}}, {{0}}};
+    VNAME(tie_mean) means[VEC_PARTS] = {{{0}, {0}, {0}}};
     double total[LANES] = {0};
     for (int p = 0; p < VEC_PARTS; p++) {
         before[p] = (VNAME(reals))((VNAME(vec)){0} - 1); /* NaN: equal to nothing */
@@ -109,7 +108,7 @@ static LNS_INLINE int VNAME(compare_rows_as)(const key *u, const real *v, int64_
                 ties |= tied;
                 before[p] = here;
                 if (with_means) {
-                    slope = VNAME(mean_so_far)(&means, p, slope, tied, n > LNS_RUN);
+                    slope = VNAME(mean_so_far)(&means[p], slope, tied, n > LNS_RUN);
                 }
                 if (g != NULL) {
                     VNAME(reals_store)(g + at, slope);

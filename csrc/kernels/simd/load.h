@@ -11,6 +11,9 @@
 /* For functions whose constant arguments choose the code. */
 #define LNS_INLINE inline __attribute__((always_inline))
 
+/* For functions whose loops need all vector registers: inside a larger function, some would be kept in memory. */
+#define LNS_NOINLINE __attribute__((noinline))
+
 /* Calls f(data, dtype, ...), of a template body, with each dtype as a constant of its own. */
 #define LNS_CALL_WITH_DTYPE(f, data, dtype, ...)                                                                       \
     do {                                                                                                               \
