@@ -1,5 +1,8 @@
 /* Blocks that sums and streams are cut into. The bits of a sum depend on its blocks, so these follow from the sizes of
- * the data alone: never from the width of a vector register, nor from the number of threads. */
+ * the data alone: never from the width of a vector register, nor from the number of threads.
+ *
+ * Included by   kernels' .c files, before variants.h.
+ * Leaves        LNS_FOLD, LNS_STRIP, LNS_ROW_BLOCK. */
 #ifndef LNS_BLOCKS_H
 #define LNS_BLOCKS_H
 

@@ -1,5 +1,8 @@
 /* Elements of the four dtypes, one by one or a run of them, and their conversion to and from the working type. The
- * functions are inline, to be compiled anew for every CPU variant that calls them. */
+ * functions are inline, to be compiled anew for every CPU variant that calls them.
+ *
+ * Included by   kernels' .c files, before variants.h.
+ * Leaves        LNS_INLINE, LNS_NOINLINE, LNS_CALL_WITH_DTYPE. */
 #ifndef LNS_LOAD_H
 #define LNS_LOAD_H
 

@@ -2,6 +2,7 @@
  *
  * Included by   tile_body.h: once per working type and CPU variant of a kernel.
  * Expects       what real.h sets, and network.h.
+ * Leaves        no macro of its own.
  *
  * Rows lo[0..p) and lo[p..p+m) ascend, p a power of two, m <= p. Comparing rows p - 1 - i and p + i for all i < m (the
  * mirror stage) brings the p smallest into the first half and leaves both halves bitonic; comparing rows p / 2 apart,

@@ -6,7 +6,10 @@
  * vector registers. The UN forms are the same lists backwards: they undo a recorded sort.
  *
  * 32 rows: sort rows 0-15 and rows 16-31, merge the even rows, merge the odd rows, and compare rows 1 and 2, 3 and 4,
- * ... (the odd-even merge of 16 with 16, in pieces of 16 rows). */
+ * ... (the odd-even merge of 16 with 16, in pieces of 16 rows).
+ *
+ * Included by   tile.h.
+ * Leaves        LNS_RUN, the networks as X-macros, and their numbers of comparators. */
 #ifndef LNS_NETWORK_H
 #define LNS_NETWORK_H
 

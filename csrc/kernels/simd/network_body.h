@@ -2,7 +2,8 @@
  * comparators did, and be undone: whatever stands in the sorted rows then goes back to where they came from.
  *
  * Included by   merge_body.h: once per working type and CPU variant of a kernel.
- * Expects       what real.h sets, and network.h. */
+ * Expects       what real.h sets, and network.h.
+ * Leaves        no macro of its own. */
 #include "kernels/simd/vector_body.h"
 
 /* The next comparator of a network; undoing, the previous one. */

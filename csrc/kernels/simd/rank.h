@@ -1,4 +1,6 @@
-/* Ranks: what remembering the order of a sorted tile takes of work memory. The arithmetic is in rank_body.h. */
+/* Ranks: what remembering the order of a sorted tile takes of work memory. The arithmetic is in rank_body.h.
+ *
+ * Included by   kernels' .c files, before variants.h. */
 #ifndef LNS_RANK_H
 #define LNS_RANK_H
 

@@ -2,6 +2,7 @@
  *
  * Included by   wasserstein_body.h and transport_body.h: once per working type and CPU variant.
  * Expects       what real.h sets, and rank.h.
+ * Leaves        no macro of its own.
  *
  * Few rows go through a network that records what it swaps. Many rows, and rows that carry weights, are sorted by
  * packed keys: as much of the value as fits above the row's number. The values then follow by their rows, and where

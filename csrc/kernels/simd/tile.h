@@ -1,5 +1,8 @@
 /* Tiles: LANES neighbouring columns of a sample, n rows of exactly one cache line each. All sorting happens in tiles.
- * Sizes and costs, which no working type changes, stand here; the arithmetic in tile_body.h. */
+ * Sizes and costs, which no working type changes, stand here; the arithmetic in tile_body.h.
+ *
+ * Included by   kernels' .c files, before variants.h, and by rank.h.
+ * Leaves        LNS_TILE_ROW, LNS_PANEL_BYTES. */
 #ifndef LNS_TILE_H
 #define LNS_TILE_H
 

@@ -2,6 +2,7 @@
  *
  * Included by   rank_body.h, sort_body.h and path_body.h: once per working type and CPU variant of a kernel.
  * Expects       what real.h sets, and tile.h.
+ * Leaves        no macro of its own.
  *
  * Keys are the bits of the reals with the magnitude of negative ones reversed, so that integer order is numerical
  * order: the multiset survives exactly, -0 comes before +0, and whatever is not finite shows in the first or last row.
