@@ -82,7 +82,7 @@ static inline int VNAME(any_ties)(const real *u, int64_t n)
 /* ---- comparing sorted rows: value and, in sorted order, gradient ---- */
 
 /* Equal sizes and weights: row i of u meets row i of v alone. u holds keys; g may be NULL. Returns whether u has ties.
- * With `means`, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
+ * With means, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
 static LNS_INLINE int VNAME(compare_rows_as)(const key *u, const real *v, int64_t n, real *g, double *restrict value,
                                              const int with_means)
 {
@@ -267,8 +267,7 @@ static void VNAME(compare_rows)(const VNAME(w2_tile) * t, double *value)
         VNAME(compare_rows_as)(u, v, n, NULL, value, 0);
         return;
     }
-    /* Values of 16 bits are often equal: means at once. Others seldom are: means in a second run, where there are ties.
-     */
+    /* Values of 16 bits are often equal: means at once. Others seldom are: means in a second run, at ties alone. */
     const int often = lns_element_size(t->job->u.dtype) == 2;
     const int tied =
         often ? VNAME(compare_rows_as)(u, v, n, g, value, 1) : VNAME(compare_rows_as)(u, v, n, g, value, 0);
