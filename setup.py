@@ -73,7 +73,7 @@ if sanitize:
 if os.environ.get("LINEAS_WERROR") == "1":
     compile_args += ["-Werror"]
 
-sources = sorted(str(path) for folder in ("core", "kernels", "python") for path in Path("csrc", folder).glob("*.c"))
+sources = sorted(str(path) for path in Path("csrc").rglob("*.c"))
 headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 setup(
@@ -87,6 +87,7 @@ setup(
                 ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
                 ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
                 ("LNS_BLAS_SCIPY", "1"),
+                ("LNS_API", ""),  # the extension hands none of the engine's functions on
             ],
             library_dirs=[openblas.get_lib_dir()],
             libraries=[openblas.get_library(), "m"],

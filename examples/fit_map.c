@@ -1,7 +1,7 @@
 /* Fits a linear map between two small samples with the engine alone, applies it, and shows the distance it closes.
  *
- * Build and run: make ctest, or by hand
- *     cc -std=c11 -Icsrc examples/fit_map.c build/c/liblineas.a -lopenblas -pthread -lm   (docs/c.md says more)
+ * Build and run: make ctest, or, with the engine installed (docs/c.md says how),
+ *     cc -std=c11 fit_map.c $(pkg-config --cflags --libs lineas) -o fit_map && ./fit_map
  */
 #define _POSIX_C_SOURCE 200112L
 #include <stdio.h>

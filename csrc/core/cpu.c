@@ -1,5 +1,6 @@
 #include "core/cpu.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 #include "lineas.h"
@@ -7,7 +8,9 @@
 static const char *const NAMES[LNS_CPU_COUNT] = {
     [LNS_CPU_PORTABLE] = "portable", [LNS_CPU_AVX2] = "avx2", [LNS_CPU_AVX512] = "avx512"};
 
-static lns_cpu_variant chosen = LNS_CPU_PORTABLE;
+/* An lns_cpu_variant. Atomic, since threads may choose while others read; no order with other memory is needed, as
+ * nothing else is written along with it. */
+static atomic_int chosen = LNS_CPU_PORTABLE;
 
 static int runs_here(lns_cpu_variant variant)
 {
@@ -28,7 +31,7 @@ int lns_cpu_init(const char *forced)
     const int any = forced == NULL || forced[0] == '\0';
     for (int variant = LNS_CPU_COUNT - 1; variant >= 0; variant--) {
         if (runs_here((lns_cpu_variant)variant) && (any || strcmp(forced, NAMES[variant]) == 0)) {
-            chosen = (lns_cpu_variant)variant;
+            atomic_store_explicit(&chosen, variant, memory_order_relaxed);
             return 0;
         }
     }
@@ -37,10 +40,10 @@ int lns_cpu_init(const char *forced)
 
 lns_cpu_variant lns_cpu(void)
 {
-    return chosen;
+    return (lns_cpu_variant)atomic_load_explicit(&chosen, memory_order_relaxed);
 }
 
 const char *lns_cpu_name(void)
 {
-    return NAMES[chosen];
+    return NAMES[lns_cpu()];
 }

@@ -1,4 +1,4 @@
-/* Which build of the vectorised kernels runs. Written once by lns_cpu_init, read by the kernels. */
+/* Which build of the vectorised kernels runs: chosen by lns_cpu_init, read at each call of a kernel. */
 #ifndef LNS_CPU_H
 #define LNS_CPU_H
 

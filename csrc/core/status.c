@@ -1,4 +1,4 @@
-#include "core/status.h"
+#include "lineas.h"
 
 static const char *const TEXT[LNS_STATUS_COUNT] = {
     [LNS_OK] = "no error",

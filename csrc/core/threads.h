@@ -16,6 +16,12 @@
 /* Handles the units [begin, end). `thread` in [0, threads) selects this thread's part of the work memory. */
 typedef void (*lns_loop_body)(void *context, int64_t begin, int64_t end, int thread);
 
+/* A cost in nanoseconds that does not overflow, nor do sums of it. */
+static inline int64_t lns_cost(double cost)
+{
+    return cost < 1e15 ? (int64_t)cost : INT64_C(1000000000000000);
+}
+
 /* How many threads a loop of `units` units, `cost_ns` nanoseconds of work in all, runs on: at least 1, at most
  * `threads`, and never so many that a thread has less work than its start is worth. */
 int lns_thread_count(int64_t units, int64_t cost_ns, int threads);

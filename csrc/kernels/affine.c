@@ -1,10 +1,10 @@
 /* z -> weight * z + bias at a strength, and its gradients. */
 #include "lineas.h"
 
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/load.h"
-
-#define MOST_CHUNKS 64
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/load.h"
 
 typedef struct affine_context {
     const void *z, *grad_out;
@@ -19,20 +19,14 @@ typedef struct affine_context {
 } affine_context;
 
 #define LNS_BODY "kernels/affine_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static void (*const PREPARE[LNS_CPU_COUNT][2])(const affine_context *) = LNS_TABLE(prepare);
 static const lns_loop_body APPLY[LNS_CPU_COUNT][2] = LNS_TABLE(affine_units);
 static const lns_loop_body GRAD_Z[LNS_CPU_COUNT][2] = LNS_TABLE(grad_z_units);
 static const lns_loop_body SUM[LNS_CPU_COUNT][2] = LNS_TABLE(sum_units);
-static void (*const FINISH[LNS_CPU_COUNT][2])(const affine_context *, int64_t, void *, void *) = LNS_TABLE(finish);
-
-/* Chunks of rows are fixed by the sizes alone, so that sums do not depend on the number of threads. */
-static int64_t chunk_rows(int64_t outer)
-{
-    const int64_t rows = (outer + MOST_CHUNKS - 1) / MOST_CHUNKS;
-    return rows < LNS_FOLD ? LNS_FOLD : rows;
-}
+static void (*const ADD_CHUNKS[LNS_CPU_COUNT][2])(const affine_context *, int64_t, void *,
+                                                  void *) = LNS_TABLE(add_chunks);
 
 static int bad_sizes(int64_t outer, int64_t d, int64_t inner)
 {
@@ -44,7 +38,7 @@ int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner)
     if (bad_sizes(outer, d, inner)) {
         return -1;
     }
-    const int64_t chunks = (outer + chunk_rows(outer) - 1) / chunk_rows(outer);
+    const int64_t rows = lns_chunk_rows(outer, LNS_FOLD), chunks = (outer + rows - 1) / rows;
     return lns_mul(lns_mul(d, 16), chunks + 1) < 0 ? -1 : lns_pad(16 * d) + 16 * d * chunks;
 }
 
@@ -91,13 +85,13 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
     }
     const int64_t units = inner == 1 ? outer : outer * d, cost = outer * d * inner / 4;
     c.sums = (double *)(void *)((char *)work + lns_pad(d * 16));
-    c.chunk_rows = chunk_rows(outer);
+    c.chunk_rows = lns_chunk_rows(outer, LNS_FOLD);
     const int64_t chunks = (outer + c.chunk_rows - 1) / c.chunk_rows;
     if (grad_z != NULL) {
         PREPARE[lns_cpu()][is_double](&c);
         lns_parallel_for(units, lns_thread_count(units, cost, threads), GRAD_Z[lns_cpu()][is_double], &c);
     }
     lns_parallel_for(chunks, lns_thread_count(chunks, cost, threads), SUM[lns_cpu()][is_double], &c);
-    FINISH[lns_cpu()][is_double](&c, chunks, grad_weight, grad_bias);
+    ADD_CHUNKS[lns_cpu()][is_double](&c, chunks, grad_weight, grad_bias);
     return LNS_OK;
 }

@@ -1,5 +1,7 @@
-/* Template body: an affine map at a strength, forward and backward. */
-#include "kernels/strip_body.h"
+/* Template body: an affine map at a strength, forward and backward.
+ *
+ * Included by affine.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/strip_body.h"
 
 static inline double VNAME(scale)(const affine_context *c, int64_t j)
 {
@@ -7,7 +9,7 @@ static inline double VNAME(scale)(const affine_context *c, int64_t j)
     return weight == 1 ? 1 : (1 - c->strength) + c->strength * weight;
 }
 
-/* Scales and shifts of all columns, once, behind each other in c->work. */
+/* Scales, then shifts of all columns, once, into c->scale. */
 static void VNAME(prepare)(const affine_context *c)
 {
     real *scale = c->scale, *shift = scale + c->d;
@@ -130,8 +132,8 @@ static void VNAME(sum_units)(void *context, int64_t begin, int64_t end, int thre
     }
 }
 
-/* Adds the chunks up in their order. */
-static void VNAME(finish)(const affine_context *c, int64_t chunks, void *grad_weight, void *grad_bias)
+/* Gradients of the parameters: the sums of the chunks, added up in their order. */
+static void VNAME(add_chunks)(const affine_context *c, int64_t chunks, void *grad_weight, void *grad_bias)
 {
     for (int64_t j = 0; j < c->d; j++) {
         double gz = 0, g = 0;

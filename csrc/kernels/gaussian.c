@@ -1,10 +1,69 @@
-/* The optimal transport map between Gaussians with full covariances, by LAPACK. */
+/* Covariances and the optimal transport map between Gaussians, by BLAS and LAPACK. */
 #include "lineas.h"
 
 #include <float.h>
+#include <math.h>
+#include <string.h>
 
 #include "core/blas.h"
-#include "kernels/load.h"
+#include "core/sizes.h"
+#include "kernels/samples.h"
+#include "kernels/simd/load.h"
+
+int64_t lns_covariance_worksize(int64_t n, int64_t d)
+{
+    if (n < 1 || d < 1 || n > INT32_MAX || d > INT32_MAX) {
+        return -1;
+    }
+    return lns_mul(lns_mul(n, d), sizeof(double));
+}
+
+lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, double *covariance, lns_place *place)
+{
+    const int64_t n = sample->n, d = sample->d;
+    double *centred = work; /* [n, d], each row times the root of its weight */
+    lns_place found = {0};
+    if (!lns_sample_ok(sample) || n > INT32_MAX || d > INT32_MAX || (sample->mass == NULL && n < 2)) {
+        return LNS_BAD_SIZE;
+    }
+    lns_status status = lns_check_mass(sample, &found);
+    if (status == LNS_OK && lns_find_not_finite(sample, &found)) {
+        status = LNS_NOT_FINITE;
+    }
+    if (status != LNS_OK) {
+        if (place != NULL) {
+            *place = found;
+        }
+        return status;
+    }
+    double total = 0;
+    memset(mean, 0, (size_t)d * sizeof(double));
+    for (int64_t i = 0; i < n; i++) {
+        const double mass = sample->mass != NULL ? sample->mass[i] : 1;
+        total += mass;
+        for (int64_t j = 0; j < d; j++) {
+            centred[i * d + j] = lns_value(sample->data, sample->dtype, i * d + j);
+            mean[j] += mass * centred[i * d + j];
+        }
+    }
+    for (int64_t j = 0; j < d; j++) {
+        mean[j] /= total;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const double root = sample->mass != NULL ? sqrt(sample->mass[i]) : 1;
+        for (int64_t j = 0; j < d; j++) {
+            centred[i * d + j] = root * (centred[i * d + j] - mean[j]);
+        }
+    }
+    LNS_CBLAS(dsyrk)(CblasRowMajor, CblasUpper, CblasTrans, (int)d, (int)n,
+                     1 / (sample->mass != NULL ? total : total - 1), centred, (int)d, 0, covariance, (int)d);
+    for (int64_t i = 0; i < d; i++) {
+        for (int64_t j = 0; j < i; j++) {
+            covariance[i * d + j] = covariance[j * d + i];
+        }
+    }
+    return LNS_OK;
+}
 
 /* Largest d whose LAPACK work size, 2 d^2 + 6 d + 1, is an int. */
 #define MOST_DIMENSIONS 32000

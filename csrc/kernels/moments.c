@@ -1,11 +1,15 @@
-/* Streaming statistics: count, mean, squared deviations, range; and covariances (OpenBLAS). */
+/* Streaming statistics: count, mean, squared deviations, range. */
 #include "lineas.h"
 
-#include "core/blas.h"
-#include "core/threads.h"
-#include "kernels/load.h"
+#include <math.h>
 
-#define MOST_CHUNKS 64
+#include "core/sizes.h"
+#include "core/threads.h"
+#include "kernels/samples.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/load.h"
+
+/* Fewer rows than a chunk has at least are summed in double. */
 #define LEAST_ROWS 256
 
 typedef struct moments_context {
@@ -16,17 +20,10 @@ typedef struct moments_context {
 } moments_context;
 
 #define LNS_BODY "kernels/moments_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body MOMENTS[LNS_CPU_COUNT][2] = LNS_TABLE(moments_units);
 static void (*const MERGE[LNS_CPU_COUNT][2])(const moments_context *, int64_t, lns_moments *) = LNS_TABLE(merge_chunks);
-
-/* Chunks of rows are fixed by n alone, so that the result does not depend on the number of threads. */
-static int64_t chunk_rows(int64_t n)
-{
-    const int64_t rows = (n + MOST_CHUNKS - 1) / MOST_CHUNKS;
-    return rows < LEAST_ROWS ? LEAST_ROWS : rows;
-}
 
 /* A cache line of each of five numbers for eight columns is the most that a group of either type takes. */
 static int64_t chunk_bytes(int64_t d)
@@ -39,7 +36,8 @@ int64_t lns_moments_worksize(int64_t n, int64_t d)
     if (n < 1 || d < 1 || lns_mul(n, d) < 0) {
         return -1;
     }
-    return lns_mul((n + chunk_rows(n) - 1) / chunk_rows(n), chunk_bytes(d));
+    const int64_t rows = lns_chunk_rows(n, LEAST_ROWS);
+    return lns_mul((n + rows - 1) / rows, chunk_bytes(d));
 }
 
 lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d)
@@ -70,7 +68,7 @@ lns_status lns_moments_update(const lns_sample *sample, int threads, void *work,
     if (!lns_sample_ok(sample) || state->count < 0 || state->count > INT64_MAX - sample->n) {
         return LNS_BAD_SIZE;
     }
-    c.chunk_rows = chunk_rows(sample->n);
+    c.chunk_rows = lns_chunk_rows(sample->n, LEAST_ROWS);
     c.chunk_bytes = chunk_bytes(sample->d);
     const int64_t chunks = (sample->n + c.chunk_rows - 1) / c.chunk_rows;
     threads = lns_thread_count(chunks, sample->n * sample->d / 8, threads);
@@ -85,60 +83,5 @@ lns_status lns_moments_update(const lns_sample *sample, int threads, void *work,
         }
     }
     MERGE[lns_cpu()][is_double](&c, chunks, state);
-    return LNS_OK;
-}
-
-int64_t lns_covariance_worksize(int64_t n, int64_t d)
-{
-    if (n < 1 || d < 1 || n > INT32_MAX || d > INT32_MAX) {
-        return -1;
-    }
-    return lns_mul(lns_mul(n, d), sizeof(double));
-}
-
-lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, double *covariance, lns_place *place)
-{
-    const int64_t n = sample->n, d = sample->d;
-    double *centred = work; /* [n, d], each row times the root of its weight */
-    lns_place found = {0};
-    if (!lns_sample_ok(sample) || n > INT32_MAX || d > INT32_MAX || (sample->mass == NULL && n < 2)) {
-        return LNS_BAD_SIZE;
-    }
-    lns_status status = lns_check_mass(sample, &found);
-    if (status == LNS_OK && lns_find_not_finite(sample, &found)) {
-        status = LNS_NOT_FINITE;
-    }
-    if (status != LNS_OK) {
-        if (place != NULL) {
-            *place = found;
-        }
-        return status;
-    }
-    double total = 0;
-    memset(mean, 0, (size_t)d * sizeof(double));
-    for (int64_t i = 0; i < n; i++) {
-        const double mass = sample->mass != NULL ? sample->mass[i] : 1;
-        total += mass;
-        for (int64_t j = 0; j < d; j++) {
-            centred[i * d + j] = lns_value(sample->data, sample->dtype, i * d + j);
-            mean[j] += mass * centred[i * d + j];
-        }
-    }
-    for (int64_t j = 0; j < d; j++) {
-        mean[j] /= total;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        const double root = sample->mass != NULL ? sqrt(sample->mass[i]) : 1;
-        for (int64_t j = 0; j < d; j++) {
-            centred[i * d + j] = root * (centred[i * d + j] - mean[j]);
-        }
-    }
-    LNS_CBLAS(dsyrk)(CblasRowMajor, CblasUpper, CblasTrans, (int)d, (int)n,
-                     1 / (sample->mass != NULL ? total : total - 1), centred, (int)d, 0, covariance, (int)d);
-    for (int64_t i = 0; i < d; i++) {
-        for (int64_t j = 0; j < i; j++) {
-            covariance[i * d + j] = covariance[j * d + i];
-        }
-    }
     return LNS_OK;
 }

@@ -1,5 +1,7 @@
-/* Template body: count, mean, squared deviations and range of a chunk of rows. */
-#include "kernels/strip_body.h"
+/* Template body: count, mean, squared deviations and range of a chunk of rows.
+ *
+ * Included by moments.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/strip_body.h"
 
 /* LANES columns of a chunk: first the sums as they grow, then what they come to. All of a group lies together, since
  * arrays of their own, a power of two apart, would push each other out of the first-level cache. */
@@ -115,7 +117,7 @@ static void VNAME(moments_exactly)(const lns_sample *s, int64_t begin, int64_t e
 
 /* The same from the sums of a group; 0 where these cannot tell: squares have left the range of the working type, or
  * the mean lies so far from the shift that they cancel. */
-static int VNAME(conclude)(VNAME(group) * group, int64_t lanes, double rows)
+static int VNAME(moments_from_sums)(VNAME(group) * group, int64_t lanes, double rows)
 {
     const VNAME(group) sums = *group;
     for (int64_t l = 0; l < lanes; l++) {
@@ -154,7 +156,7 @@ static void VNAME(moments_chunk)(const lns_sample *s, int64_t begin, int64_t end
     VNAME(add_range)(s, begin, end, groups);
     for (int64_t g = 0; g < count; g++) {
         const int64_t at = g * LANES, lanes = s->d - at < LANES ? s->d - at : LANES;
-        if (!VNAME(conclude)(&groups[g], lanes, (double)(end - begin))) {
+        if (!VNAME(moments_from_sums)(&groups[g], lanes, (double)(end - begin))) {
             VNAME(moments_exactly)(s, begin, end, at, lanes, groups);
         }
     }

@@ -2,9 +2,12 @@
  * a module falls apart into neurons once the norms of its two groups are given; finding these stands here. */
 #include "lineas.h"
 
+#include <math.h>
+
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/load.h"
-#include "kernels/tile.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/tile.h"
 
 /* Rows of a block, a tile of doubles: what the lassos of its neurons need. */
 enum { PATH_A2, PATH_M2, PATH_G1, PATH_G2, PATH_V4, PATH_ROWS };
@@ -14,12 +17,12 @@ enum { PATH_WORK_ROWS = PATH_ROWS + 4 };
 
 enum { PATH_SUMS = 5 };
 
-/* How close to optimal a module is solved, relative to the largest penalty: 1e-8 is promised for many together. */
-#define LNS_PATH_TOLERANCE 5e-10
+/* How close to optimal a module is solved, relative to the largest penalty. */
+#define TOLERANCE 5e-10
 
-/* Norms of the groups x = weight - 1 and b, over tau; `one` as in path_body.h. */
+/* Norms of the groups x = weight - 1 and b, over tau; `grouped` (1 or 0) as in path_body.h. */
 typedef struct path_scale {
-    double sx, sb, one;
+    double sx, sb, grouped;
 } path_scale;
 
 /* Sums y^2, c^2, ky y^2, kc c^2, cross over all neurons, and y and c of each: see path_body.h. */
@@ -43,9 +46,9 @@ typedef struct path_context {
     int64_t work_each;
 } path_context;
 
-/* What a pass tells: the norms of y and c, how they change, and how far they are from optimal. */
+/* What a pass tells: the norms of y and c, how they change, by how much each misses tau, and the norm of that. */
 typedef struct path_state {
-    double norms[2], sums[PATH_SUMS], left[2], size;
+    double norms[2], sums[PATH_SUMS], residual[2], residual_norm;
 } path_state;
 
 static path_state path_evaluate(const path_problem *problem, const path_scale *scale)
@@ -55,12 +58,12 @@ static path_state path_evaluate(const path_problem *problem, const path_scale *s
     problem->pass(problem->blocks, problem->count, scale, problem->l1, problem->solution, s.sums);
     for (int g = 0; g < 2; g++) {
         s.norms[g] = sqrt(s.sums[g]);
-        s.left[g] = s.norms[g] - problem->tau;
-        if (!(scales[g] > 0) && s.left[g] <= 1e-12 * problem->tau) {
-            s.left[g] = 0; /* a group at zero may have any norm up to tau */
+        s.residual[g] = s.norms[g] - problem->tau;
+        if (!(scales[g] > 0) && s.residual[g] <= 1e-12 * problem->tau) {
+            s.residual[g] = 0; /* a group at zero may have any norm up to tau */
         }
     }
-    s.size = sqrt(s.left[0] * s.left[0] + s.left[1] * s.left[1]);
+    s.residual_norm = sqrt(s.residual[0] * s.residual[0] + s.residual[1] * s.residual[1]);
     return s;
 }
 
@@ -70,15 +73,15 @@ static path_state path_evaluate(const path_problem *problem, const path_scale *s
 static path_scale path_step(const path_problem *problem, const path_scale *scale, const path_state *s)
 {
     const double tau = problem->tau, yd = s->sums[2], cd = s->sums[3], cross = s->sums[4];
-    const int free_x = s->left[0] != 0 && yd > 0, free_b = s->left[1] != 0 && cd > 0;
-    const double want_x = s->sums[0] * s->left[0] / tau, want_b = s->sums[1] * s->left[1] / tau;
+    const int free_x = s->residual[0] != 0 && yd > 0, free_b = s->residual[1] != 0 && cd > 0;
+    const double want_x = s->sums[0] * s->residual[0] / tau, want_b = s->sums[1] * s->residual[1] / tau;
     const double determinant = yd * cd - cross * cross;
     double dx = free_x ? want_x / yd : 0, db = free_b ? want_b / cd : 0;
     if ((free_x || scale->sx > 0) && (free_b || scale->sb > 0) && determinant > 1e-14 * yd * cd) {
         dx = (want_x * cd - want_b * cross) / determinant;
         db = (want_b * yd - want_x * cross) / determinant;
     }
-    path_scale to = {scale->sx + dx, scale->sb + db, scale->one};
+    path_scale to = {scale->sx + dx, scale->sb + db, scale->grouped};
     /* Nothing of a group is left above the soft threshold, or it is on its way to zero. */
     to.sx = to.sx > 0 && (yd > 0 || scale->sx == 0) ? to.sx : 0;
     to.sb = to.sb > 0 && (cd > 0 || scale->sb == 0) ? to.sb : 0;
@@ -88,12 +91,12 @@ static path_scale path_step(const path_problem *problem, const path_scale *scale
 static double path_root(const path_problem *problem, path_scale *scale, int group);
 
 /* How far the norm of a group is above tau; for x with b optimal. */
-static double path_left(const path_problem *problem, path_scale *scale, int group)
+static double path_residual(const path_problem *problem, path_scale *scale, int group)
 {
     if (group == 0) {
         scale->sb = path_root(problem, scale, 1);
     }
-    return path_evaluate(problem, scale).left[group];
+    return path_evaluate(problem, scale).residual[group];
 }
 
 /* The scale of a group at which its norm is tau: for b with that of x given, for x with b optimal, which is then in
@@ -104,10 +107,10 @@ static double path_root(const path_problem *problem, path_scale *scale, int grou
     double *const at = group == 0 ? &scale->sx : &scale->sb;
     double low = 0, high = *at > 0 ? *at : 1;
     *at = 0;
-    if (path_left(problem, scale, group) <= 0) {
+    if (path_residual(problem, scale, group) <= 0) {
         return 0;
     }
-    for (*at = high; path_left(problem, scale, group) > 0 && high < 1e200; *at = high) {
+    for (*at = high; path_residual(problem, scale, group) > 0 && high < 1e200; *at = high) {
         low = high;
         high *= 4;
     }
@@ -116,7 +119,7 @@ static double path_root(const path_problem *problem, path_scale *scale, int grou
         if (!(*at > low && *at < high)) {
             break;
         }
-        if (path_left(problem, scale, group) > 0) {
+        if (path_residual(problem, scale, group) > 0) {
             low = *at;
         } else {
             high = *at;
@@ -135,24 +138,24 @@ static path_scale path_scales(const path_problem *problem, path_scale scale, dou
 {
     enum { STEPS = 60, HALVINGS = 6 };
     path_state now = path_evaluate(problem, &scale);
-    for (int k = 0; k < STEPS && now.size > problem->tolerance; k++) {
+    for (int k = 0; k < STEPS && now.residual_norm > problem->tolerance; k++) {
         path_scale to = path_step(problem, &scale, &now);
         path_state next = path_evaluate(problem, &to);
-        for (int h = 0; h < HALVINGS && !(next.size < now.size); h++) {
-            to = (path_scale){(to.sx + scale.sx) / 2, (to.sb + scale.sb) / 2, scale.one};
+        for (int h = 0; h < HALVINGS && !(next.residual_norm < now.residual_norm); h++) {
+            to = (path_scale){(to.sx + scale.sx) / 2, (to.sb + scale.sb) / 2, scale.grouped};
             next = path_evaluate(problem, &to);
         }
-        if (!(next.size < now.size)) {
+        if (!(next.residual_norm < now.residual_norm)) {
             break;
         }
         scale = to;
         now = next;
     }
     /* Where Newton's method got stuck, bisection: slow, and certain. */
-    if (now.size > problem->tolerance) {
+    if (now.residual_norm > problem->tolerance) {
         path_scale to = scale;
         path_root(problem, &to, 0);
-        scale = path_evaluate(problem, &to).size < now.size ? to : scale;
+        scale = path_evaluate(problem, &to).residual_norm < now.residual_norm ? to : scale;
         now = path_evaluate(problem, &scale);
     }
     memcpy(norms, now.norms, sizeof now.norms);
@@ -172,7 +175,7 @@ static double path_guess(double now, double before, double earlier)
 }
 
 #define LNS_BODY "kernels/path_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body UNITS[LNS_CPU_COUNT] = LNS_TABLE_F64(path_units);
 

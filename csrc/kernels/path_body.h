@@ -1,15 +1,17 @@
-/* Template body: sparse group lasso of one module, from the moments of its paired quantiles. In double only.
+/* Template body: sparse group lasso of one module, from the moments of its paired quantiles.
+ *
+ * Included by path.c through simd/variants.h, once per CPU variant: in double only, whatever the type of the maps.
  *
  * With x = w - 1 the loss of a neuron is a quadratic in (x, b) whose gradient is (a2 x + m2 b + g1, m2 x + 2 b + g2);
  * the penalties are l1 (|x| + |b|) in each neuron and tau (||x|| + ||b||) over all of them; x >= -1. Where the norms
  * ||x|| = tau sx and ||b|| = tau sb are given, neurons no longer depend on each other: in y = x / sx and c = b / sb
  *
- *     (one + a2 sx) y + m2 sb c + g1 + l1 sign(y) = 0      one = 1, or 0 where there is no group penalty
- *     m2 sx y + (one + 2 sb) c + g2 + l1 sign(c) = 0
+ *     (grouped + a2 sx) y + m2 sb c + g1 + l1 sign(y) = 0      grouped = 1, or 0 where there is no group penalty
+ *     m2 sx y + (grouped + 2 sb) c + g2 + l1 sign(c) = 0
  *
  * a lasso in two variables with a closed form; it stays finite at sx = 0, where ||y|| <= tau says that x is 0. */
 #if REAL_IS_DOUBLE
-#include "kernels/tile_body.h"
+#include "kernels/simd/tile_body.h"
 
 typedef struct VNAME(path_lasso) {
     VNAME(reals) y, c;
@@ -42,33 +44,36 @@ static LNS_INLINE VNAME(reals) VNAME(reals_soft)(VNAME(reals) a, double l1)
  * the gradient that it leaves there. Nothing is divided before the end. */
 static LNS_INLINE VNAME(path_lasso) VNAME(path_solve)(const double *block, const path_scale *scale, double l1)
 {
-    const double sx = scale->sx, sb = scale->sb, one = scale->one, s = one + 2 * sb;
+    const double sx = scale->sx, sb = scale->sb, grouped = scale->grouped, s = grouped + 2 * sb;
     const VNAME(reals) a2 = VNAME(reals_load)(block + PATH_A2 * LANES), m2 = VNAME(reals_load)(block + PATH_M2 * LANES);
     const VNAME(reals) g1 = VNAME(reals_load)(block + PATH_G1 * LANES), g2 = VNAME(reals_load)(block + PATH_G2 * LANES);
     const VNAME(reals) v4 = VNAME(reals_load)(block + PATH_V4 * LANES);
-    const VNAME(reals) p = one + a2 * sx;
-    const VNAME(reals) left_c = g2 * p - m2 * sx * VNAME(reals_soft)(g1, l1); /* times p */
-    const VNAME(reals) left_y = g1 * s - m2 * sb * VNAME(reals_soft)(g2, l1); /* times s */
-    const VNAME(vec) c_on = (VNAME(vec))(VNAME(reals_abs)(left_c) > l1 * p);
-    const VNAME(reals) pull = (VNAME(reals))(((VNAME(vec))left_y & c_on) | ((VNAME(vec))(g1 * s) & ~c_on));
-    VNAME(vec) y_on = (VNAME(vec))(VNAME(reals_abs)(pull) > l1 * s);
-    if (one == 0) { /* Slope and shift of a constant source do the same: where rounding takes both, one is enough. */
+    const VNAME(reals) p = grouped + a2 * sx;
+    const VNAME(reals) gradient_c = g2 * p - m2 * sx * VNAME(reals_soft)(g1, l1); /* at c = 0, times p */
+    const VNAME(vec) c_on = (VNAME(vec))(VNAME(reals_abs)(gradient_c) > l1 * p);
+    const VNAME(reals) with_c = g1 * s - m2 * sb * VNAME(reals_soft)(g2, l1), without_c = g1 * s;
+    const VNAME(reals) gradient_y = /* at y = 0, times s */
+        (VNAME(reals))(((VNAME(vec))with_c & c_on) | ((VNAME(vec))without_c & ~c_on));
+    VNAME(vec) y_on = (VNAME(vec))(VNAME(reals_abs)(gradient_y) > l1 * s);
+    /* Slope and shift of a constant source do the same: where rounding takes both, one is enough. */
+    if (grouped == 0) {
         y_on &= ~(c_on & (VNAME(vec))(v4 <= a2 * 0x1p-100));
     }
-    const VNAME(reals) e1 = VNAME(reals_where)(y_on, g1 - VNAME(reals_sign)(l1, pull));
-    const VNAME(reals) e2 = VNAME(reals_where)(c_on, g2 - VNAME(reals_sign)(l1, left_c));
+    const VNAME(reals) e1 = VNAME(reals_where)(y_on, g1 - VNAME(reals_sign)(l1, gradient_y));
+    const VNAME(reals) e2 = VNAME(reals_where)(c_on, g2 - VNAME(reals_sign)(l1, gradient_c));
     const VNAME(reals) x_scale = VNAME(reals_where)(y_on, (VNAME(reals)){0} + sx);
     const VNAME(reals) b_scale = VNAME(reals_where)(c_on, (VNAME(reals)){0} + sb);
     /* A coordinate that is off has the diagonal entry 1. */
-    const VNAME(reals) x_one = 1 - VNAME(reals_where)(y_on, (VNAME(reals)){0} + (1 - one));
-    const VNAME(reals) b_one = 1 - VNAME(reals_where)(c_on, (VNAME(reals)){0} + (1 - one));
-    const VNAME(reals) determinant = x_one * (b_one + 2 * b_scale) + a2 * x_scale * b_one + v4 * (x_scale * b_scale);
+    const VNAME(reals) x_diagonal = 1 - VNAME(reals_where)(y_on, (VNAME(reals)){0} + (1 - grouped));
+    const VNAME(reals) b_diagonal = 1 - VNAME(reals_where)(c_on, (VNAME(reals)){0} + (1 - grouped));
+    const VNAME(reals) determinant =
+        x_diagonal * (b_diagonal + 2 * b_scale) + a2 * x_scale * b_diagonal + v4 * (x_scale * b_scale);
     const VNAME(reals) inverse = 1 / determinant;
     VNAME(path_lasso) out;
-    out.y = VNAME(reals_where)(y_on, (e2 * (m2 * b_scale) - e1 * (b_one + 2 * b_scale)) * inverse);
-    out.c = VNAME(reals_where)(c_on, (e1 * (m2 * x_scale) - e2 * (x_one + a2 * x_scale)) * inverse);
-    out.ky = (a2 * b_one + v4 * b_scale) * inverse;
-    out.kc = (2 * x_one + v4 * x_scale) * inverse;
+    out.y = VNAME(reals_where)(y_on, (e2 * (m2 * b_scale) - e1 * (b_diagonal + 2 * b_scale)) * inverse);
+    out.c = VNAME(reals_where)(c_on, (e1 * (m2 * x_scale) - e2 * (x_diagonal + a2 * x_scale)) * inverse);
+    out.ky = (a2 * b_diagonal + v4 * b_scale) * inverse;
+    out.kc = (2 * x_diagonal + v4 * x_scale) * inverse;
     out.cross = out.y * out.c * m2 * inverse;
     const VNAME(vec) bound = (VNAME(vec))(out.y * sx < -1.0);
     if (VNAME(vec_any)(bound)) { /* x = -1: the slope is zero */
@@ -105,15 +110,15 @@ static void VNAME(path_pass)(const double *blocks, int64_t count, const path_sca
     VNAME(reals) part[PATH_SUMS][VEC_PARTS] = {{{0}}};
     for (int64_t k = 0; k < count; k++, blocks += PATH_ROWS * LANES, solution += 2 * LANES) {
         for (int p = 0; p < VEC_PARTS; p++) {
-            const VNAME(path_lasso) one = VNAME(path_solve)(blocks + p * VEC_LANES, scale, l1);
-            const VNAME(reals) yy = one.y * one.y, cc = one.c * one.c;
-            VNAME(reals_store)(solution + p * VEC_LANES, one.y);
-            VNAME(reals_store)(solution + LANES + p * VEC_LANES, one.c);
+            const VNAME(path_lasso) neuron = VNAME(path_solve)(blocks + p * VEC_LANES, scale, l1);
+            const VNAME(reals) yy = neuron.y * neuron.y, cc = neuron.c * neuron.c;
+            VNAME(reals_store)(solution + p * VEC_LANES, neuron.y);
+            VNAME(reals_store)(solution + LANES + p * VEC_LANES, neuron.c);
             part[0][p] += yy;
             part[1][p] += cc;
-            part[2][p] += yy * one.ky;
-            part[3][p] += cc * one.kc;
-            part[4][p] += one.cross;
+            part[2][p] += yy * neuron.ky;
+            part[3][p] += cc * neuron.kc;
+            part[4][p] += neuron.cross;
         }
     }
     for (int k = 0; k < PATH_SUMS; k++) {
@@ -187,14 +192,14 @@ static void VNAME(path_maps)(const double *blocks, int64_t count, const double *
             const VNAME(reals) slope_b = m2 * px + 2 * pb + VNAME(reals_load)(block + PATH_G2 * LANES) + pb * pull_b;
             const VNAME(vec) x_off = (VNAME(vec))(px == 0), b_off = (VNAME(vec))(pb == 0);
             VNAME(reals)
-            left_x = VNAME(reals_where)(x_off, VNAME(reals_soft)(slope_x, l1)) +
-                     VNAME(reals_where)(~x_off, slope_x + VNAME(reals_sign)(l1, px));
-            const VNAME(reals) left_b = VNAME(reals_where)(b_off, VNAME(reals_soft)(slope_b, l1)) +
-                                        VNAME(reals_where)(~b_off, slope_b + VNAME(reals_sign)(l1, pb));
+            subgradient_x = VNAME(reals_where)(x_off, VNAME(reals_soft)(slope_x, l1)) +
+                            VNAME(reals_where)(~x_off, slope_x + VNAME(reals_sign)(l1, px));
+            const VNAME(reals) subgradient_b = VNAME(reals_where)(b_off, VNAME(reals_soft)(slope_b, l1)) +
+                                               VNAME(reals_where)(~b_off, slope_b + VNAME(reals_sign)(l1, pb));
             /* At the bound a slope that points out of it is allowed. */
-            left_x = VNAME(reals_where)(~(bound & (VNAME(vec))(left_x > 0)), left_x);
-            part[0][p] += left_x * left_x;
-            part[1][p] += left_b * left_b;
+            subgradient_x = VNAME(reals_where)(~(bound & (VNAME(vec))(subgradient_x > 0)), subgradient_x);
+            part[0][p] += subgradient_x * subgradient_x;
+            part[1][p] += subgradient_b * subgradient_b;
         }
     }
     for (int k = 0; k < 2; k++) {
@@ -234,7 +239,7 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
             continue;
         }
         VNAME(reals) part[VEC_PARTS] = {{0}};
-        double last[5 * LANES] = {0};
+        double tail[5 * LANES] = {0};
         for (int64_t j = 0; j < whole; j += LANES) {
             for (int p = 0; p < VEC_PARTS; p++) {
                 const int64_t l = j + p * VEC_LANES;
@@ -242,11 +247,11 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
             }
         }
         for (int row = 0; row < 5; row++) {
-            memcpy(last + row * LANES, moments[k] + row * d + whole, (size_t)(d - whole) * sizeof *last);
+            memcpy(tail + row * LANES, moments[k] + row * d + whole, (size_t)(d - whole) * sizeof *tail);
         }
         for (int p = 0; whole < d && p < VEC_PARTS; p++) {
             const int64_t l = p * VEC_LANES;
-            part[p] += VNAME(path_loss)(last, LANES, l, 1 + VNAME(reals_load)(x + whole + l),
+            part[p] += VNAME(path_loss)(tail, LANES, l, 1 + VNAME(reals_load)(x + whole + l),
                                         VNAME(reals_load)(b + whole + l));
         }
         losses[k][point] = VNAME(path_total)(part);
@@ -291,21 +296,21 @@ static void VNAME(path_units)(void *context, int64_t begin, int64_t end, int thr
         double *solution = blocks + count * PATH_ROWS * LANES;
         double *x = solution + 2 * count * LANES, *b = x + count * LANES;
         path_problem problem = {.pass = VNAME(path_pass), .blocks = blocks, .solution = solution, .count = count};
-        path_scale last[3] = {{0, 0, 1}, {0, 0, 1}, {0, 0, 1}}; /* of the penalties before this one, latest first */
+        path_scale previous[3] = {{0, 0, 1}, {0, 0, 1}, {0, 0, 1}}; /* of the penalties before this one, latest first */
         VNAME(path_blocks)(job->moments, job->d, blocks);
         for (int64_t point = 0; point < c->points; point++) {
             double norms[2], distance[2];
             problem.l1 = c->penalties[point] * c->l1_ratio;
             problem.tau = c->penalties[point] * (1 - c->l1_ratio) * sqrt((double)job->d);
-            problem.tolerance = LNS_PATH_TOLERANCE * job->largest;
+            problem.tolerance = TOLERANCE * job->largest;
             path_scale now = {1, 1, 0};
             if (problem.tau > 0) {
-                now = (path_scale){path_guess(last[0].sx, last[1].sx, last[2].sx),
-                                   path_guess(last[0].sb, last[1].sb, last[2].sb), 1};
+                now = (path_scale){path_guess(previous[0].sx, previous[1].sx, previous[2].sx),
+                                   path_guess(previous[0].sb, previous[1].sb, previous[2].sb), 1};
                 now = path_scales(&problem, now, norms);
-                last[2] = last[1];
-                last[1] = last[0];
-                last[0] = now;
+                previous[2] = previous[1];
+                previous[1] = previous[0];
+                previous[0] = now;
                 norms[0] *= now.sx;
                 norms[1] *= now.sb;
             } else { /* no groups: y is x */
@@ -317,10 +322,10 @@ static void VNAME(path_units)(void *context, int64_t begin, int64_t end, int thr
             double squared = 0;
             for (int g = 0; g < 2; g++) {
                 const double norm = sqrt(distance[g]);
-                const double left = norms[g] > 0 || problem.tau == 0 ? norm
-                                    : norm > problem.tau             ? norm - problem.tau
-                                                                     : 0;
-                squared += left * left;
+                const double excess = norms[g] > 0 || problem.tau == 0 ? norm
+                                      : norm > problem.tau             ? norm - problem.tau
+                                                                       : 0;
+                squared += excess * excess;
             }
             job->distance[point] = sqrt(squared);
             VNAME(path_write)(job, x, b, point);

@@ -1,8 +1,10 @@
 /* Masked pooling over tokens. Rows that the mask drops are never read. */
 #include "lineas.h"
 
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/load.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/load.h"
 
 /* Columns of a sequence that are pooled at once: long pieces of a row, since rows are far apart. */
 #define POOL_STRIP 2048
@@ -37,7 +39,7 @@ static int64_t kept_before(const pool_context *c, int64_t row)
 }
 
 #define LNS_BODY "kernels/pool_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body POOL[LNS_CPU_COUNT][2] = LNS_TABLE(pool_units);
 static const lns_loop_body UNPOOL[LNS_CPU_COUNT][2] = LNS_TABLE(unpool_units);

@@ -1,5 +1,7 @@
-/* Template body: pooling over the tokens of one sequence, a strip of columns at a time. */
-#include "kernels/strip_body.h"
+/* Template body: pooling over the tokens of one sequence, a strip of columns at a time.
+ *
+ * Included by pool.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/strip_body.h"
 
 static inline int VNAME(kept)(const pool_context *c, int64_t row, int64_t token)
 {
@@ -65,8 +67,8 @@ static void VNAME(pool_mean)(const pool_context *c, int64_t row, int64_t at, int
 }
 
 /* Smallest or largest value and its first token; a NaN wins and stays. */
-static LNS_INLINE void VNAME(challenge)(const real *restrict x, int64_t count, int32_t token, int smallest,
-                                        real *restrict best, int32_t *restrict index)
+static LNS_INLINE void VNAME(update_extreme)(const real *restrict x, int64_t count, int32_t token, int smallest,
+                                             real *restrict best, int32_t *restrict index)
 {
     for (int64_t l = 0; l < count; l++) {
         const int wins = (smallest ? !(x[l] >= best[l]) : !(x[l] <= best[l])) & (best[l] == best[l]);
@@ -92,9 +94,9 @@ static void VNAME(pool_extreme)(const pool_context *c, int64_t row, int64_t at, 
             }
             first = 0;
         } else if (c->mode == LNS_POOL_MIN) {
-            VNAME(challenge)(x, count, (int32_t)t, 1, out, index);
+            VNAME(update_extreme)(x, count, (int32_t)t, 1, out, index);
         } else {
-            VNAME(challenge)(x, count, (int32_t)t, 0, out, index);
+            VNAME(update_extreme)(x, count, (int32_t)t, 0, out, index);
         }
     }
 }

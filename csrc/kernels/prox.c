@@ -1,8 +1,11 @@
 /* Sparse-group lasso: the prox of one group, and the optimiser step fused with it. */
 #include "lineas.h"
 
+#include <math.h>
+
 #include "core/threads.h"
-#include "kernels/load.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/load.h"
 
 typedef struct step_context {
     const lns_step_problem *problem;
@@ -10,7 +13,7 @@ typedef struct step_context {
 } step_context;
 
 #define LNS_BODY "kernels/prox_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static void (*const PROX[LNS_CPU_COUNT][2])(const void *, int64_t, double, double, double, void *) = LNS_TABLE(prox);
 static const lns_loop_body STEP[LNS_CPU_COUNT][2] = LNS_TABLE(step_units);

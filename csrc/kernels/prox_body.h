@@ -1,21 +1,21 @@
-/* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step. */
-#include "kernels/strip_body.h"
+/* Template body: soft threshold and group shrinkage of one group, after an optional optimiser step.
+ *
+ * Included by prox.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/strip_body.h"
 
-#define VECTORS (LANES * (int)sizeof(real) / VEC_BYTES)
-
-/* Of |p| and p^2, in each lane of a block of LANES parameters, and of the whole group. */
+/* Sums of |p| and p^2: in each lane of a block of LANES parameters, and of the whole group. */
 typedef struct VNAME(lane_sums) {
-    VNAME(reals) l1[VECTORS], squares[VECTORS];
+    VNAME(reals) l1[VEC_PARTS], squares[VEC_PARTS];
 } VNAME(lane_sums);
 
 typedef struct VNAME(group_sums) {
     double l1, squares;
 } VNAME(group_sums);
 
-/* What happens to a parameter p before the group shrinks: p - rate * gradient - centre, towards 0 by threshold. */
-typedef struct VNAME(way) {
+/* What happens to a parameter p before its group is shrunk: soft threshold of p - rate * gradient - centre. */
+typedef struct VNAME(update) {
     real rate, centre, threshold;
-} VNAME(way);
+} VNAME(update);
 
 /* The sums of p [d] in double. */
 static VNAME(group_sums) VNAME(add_exactly)(const real *p, int64_t d)
@@ -28,17 +28,17 @@ static VNAME(group_sums) VNAME(add_exactly)(const real *p, int64_t d)
     return sums;
 }
 
-/* Goes that way with the LANES parameters p, in place, and adds |p| and p^2 of what comes out to the sums of the lanes;
- * grad may be NULL: rate is then not used. */
-static LNS_INLINE void VNAME(go)(real *p, const real *grad, VNAME(way) way, VNAME(lane_sums) * sums)
+/* Updates LANES parameters p in place, and adds |p| and p^2 of the results to the sums of the lanes; grad may be NULL:
+ * rate is then not used. */
+static LNS_INLINE void VNAME(update_lanes)(real *p, const real *grad, VNAME(update) u, VNAME(lane_sums) * sums)
 {
-    const VNAME(reals) high = (VNAME(reals)){0} + way.threshold, low = -high;
-    for (int k = 0; k < VECTORS; k++) {
+    const VNAME(reals) high = (VNAME(reals)){0} + u.threshold, low = -high;
+    for (int k = 0; k < VEC_PARTS; k++) {
         VNAME(reals) x = VNAME(reals_load)(p + k * VEC_LANES);
         if (grad != NULL) {
-            x -= way.rate * VNAME(reals_load)(grad + k * VEC_LANES);
+            x -= u.rate * VNAME(reals_load)(grad + k * VEC_LANES);
         }
-        x -= way.centre;
+        x -= u.centre;
         x -= VNAME(reals_min)(VNAME(reals_max)(x, low), high);
         VNAME(reals_store)(p + k * VEC_LANES, x);
         sums->l1[k] += (VNAME(reals))((VNAME(vec))x & (key)((ukey)-1 >> 1));
@@ -46,9 +46,10 @@ static LNS_INLINE void VNAME(go)(real *p, const real *grad, VNAME(way) way, VNAM
     }
 }
 
-/* The same with the parameters p [d] of a group. Returns their sums: in the working type over LNS_STRIP numbers, apart
- * for each place in a block of LANES, and in double over the strips. The order is the same on every machine. */
-static LNS_INLINE VNAME(group_sums) VNAME(soft_threshold)(real *p, const real *grad, int64_t d, VNAME(way) way)
+/* Updates the parameters p [d] of a group in place. Returns the sums of the results: in the working type over LNS_STRIP
+ * numbers, apart for each place in a block of LANES, and in double over the strips. The order is the same on every
+ * machine. */
+static LNS_INLINE VNAME(group_sums) VNAME(update_group)(real *p, const real *grad, int64_t d, VNAME(update) u)
 {
     double total_l1[LANES] = {0}, total_squares[LANES] = {0};
     VNAME(group_sums) sums = {0, 0};
@@ -56,19 +57,19 @@ static LNS_INLINE VNAME(group_sums) VNAME(soft_threshold)(real *p, const real *g
         const int64_t count = d - at < LNS_STRIP ? d - at : LNS_STRIP, whole = count - count % LANES;
         VNAME(lane_sums) lanes = {0};
         for (int64_t j = at; j < at + whole; j += LANES) {
-            VNAME(go)(p + j, grad != NULL ? grad + j : NULL, way, &lanes);
+            VNAME(update_lanes)(p + j, grad != NULL ? grad + j : NULL, u, &lanes);
         }
         if (whole < count) { /* the rest among parameters that stay at 0 */
             const size_t size = (size_t)(count - whole) * sizeof(real);
             real rest[LANES], rest_grad[LANES] = {0};
             for (int l = 0; l < LANES; l++) {
-                rest[l] = way.centre;
+                rest[l] = u.centre;
             }
             memcpy(rest, p + at + whole, size);
             if (grad != NULL) {
                 memcpy(rest_grad, grad + at + whole, size);
             }
-            VNAME(go)(rest, grad != NULL ? rest_grad : NULL, way, &lanes);
+            VNAME(update_lanes)(rest, grad != NULL ? rest_grad : NULL, u, &lanes);
             memcpy(p + at + whole, rest, size);
         }
         for (int l = 0; l < LANES; l++) {
@@ -101,8 +102,8 @@ static void VNAME(prox)(const void *x, int64_t d, double tau, double l1, double 
 {
     real *y = out;
     memmove(y, x, (size_t)d * sizeof(real));
-    const VNAME(way) way = {0, 0, (real)(tau * l1)};
-    const VNAME(group_sums) sums = VNAME(soft_threshold)(y, NULL, d, way);
+    const VNAME(update) threshold = {0, 0, (real)(tau * l1)};
+    const VNAME(group_sums) sums = VNAME(update_group)(y, NULL, d, threshold);
     const double factor = VNAME(shrinkage)(sums, d, tau * group);
     for (int64_t j = 0; j < d; j++) {
         y[j] = factor == 0 ? 0 : y[j] * (real)factor;
@@ -124,26 +125,27 @@ static void VNAME(adam)(real *restrict p, const real *restrict grad, int64_t d, 
     }
 }
 
-/* One group p [d] from its gradient to the distance from `centre` that the soft threshold leaves; m, v: Adam's. */
-static VNAME(group_sums) VNAME(descend)(const lns_step_problem *s, int64_t begin, int64_t d, int bias)
+/* Gradient step and soft threshold of one group of d parameters from `begin` on, the weights or the biases of a module.
+ * Leaves weight - 1 or bias, not yet shrunk. */
+static VNAME(group_sums) VNAME(step_group)(const lns_step_problem *s, int64_t begin, int64_t d, int bias)
 {
     real *p = (real *)(bias ? s->bias : s->weight) + begin;
     const real *grad = (const real *)(bias ? s->grad_bias : s->grad_weight) + begin;
-    const VNAME(way) way = {(real)s->lr, bias ? 0 : 1, (real)(s->lr * (bias ? s->l1_bias : s->l1))};
+    const VNAME(update) u = {(real)s->lr, bias ? 0 : 1, (real)(s->lr * (bias ? s->l1_bias : s->l1))};
     if (s->adam == NULL) {
-        return VNAME(soft_threshold)(p, grad, d, way);
+        return VNAME(update_group)(p, grad, d, u);
     }
     VNAME(adam)(p, grad, d, s->lr, s->adam, (real *)(bias ? s->adam->m_bias : s->adam->m_weight) + begin,
                 (real *)(bias ? s->adam->v_bias : s->adam->v_weight) + begin);
-    return VNAME(soft_threshold)(p, NULL, d, way);
+    return VNAME(update_group)(p, NULL, d, u);
 }
 
-/* w = 1 + shrink_w * w, b = shrink_b * b on at most LNS_STRIP elements; returns how many are not the identity. */
-static int64_t VNAME(settle)(real *restrict w, real *restrict b, int64_t count, real shrink_w, real shrink_b)
+/* w = 1 + factor_w * w, b = factor_b * b on at most LNS_STRIP elements; returns how many are not the identity. */
+static int64_t VNAME(shrink)(real *restrict w, real *restrict b, int64_t count, real factor_w, real factor_b)
 {
     key support = 0;
     for (int64_t j = 0; j < count; j++) {
-        const real weight = 1 + shrink_w * w[j], bias = shrink_b * b[j] + 0; /* + 0 turns -0 into 0 */
+        const real weight = 1 + factor_w * w[j], bias = factor_b * b[j] + 0; /* + 0 turns -0 into 0 */
         w[j] = weight;
         b[j] = bias;
         support += (weight != 1) | (bias != 0);
@@ -155,14 +157,14 @@ static int64_t VNAME(settle)(real *restrict w, real *restrict b, int64_t count, 
 static void VNAME(step_module)(const lns_step_problem *s, int64_t k, double *result)
 {
     const int64_t begin = s->offsets[k], d = s->offsets[k + 1] - begin;
-    const VNAME(group_sums) sums_w = VNAME(descend)(s, begin, d, 0), sums_b = VNAME(descend)(s, begin, d, 1);
+    const VNAME(group_sums) sums_w = VNAME(step_group)(s, begin, d, 0), sums_b = VNAME(step_group)(s, begin, d, 1);
     const double factor_w = VNAME(shrinkage)(sums_w, d, s->lr * s->group);
     const double factor_b = VNAME(shrinkage)(sums_b, d, s->lr * s->group_bias);
     real *w = (real *)s->weight + begin, *b = (real *)s->bias + begin;
     int64_t support = 0;
     for (int64_t j = 0; j < d; j += LNS_STRIP) {
         const int64_t count = d - j < LNS_STRIP ? d - j : LNS_STRIP;
-        support += VNAME(settle)(w + j, b + j, count, (real)factor_w, (real)factor_b);
+        support += VNAME(shrink)(w + j, b + j, count, (real)factor_w, (real)factor_b);
     }
     result[0] = factor_w * (s->l1 * sums_w.l1 + s->group * sqrt((double)d * sums_w.squares)) +
                 factor_b * (s->l1_bias * sums_b.l1 + s->group_bias * sqrt((double)d * sums_b.squares));
@@ -178,21 +180,21 @@ static void VNAME(step_units)(void *context, int64_t begin, int64_t end, int thr
     }
 }
 
-/* Whether one of the numbers is a NaN or an infinity: what they leave minus themselves is a NaN, all others leave 0. */
-static int VNAME(any_bad)(const real *x, int64_t count)
+/* Whether one of the numbers is a NaN or an infinity: minus itself, such a number is a NaN, all others are 0. */
+static int VNAME(any_not_finite)(const real *x, int64_t count)
 {
-    VNAME(vec) bad[VECTORS] = {{0}};
+    VNAME(vec) wrong[VEC_PARTS] = {{0}};
     int64_t j = 0;
     for (; count - j >= LANES; j += LANES) {
-        for (int k = 0; k < VECTORS; k++) {
+        for (int k = 0; k < VEC_PARTS; k++) {
             const VNAME(reals) v = VNAME(reals_load)(x + j + k * VEC_LANES);
-            bad[k] |= (VNAME(vec))(v - v);
+            wrong[k] |= (VNAME(vec))(v - v);
         }
     }
-    for (int k = 1; k < VECTORS; k++) {
-        bad[0] |= bad[k];
+    for (int k = 1; k < VEC_PARTS; k++) {
+        wrong[0] |= wrong[k];
     }
-    int any = VNAME(vec_any)(bad[0]);
+    int any = VNAME(vec_any)(wrong[0]);
     for (; j < count; j++) {
         any |= !isfinite(x[j]);
     }
@@ -204,7 +206,8 @@ static int VNAME(any_bad)(const real *x, int64_t count)
 static int64_t VNAME(find_bad_gradient)(const lns_step_problem *s, lns_place *place)
 {
     const int64_t count = s->offsets[s->modules];
-    const int any_bias = VNAME(any_bad)(s->grad_bias, count), any_weight = VNAME(any_bad)(s->grad_weight, count);
+    const int any_bias = VNAME(any_not_finite)(s->grad_bias, count),
+              any_weight = VNAME(any_not_finite)(s->grad_weight, count);
     for (int64_t k = 0; (any_bias || any_weight) && k < s->modules; k++) {
         const int64_t begin = s->offsets[k], d = s->offsets[k + 1] - begin;
         for (int argument = 0; argument < 2; argument++) {
@@ -219,5 +222,3 @@ static int64_t VNAME(find_bad_gradient)(const lns_step_problem *s, lns_place *pl
     }
     return -1;
 }
-
-#undef VECTORS

@@ -1,8 +1,10 @@
 /* Column sort of whole samples. */
 #include "lineas.h"
 
+#include "core/sizes.h"
 #include "core/threads.h"
-#include "kernels/load.h"
+#include "kernels/samples.h"
+#include "kernels/simd/tile.h"
 
 typedef struct sort_context {
     const lns_sample *samples;
@@ -13,7 +15,7 @@ typedef struct sort_context {
 } sort_context;
 
 #define LNS_BODY "kernels/sort_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
 static const lns_loop_body SORT[LNS_CPU_COUNT][2] = LNS_TABLE(sort_units);
 
@@ -37,7 +39,7 @@ static int threads_for(const lns_sample *samples, int64_t count, int threads, in
     *units = 0;
     for (int64_t k = 0; k < count; k++) {
         cost += lns_sort_cost(samples[k].n, samples[k].d);
-        *units += lns_tiles(samples[k].d, samples[k].dtype);
+        *units += lns_sample_tiles(&samples[k]);
     }
     return lns_thread_count(*units, cost, threads);
 }

@@ -1,19 +1,21 @@
-/* Template body: sorting whole samples. */
-#include "kernels/tile_body.h"
+/* Template body: sorting whole samples.
+ *
+ * Included by sort.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/tile_body.h"
 
 static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     sort_context *c = context;
     char *work = (char *)c->work + thread * c->work_each;
     key *tiles = (key *)(void *)work;
-    int64_t k = 0, first = 0; /* module of the unit, and its first unit */
+    int64_t k = 0, first = 0; /* sample of the unit, and its first unit */
     for (int64_t unit = begin, count; unit < end; unit += count) {
-        while (lns_is_past(&c->samples[k], unit, &first)) {
-            k++;
+        while (unit >= first + lns_sample_tiles(&c->samples[k])) {
+            first += lns_sample_tiles(&c->samples[k++]);
         }
         const lns_sample *s = &c->samples[k];
         const int64_t column = (unit - first) * LANES, size = lns_tile_bytes(s->n);
-        const int64_t left = lns_tiles(s->d, s->dtype) - (unit - first);
+        const int64_t left = first + lns_sample_tiles(s) - unit;
         count = lns_panel(s->n, left < end - unit ? left : end - unit);
         VNAME(load_tiles)(s, column, count, tiles, 1);
         for (int64_t t = 0; t < count; t++) {

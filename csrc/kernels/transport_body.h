@@ -1,11 +1,12 @@
-/* Template body: closed-form maps of a tile of the source to a tile of the target. */
-#include "kernels/rank_body.h"
+/* Template body: closed-form maps of a tile of the source to a tile of the target.
+ *
+ * Included by transport.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/rank_body.h"
 
-/* What the linear map needs to know of the columns of a tile. */
+/* Moments of the columns of a tile and its target. */
 typedef struct VNAME(fit_sums) {
-    double mean_u[LANES], mean_v[LANES], variance[LANES];
-    double other[LANES];      /* covariance of the paired quantiles or, for the Gaussian map, variance of v */
-    double variance_v[LANES]; /* for moments alone */
+    double mean_u[LANES], mean_v[LANES], variance_u[LANES], variance_v[LANES];
+    double covariance[LANES]; /* of the paired quantiles */
 } VNAME(fit_sums);
 
 /* Pairs the quantiles of one column of sorted tiles. Sums are taken around the medians: a large mean costs no digits,
@@ -30,17 +31,20 @@ static inline void VNAME(pair_column)(const real *u, const real *v, const lns_se
     }
     sums->mean_u[l] = sum_u + middle_u;
     sums->mean_v[l] = sum_v + middle_v;
-    sums->variance[l] = sum_uu - sum_u * sum_u;
-    sums->other[l] = sum_uv - sum_u * sum_v;
+    sums->variance_u[l] = sum_uu - sum_u * sum_u;
+    sums->covariance[l] = sum_uv - sum_u * sum_v;
     sums->variance_v[l] = sum_vv - sum_v * sum_v;
 }
 
-/* The same for eight columns from l on, along segments that they share. */
+/* Columns that are paired at once: wider vectors than registers would be kept in memory. */
+#define DOUBLES (VEC_BYTES / 8)
+
+/* The same for DOUBLES columns from l on, along segments that they share. */
 static inline void VNAME(pair_columns)(const real *u, int64_t n, const real *v, int64_t m, const lns_segment *segments,
                                        int64_t count, int64_t l, VNAME(fit_sums) * sums)
 {
-    typedef real reals __attribute__((vector_size(8 * sizeof(real))));
-    typedef double doubles __attribute__((vector_size(8 * sizeof(double))));
+    typedef real reals __attribute__((vector_size(DOUBLES * sizeof(real))));
+    typedef double doubles __attribute__((vector_size(DOUBLES * sizeof(double))));
     reals a, b;
     memcpy(&a, u + n / 2 * LANES + l, sizeof a);
     memcpy(&b, v + m / 2 * LANES + l, sizeof b);
@@ -58,12 +62,13 @@ static inline void VNAME(pair_columns)(const real *u, int64_t n, const real *v, 
         sum_uv += mass_x * y;
         sum_vv += mass_y * y;
     }
-    const doubles mean_u = sum_u + middle_u, mean_v = sum_v + middle_v, variance = sum_uu - sum_u * sum_u;
-    const doubles covariance = sum_uv - sum_u * sum_v, variance_v = sum_vv - sum_v * sum_v;
+    const doubles mean_u = sum_u + middle_u, mean_v = sum_v + middle_v;
+    const doubles variance_u = sum_uu - sum_u * sum_u, variance_v = sum_vv - sum_v * sum_v;
+    const doubles covariance = sum_uv - sum_u * sum_v;
     memcpy(sums->mean_u + l, &mean_u, sizeof mean_u);
     memcpy(sums->mean_v + l, &mean_v, sizeof mean_v);
-    memcpy(sums->variance + l, &variance, sizeof variance);
-    memcpy(sums->other + l, &covariance, sizeof covariance);
+    memcpy(sums->variance_u + l, &variance_u, sizeof variance_u);
+    memcpy(sums->covariance + l, &covariance, sizeof covariance);
     memcpy(sums->variance_v + l, &variance_v, sizeof variance_v);
 }
 
@@ -166,20 +171,21 @@ static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *p
     VNAME(flip_tile)(u, n);
     VNAME(flip_tile)(v, m);
     if (!pairing->weighted) {
-        for (int l = 0; l < LANES; l += 8) {
+        for (int l = 0; l < LANES; l += DOUBLES) {
             VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
         }
+        for (int64_t l = 0; l < LANES; l++) {
+            constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
+        }
+        return 1;
     }
-    for (int64_t l = 0; pairing->weighted && l < LANES; l++) {
+    for (int64_t l = 0; l < LANES; l++) {
         const double *mass_u = VNAME(column_mass)(job->source.mass, n, l, &work->order_u);
         const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
         const int64_t count =
             lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
         VNAME(pair_column)(reals_u, reals_v, work->own, count, l, sums);
         constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
-    }
-    for (int64_t l = 0; !pairing->weighted && l < LANES; l++) {
-        constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
     }
     return 1;
 }
@@ -189,11 +195,11 @@ static inline void VNAME(store_moments)(const VNAME(fit_sums) * sums, const int 
                                         double *moments)
 {
     for (int64_t l = 0; l < lanes; l++) {
-        const int varies = !constant[l] && !(sums->variance[l] <= 0);
+        const int varies = !constant[l] && !(sums->variance_u[l] <= 0);
         moments[l] = sums->mean_u[l];
         moments[d + l] = sums->mean_v[l];
-        moments[2 * d + l] = varies ? sums->variance[l] : 0;
-        moments[3 * d + l] = varies ? sums->other[l] : 0;
+        moments[2 * d + l] = varies ? sums->variance_u[l] : 0;
+        moments[3 * d + l] = varies ? sums->covariance[l] : 0;
         moments[4 * d + l] = sums->variance_v[l] <= 0 ? 0 : sums->variance_v[l];
     }
 }
@@ -218,8 +224,8 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
         if (!VNAME(rows_finite)(reals_u, 0, n) || !VNAME(rows_finite)(reals_v, 0, m)) {
             return 0;
         }
-        VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance);
-        VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.other);
+        VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance_u);
+        VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.variance_v);
     }
     if (method == LNS_MOMENTS) {
         VNAME(store_moments)(&sums, constant, lanes, job->source.d, job->moments + column);
@@ -227,9 +233,9 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
     }
     for (int64_t l = 0; l < lanes; l++) {
         double slope = 1;
-        if (method != LNS_MEAN && !constant[l] && !(sums.variance[l] <= 0)) { /* an overflow shows as NaN */
-            slope = sums.other[l] / sums.variance[l];
-            slope = method == LNS_GAUSSIAN ? sqrt(slope) : slope;
+        if (method != LNS_MEAN && !constant[l] && !(sums.variance_u[l] <= 0)) { /* an overflow shows as NaN */
+            slope = method == LNS_GAUSSIAN ? sqrt(sums.variance_v[l] / sums.variance_u[l])
+                                           : sums.covariance[l] / sums.variance_u[l];
         }
         ((real *)job->weight)[column + l] = (real)slope;
         ((real *)job->bias)[column + l] = (real)(sums.mean_v[l] - slope * sums.mean_u[l]);
@@ -240,28 +246,31 @@ static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_
 static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     fit_context *c = context;
-    char *memory = (char *)c->work + thread * c->work_each;
-    int64_t k = 0, first = 0, prepared = -1;
+    const lns_fit_job *job = c->call.jobs;
+    char *memory = c->call.work + thread * c->call.thread_bytes;
+    const int as_keys = c->method == LNS_LINEAR || c->method == LNS_MOMENTS;
+    const lns_fit_job *prepared = NULL;
+    int64_t first = 0; /* unit of the job */
     lns_pairing pairing = {0};
     VNAME(fit_work) work = {0};
     for (int64_t unit = begin, count; unit < end; unit += count) {
-        while (lns_is_past(&c->jobs[k].source, unit, &first)) {
-            k++;
+        while (unit >= first + lns_sample_tiles(&job->source)) {
+            first += lns_sample_tiles(&job->source);
+            job++;
         }
-        const lns_fit_job *job = &c->jobs[k];
-        const int64_t column = (unit - first) * LANES;
-        const int64_t left = lns_tiles(job->source.d, job->source.dtype) - (unit - first);
-        if (prepared != k) {
-            prepared = k;
-            pairing = lns_pair(&job->source, &job->target, (lns_segment *)(void *)memory);
-            work = VNAME(fit_work_at)(memory + c->segments_each, job);
+        if (prepared != job) {
+            prepared = job;
+            pairing = lns_pair_rows(&job->source, &job->target, (lns_segment *)(void *)memory);
+            work = VNAME(fit_work_at)(memory + c->call.segment_bytes, job);
         }
+        const int64_t column = (unit - first) * LANES, left = first + lns_sample_tiles(&job->source) - unit;
         count = fit_panel(job, left < end - unit ? left : end - unit);
-        const int as_keys = c->method == LNS_LINEAR || c->method == LNS_MOMENTS;
         VNAME(load_tiles)(&job->source, column, count, work.u, as_keys);
         VNAME(load_tiles)(&job->target, column, count, work.v, as_keys);
         for (int64_t t = 0; t < count; t++) {
-            c->bad[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
+            c->call.not_finite[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
         }
     }
 }
+
+#undef DOUBLES

@@ -1,80 +1,67 @@
 /* Quantile W2 per neuron, its gradient, and both through an affine map. */
 #include "lineas.h"
 
-#include "core/threads.h"
-#include "kernels/load.h"
-#include "kernels/tile.h"
+#include <math.h>
+
+#include "core/sizes.h"
+#include "kernels/pairs.h"
+#include "kernels/samples.h"
+#include "kernels/segments.h"
+#include "kernels/simd/blocks.h"
+#include "kernels/simd/rank.h"
 
 typedef struct w2_context {
-    const lns_w2_job *jobs;
-    void *work;
-    int64_t segments_each, work_each;
+    lns_pair_call call; /* first: lns_pairs_run hands it on */
     int v_sorted;
-    int bad[LNS_MAX_THREADS];
 } w2_context;
 
-static int lns_w2_gradient(const lns_w2_job *job)
+static int wants_gradient(const lns_w2_job *job)
 {
     return job->grad_u != NULL || job->grad_weight != NULL || job->grad_bias != NULL;
 }
 
-/* Tiles in a panel of the job, of which `left` are left. */
-static int64_t lns_w2_panel(const lns_w2_job *job, int64_t left)
+/* Neighbouring tiles of a job that are loaded together, where `left` are left. */
+static int64_t w2_panel(const lns_w2_job *job, int64_t left)
 {
     return lns_panel(job->u.n > job->v.n ? job->u.n : job->v.n, left);
 }
 
 #define LNS_BODY "kernels/wasserstein_body.h"
-#include "kernels/variants.h"
+#include "kernels/simd/variants.h"
 
-static const lns_loop_body W2[LNS_CPU_COUNT][2] = LNS_TABLE(w2_units);
+static const lns_loop_body UNITS[LNS_CPU_COUNT][2] = LNS_TABLE(w2_units);
 
-/* Work of one thread: the job's shared segments, then what its tile takes. -1 where sizes are not acceptable. */
-static int64_t work_each(const lns_w2_job *jobs, int64_t count, int64_t *segments_each)
+static lns_pair pair(const void *jobs, int64_t k)
 {
-    int64_t most = 0;
-    *segments_each = 0;
-    for (int64_t k = 0; k < count; k++) {
-        const lns_w2_job *job = &jobs[k];
-        const int64_t n = job->u.n, m = job->v.n;
-        if (!lns_sample_ok(&job->u) || !lns_sample_ok(&job->v) || job->u.d != job->v.d || n > UINT32_MAX ||
-            m > UINT32_MAX) {
-            return -1;
-        }
-        const int weighted = lns_is_weighted(&job->u, &job->v);
-        const int64_t segments = lns_pad((n + m) * (int64_t)sizeof(lns_segment));
-        const int64_t panel = lns_w2_panel(job, INT64_MAX);
-        const int64_t tiles = (2 * panel + 1) * lns_tile_bytes(n) + panel * lns_tile_bytes(m);
-        const int64_t orders = lns_order_bytes(n, weighted ? LNS_ROWS : LNS_RANKS) +
-                               lns_order_bytes(m, weighted ? LNS_ROWS : LNS_NO_RANKS);
-        *segments_each = segments > *segments_each ? segments : *segments_each;
-        most = tiles + orders + segments > most ? tiles + orders + segments : most;
-    }
-    return lns_pad(*segments_each + most);
+    const lns_w2_job *job = (const lns_w2_job *)jobs + k;
+    return (lns_pair){&job->u, &job->v};
 }
 
-static int threads_for(const lns_w2_job *jobs, int64_t count, int threads, int64_t *units)
+/* As VNAME(w2_work_at) lays it out. With a map, or without a gradient, that takes less than this. */
+static int64_t tile_bytes(const void *jobs, int64_t k)
 {
-    int64_t cost = 0;
-    *units = 0;
-    for (int64_t k = 0; k < count; k++) {
-        cost += 2 * lns_sort_cost(jobs[k].u.n, jobs[k].u.d) + lns_sort_cost(jobs[k].v.n, jobs[k].v.d);
-        *units += lns_tiles(jobs[k].u.d, jobs[k].u.dtype);
-    }
-    return lns_thread_count(*units, cost, threads);
+    const lns_w2_job *job = (const lns_w2_job *)jobs + k;
+    const int weighted = lns_is_weighted(&job->u, &job->v);
+    const int64_t n = job->u.n, m = job->v.n, panel = w2_panel(job, INT64_MAX);
+    return (2 * panel + 1) * lns_tile_bytes(n) + panel * lns_tile_bytes(m) +
+           lns_order_bytes(n, weighted ? LNS_ROWS : LNS_RANKS) + lns_order_bytes(m, weighted ? LNS_ROWS : LNS_NO_RANKS);
 }
 
-int64_t lns_wasserstein_worksize(const lns_w2_job *jobs, int64_t count, int threads)
+/* Two sorts of u stand for one and the gradient's way back. */
+static int64_t cost(const void *jobs, int64_t k)
 {
-    int64_t units, segments;
-    const int64_t each = work_each(jobs, count, &segments);
-    return each < 0 ? -1 : lns_mul(each, threads_for(jobs, count, threads, &units));
+    const lns_w2_job *job = (const lns_w2_job *)jobs + k;
+    return 2 * lns_sort_cost(job->u.n, job->u.d) + lns_sort_cost(job->v.n, job->v.d);
 }
 
-/* The first value of job's weight * z + bias that is not finite. */
-static int find_through_map(const lns_w2_job *job, lns_place *place)
+/* The first value of weight * z + bias that is not finite. */
+static int find_not_finite_u(const void *jobs, int64_t k, lns_place *place)
 {
+    const lns_w2_job *job = (const lns_w2_job *)jobs + k;
     const lns_sample *s = &job->u;
+    if (job->weight == NULL) {
+        return lns_find_not_finite(s, place);
+    }
     for (int64_t i = 0; i < s->n; i++) {
         for (int64_t j = 0; j < s->d; j++) {
             double value = lns_value(s->data, s->dtype, i * s->d + j);
@@ -95,50 +82,16 @@ static int find_through_map(const lns_w2_job *job, lns_place *place)
     return 0;
 }
 
-/* Which thread saw a bad value first is chance; the position reported is not. */
-static void find_first(const lns_w2_job *jobs, int64_t count, lns_place *place)
+static const lns_pair_kernel KERNEL = {1, pair, tile_bytes, cost, find_not_finite_u, UNITS};
+
+int64_t lns_wasserstein_worksize(const lns_w2_job *jobs, int64_t count, int threads)
 {
-    for (place->entry = 0; place->entry < count; place->entry++) {
-        const lns_w2_job *job = &jobs[place->entry];
-        place->argument = 0;
-        if (job->weight != NULL ? find_through_map(job, place) : lns_find_not_finite(&job->u, place)) {
-            return;
-        }
-        place->argument = 1;
-        if (lns_find_not_finite(&job->v, place)) {
-            return;
-        }
-    }
+    return lns_pairs_worksize(&KERNEL, jobs, count, threads);
 }
 
 lns_status lns_wasserstein(const lns_w2_job *jobs, int64_t count, int v_sorted, int threads, void *work,
                            lns_place *place)
 {
-    lns_place found = {0};
-    int64_t units;
-    w2_context c = {.jobs = jobs, .work = work, .v_sorted = v_sorted};
-    lns_status status = LNS_OK;
-    c.work_each = work_each(jobs, count, &c.segments_each);
-    if (c.work_each < 0) {
-        return LNS_BAD_SIZE;
-    }
-    for (int64_t k = 0; k < 2 * count && status == LNS_OK; k++) {
-        found.entry = k / 2;
-        found.argument = (int)(k % 2);
-        status = lns_check_mass(k % 2 ? &jobs[k / 2].v : &jobs[k / 2].u, &found);
-    }
-    if (status == LNS_OK && count > 0) {
-        threads = threads_for(jobs, count, threads, &units);
-        lns_parallel_for(units, threads, W2[lns_cpu()][lns_is_double(jobs[0].u.dtype)], &c);
-        for (int t = 0; t < threads && status == LNS_OK; t++) {
-            if (c.bad[t]) {
-                find_first(jobs, count, &found);
-                status = LNS_NOT_FINITE;
-            }
-        }
-    }
-    if (status != LNS_OK && place != NULL) {
-        *place = found;
-    }
-    return status;
+    w2_context c = {.call = {.jobs = jobs, .count = count, .work = work}, .v_sorted = v_sorted};
+    return lns_pairs_run(&KERNEL, &c.call, threads, place);
 }

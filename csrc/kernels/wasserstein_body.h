@@ -1,63 +1,38 @@
-/* Template body: squared W2 of a tile against its target, with gradients. */
-#include "kernels/rank_body.h"
+/* Template body: squared W2 of a tile against its target, with gradients. A tile is sorted, compared with its target,
+ * and its gradient taken back to the order of the source: VNAME(w2_of_tile) calls the three.
+ *
+ * Included by wasserstein.c through simd/variants.h, once per working type and CPU variant. */
+#include "kernels/simd/rank_body.h"
 
-/* Equal sizes and weights: row i of the sorted tiles meets row i alone. u holds keys, g may be NULL. Returns whether u
- * has ties. With `so_far`, an entry of g is the mean over the ties up to it, for VNAME(spread_means); their sum is
- * compensated where they can be many. */
-static LNS_INLINE int VNAME(w2_equal)(const key *u, const real *v, int64_t n, real *g, double *restrict value,
-                                      const int so_far)
+/* ---- ties ----
+ *
+ * Entries of u that are equal share the mean of their target quantiles: their gradients are replaced by their mean. */
+
+/* A running mean over the entries of u that are equal, up to the one at hand. Its sum is compensated where it can be
+ * long: `lost` is what the last addition rounded away. */
+typedef struct VNAME(tie_mean) {
+    VNAME(reals) sum, lost, count;
+} VNAME(tie_mean);
+
+/* The mean including `slope`, whose entry is equal to the one before it in the lanes that `tied` marks. */
+static LNS_INLINE VNAME(reals)
+    VNAME(mean_so_far)(VNAME(tie_mean) * mean, VNAME(reals) slope, VNAME(vec) tied, int compensated)
 {
-    const real twice = (real)(2.0 / (double)n);
-    VNAME(vec) ties = {0};
-    VNAME(reals) before[VEC_PARTS], sum[VEC_PARTS] = {0}, lost[VEC_PARTS] = {0}, count[VEC_PARTS] = {0};
-    double total[LANES] = {0};
-    for (int p = 0; p < VEC_PARTS; p++) {
-        before[p] = (VNAME(reals))((VNAME(vec)){0} - 1); /* NaN: equal to nothing */
+    const VNAME(reals) earlier = (VNAME(reals))((VNAME(vec))mean->sum & tied);
+    const VNAME(reals) term = slope - (VNAME(reals))((VNAME(vec))mean->lost & tied);
+    mean->sum = earlier + term;
+    if (compensated) {
+        mean->lost = (mean->sum - earlier) - term;
     }
-    for (int64_t begin = 0; begin < n; begin += LNS_FOLD) {
-        const int64_t end = n - begin < LNS_FOLD ? n : begin + LNS_FOLD;
-        VNAME(reals) part[VEC_PARTS] = {0};
-        for (int64_t i = begin; i < end; i++) {
-            for (int p = 0; p < VEC_PARTS; p++) {
-                const int64_t at = i * LANES + p * VEC_LANES;
-                const VNAME(reals) here = (VNAME(reals))VNAME(vec_flip)(VNAME(vec_load)(u + at));
-                const VNAME(reals) difference = here - VNAME(reals_load)(v + at);
-                const VNAME(vec) tied = here == before[p];
-                VNAME(reals) slope = twice * difference;
-                part[p] += difference * difference;
-                ties |= tied;
-                before[p] = here;
-                if (so_far) {
-                    const VNAME(reals) earlier = (VNAME(reals))((VNAME(vec))sum[p] & tied);
-                    const VNAME(reals) term = slope - (VNAME(reals))((VNAME(vec))lost[p] & tied);
-                    sum[p] = earlier + term;
-                    if (n > LNS_RUN) {
-                        lost[p] = (sum[p] - earlier) - term;
-                    }
-                    count[p] = (real)1 + (VNAME(reals))((VNAME(vec))count[p] & tied);
-                    if (VNAME(vec_any)((VNAME(vec))(count[p] > (real)2))) {
-                        slope = sum[p] / count[p];
-                    } else { /* the same, without waiting for a division */
-                        slope = sum[p] * ((real)1.5 - (real)0.5 * count[p]);
-                    }
-                }
-                if (g != NULL) {
-                    VNAME(reals_store)(g + at, slope);
-                }
-            }
-        }
-        for (int p = 0; p < VEC_PARTS; p++) {
-            VNAME(fold)(&part[p], total + p * VEC_LANES);
-        }
+    mean->count = (real)1 + (VNAME(reals))((VNAME(vec))mean->count & tied);
+    if (VNAME(vec_any)((VNAME(vec))(mean->count > (real)2))) {
+        return mean->sum / mean->count;
     }
-    for (int l = 0; l < LANES; l++) {
-        value[l] = total[l] / (double)n;
-    }
-    return VNAME(vec_any)(ties);
+    return mean->sum * ((real)1.5 - (real)0.5 * mean->count); /* the same, without waiting for a division */
 }
 
-/* Gives all ties the mean that the last of them has. */
-static inline void VNAME(spread_means)(const key *u, real *g, int64_t n)
+/* Gives all ties the mean that the last of them has. u holds keys, sorted. */
+static LNS_NOINLINE void VNAME(spread_means)(const key *u, real *g, int64_t n)
 {
     VNAME(vec) after[VEC_PARTS], mean[VEC_PARTS] = {0};
     for (int p = 0; p < VEC_PARTS; p++) {
@@ -75,9 +50,84 @@ static inline void VNAME(spread_means)(const key *u, real *g, int64_t n)
     }
 }
 
+/* The same where rows carry weights, or gradients that are sums: each tie gets its share by mass of their summed
+ * gradient. u is sorted, g and mass (or NULL) in the same order. */
+static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const double *mass)
+{
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        double sum = 0, weight = 0;
+        for (end = begin; end < n && u[end * LANES] == u[begin * LANES]; end++) {
+            sum += (double)g[end * LANES];
+            weight += mass != NULL ? mass[end] : 1;
+        }
+        for (int64_t i = begin; end - begin > 1 && i < end; i++) {
+            const double own = mass != NULL ? mass[i] : 1;
+            g[i * LANES] = weight > 0 ? (real)(sum * (own / weight)) : 0;
+        }
+    }
+}
+
+/* Whether any column of sorted u has entries that are equal. */
+static inline int VNAME(any_ties)(const real *u, int64_t n)
+{
+    VNAME(vec) tied = {0};
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        for (int64_t i = 0; i + 1 < n; i++) {
+            tied |= (VNAME(vec))(VNAME(reals_load)(u + i * LANES + p) == VNAME(reals_load)(u + (i + 1) * LANES + p));
+        }
+    }
+    return VNAME(vec_any)(tied);
+}
+
+/* ---- comparing sorted rows: value and, in sorted order, gradient ---- */
+
+/* Equal sizes and weights: row i of u meets row i of v alone. u holds keys; g may be NULL. Returns whether u has ties.
+ * With means, an entry of g is the mean over the ties up to it, for VNAME(spread_means). */
+static LNS_INLINE int VNAME(compare_rows_as)(const key *u, const real *v, int64_t n, real *g, double *restrict value,
+                                             const int with_means)
+{
+    const real twice = (real)(2.0 / (double)n);
+    VNAME(vec) ties = {0};
+    VNAME(reals) before[VEC_PARTS];
+    VNAME(tie_mean) means[VEC_PARTS] = {{{0}, {0}, {0}}};
+    double total[LANES] = {0};
+    for (int p = 0; p < VEC_PARTS; p++) {
+        before[p] = (VNAME(reals))((VNAME(vec)){0} - 1); /* NaN: equal to nothing */
+    }
+    for (int64_t begin = 0; begin < n; begin += LNS_FOLD) {
+        const int64_t end = n - begin < LNS_FOLD ? n : begin + LNS_FOLD;
+        VNAME(reals) part[VEC_PARTS] = {0};
+        for (int64_t i = begin; i < end; i++) {
+            for (int p = 0; p < VEC_PARTS; p++) {
+                const int64_t at = i * LANES + p * VEC_LANES;
+                const VNAME(reals) here = (VNAME(reals))VNAME(vec_flip)(VNAME(vec_load)(u + at));
+                const VNAME(reals) difference = here - VNAME(reals_load)(v + at);
+                const VNAME(vec) tied = here == before[p];
+                VNAME(reals) slope = twice * difference;
+                part[p] += difference * difference;
+                ties |= tied;
+                before[p] = here;
+                if (with_means) {
+                    slope = VNAME(mean_so_far)(&means[p], slope, tied, n > LNS_RUN);
+                }
+                if (g != NULL) {
+                    VNAME(reals_store)(g + at, slope);
+                }
+            }
+        }
+        for (int p = 0; p < VEC_PARTS; p++) {
+            VNAME(fold)(&part[p], total + p * VEC_LANES);
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        value[l] = total[l] / (double)n;
+    }
+    return VNAME(vec_any)(ties);
+}
+
 /* The same along segments that all columns share. */
-static inline void VNAME(w2_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
-                                      double *restrict value)
+static inline void VNAME(compare_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count,
+                                           real *g, double *restrict value)
 {
     VNAME(reals) part[VEC_PARTS] = {0}, sum[VEC_PARTS] = {0};
     for (int64_t s = 0; s < count; s++) {
@@ -104,8 +154,8 @@ static inline void VNAME(w2_segments)(const real *u, const real *v, const lns_se
 }
 
 /* The same for one column with segments of its own. */
-static inline void VNAME(w2_column)(const real *u, const real *v, const lns_segment *segments, int64_t count, real *g,
-                                    double *value)
+static inline void VNAME(compare_column)(const real *u, const real *v, const lns_segment *segments, int64_t count,
+                                         real *g, double *value)
 {
     double sum = 0, gradient = 0;
     for (int64_t s = 0; s < count; s++) {
@@ -122,38 +172,145 @@ static inline void VNAME(w2_column)(const real *u, const real *v, const lns_segm
     *value = sum;
 }
 
-/* Entries of u that are equal share the mean of their target quantiles: each gets its share by mass of their summed
- * gradient. u is sorted, g and mass (or NULL) in the same order. */
-static inline void VNAME(share_ties)(const real *u, real *g, int64_t n, const double *mass)
+/* ---- one tile
+ * -------------------------------------------------------------------------------------------------------- */
+
+/* Work for a panel of neighbouring tiles. Tile t of u stands in slot t + 1 until its gradient overwrites slot t. */
+typedef struct VNAME(w2_work) {
+    key *u, *v;
+    real *z; /* in source order; only where a map is given */
+    VNAME(order) order_u, order_v;
+    lns_segment *own; /* of one column */
+} VNAME(w2_work);
+
+static inline VNAME(w2_work) VNAME(w2_work_at)(char *memory, const lns_w2_job *job, int weighted, int gradient)
 {
-    for (int64_t begin = 0, end; begin < n; begin = end) {
-        double sum = 0, weight = 0;
-        for (end = begin; end < n && u[end * LANES] == u[begin * LANES]; end++) {
-            sum += (double)g[end * LANES];
-            weight += mass != NULL ? mass[end] : 1;
-        }
-        for (int64_t i = begin; end - begin > 1 && i < end; i++) {
-            const double own = mass != NULL ? mass[i] : 1;
-            g[i * LANES] = weight > 0 ? (real)(sum * (own / weight)) : 0;
+    const int64_t n = job->u.n, m = job->v.n, tiles = w2_panel(job, INT64_MAX);
+    VNAME(w2_work) w;
+    w.u = (key *)(void *)memory;
+    memory += (tiles + 1) * lns_tile_bytes(n);
+    w.v = (key *)(void *)memory;
+    memory += tiles * lns_tile_bytes(m);
+    w.z = (real *)(void *)memory;
+    memory += job->weight != NULL ? tiles * lns_tile_bytes(n) : 0;
+    w.order_u = VNAME(order_at)(&memory, n, weighted ? LNS_ROWS : gradient ? LNS_RANKS : LNS_NO_RANKS);
+    w.order_v = VNAME(order_at)(&memory, m, weighted ? LNS_ROWS : LNS_NO_RANKS);
+    w.own = (lns_segment *)(void *)memory;
+    return w;
+}
+
+/* A tile of the panel: columns [column, column + lanes) of the job. */
+typedef struct VNAME(w2_tile) {
+    const lns_w2_job *job;
+    const lns_pairing *pairing;
+    const VNAME(w2_work) * work;
+    int64_t column, lanes;
+    key *u, *v;
+    const real *z; /* where a map is given */
+    real *g;       /* NULL: no gradient is wanted */
+    int v_sorted;  /* v holds sorted reals, not keys */
+} VNAME(w2_tile);
+
+/* Keys of weight * z + bias. */
+static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_t lanes, const real *z, key *u,
+                                   real *weight)
+{
+    real bias[LANES] = {0};
+    memset(weight, 0, LNS_TILE_ROW);
+    memcpy(weight, (const real *)job->weight + column, (size_t)lanes * sizeof(real));
+    memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
+    for (int p = 0; p < LANES; p += VEC_LANES) {
+        const VNAME(reals) w = VNAME(reals_load)(weight + p), b = VNAME(reals_load)(bias + p);
+        for (int64_t i = 0; i < job->u.n; i++) {
+            const VNAME(reals) mapped = w * VNAME(reals_load)(z + i * LANES + p) + b;
+            VNAME(vec_store)(u + i * LANES + p, VNAME(vec_flip)((VNAME(vec))mapped));
         }
     }
 }
 
-static inline int VNAME(any_ties)(const real *u, int64_t n)
+/* Sorts both samples, and remembers the order where it will be needed: of u for the gradient, of both where rows carry
+ * weights. Leaves keys in u and reals in v. Returns whether all is finite, as far as sorting tells. */
+static int VNAME(sort_pair)(const VNAME(w2_tile) * t)
 {
-    VNAME(vec) tied = {0};
-    for (int p = 0; p < LANES; p += VEC_LANES) {
-        for (int64_t i = 0; i + 1 < n; i++) {
-            tied |= (VNAME(vec))(VNAME(reals_load)(u + i * LANES + p) == VNAME(reals_load)(u + (i + 1) * LANES + p));
+    const int64_t n = t->job->u.n, m = t->job->v.n;
+    if (t->pairing->weighted || t->g != NULL) {
+        VNAME(rank_tile)(t->u, n, &t->work->order_u);
+    } else {
+        VNAME(sort_tile)(t->u, n);
+    }
+    if (t->pairing->weighted) {
+        VNAME(rank_tile)(t->v, m, &t->work->order_v);
+    } else if (!t->v_sorted) {
+        VNAME(sort_tile)(t->v, m);
+    }
+    /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
+    if (!VNAME(sorted_finite)(t->u, n)) {
+        return 0;
+    }
+    if (!t->v_sorted) {
+        if (!VNAME(sorted_finite)(t->v, m)) {
+            return 0;
+        }
+        VNAME(flip_tile)(t->v, m);
+    }
+    return 1;
+}
+
+/* Samples of equal size without weights. */
+static void VNAME(compare_rows)(const VNAME(w2_tile) * t, double *value)
+{
+    const key *u = t->u;
+    const real *v = (const real *)(void *)t->v;
+    const int64_t n = t->job->u.n;
+    real *const g = t->g;
+    if (g == NULL) {
+        VNAME(compare_rows_as)(u, v, n, NULL, value, 0);
+        return;
+    }
+    /* Values of 16 bits are often equal: means at once. Others seldom are: means in a second run, at ties alone. */
+    const int often = lns_element_size(t->job->u.dtype) == 2;
+    const int tied =
+        often ? VNAME(compare_rows_as)(u, v, n, g, value, 1) : VNAME(compare_rows_as)(u, v, n, g, value, 0);
+    if (tied && !often) {
+        VNAME(compare_rows_as)(u, v, n, g, value, 1);
+    }
+    if (tied) {
+        VNAME(spread_means)(u, g, n);
+    }
+}
+
+/* Samples of other sizes, or with weights: along the segments of their quantile functions. Turns u into reals. */
+static void VNAME(compare_quantiles)(const VNAME(w2_tile) * t, double *value)
+{
+    const lns_w2_job *job = t->job;
+    const lns_pairing *pairing = t->pairing;
+    const VNAME(w2_work) *work = t->work;
+    const int64_t n = job->u.n, m = job->v.n;
+    const real *u = (const real *)(void *)t->u, *v = (const real *)(void *)t->v;
+    VNAME(flip_tile)(t->u, n);
+    for (int64_t l = 0; pairing->weighted && l < t->lanes; l++) {
+        const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
+        const double *mass_v = VNAME(column_mass)(job->v.mass, m, l, &work->order_v);
+        const int64_t count =
+            lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
+        VNAME(compare_column)(u + l, v + l, work->own, count, t->g != NULL ? t->g + l : NULL, value + l);
+    }
+    if (!pairing->weighted) {
+        VNAME(compare_segments)(u, v, pairing->segments, pairing->segment_count, t->g, value);
+    }
+    if (t->g != NULL && VNAME(any_ties)(u, n)) {
+        for (int64_t l = 0; l < LANES; l++) {
+            VNAME(share_ties)(u + l, t->g + l, n, VNAME(column_mass)(job->u.mass, n, l, &work->order_u));
         }
     }
-    return VNAME(vec_any)(tied);
 }
+
+/* ---- back to the source ---- */
 
 /* Gradients of the parameters, in source order, and of z: g is the gradient in weight * z + bias and becomes that in z.
  */
-static inline void VNAME(w2_through_map)(real *g, const real *z, const real *weight, int64_t n,
-                                         double *restrict grad_weight, double *restrict grad_bias)
+static inline void VNAME(gradient_through_map)(real *g, const real *z, const real *weight, int64_t n,
+                                               double *restrict grad_weight, double *restrict grad_bias)
 {
     for (int p = 0; p < LANES; p += VEC_LANES) {
         const VNAME(reals) w = VNAME(reals_load)(weight + p);
@@ -180,131 +337,49 @@ static inline void VNAME(store_row)(const double *from, int64_t lanes, void *out
     }
 }
 
-/* Work for a panel of neighbouring tiles. Tile t of u stands in slot t + 1 until its gradient overwrites slot t. */
-typedef struct VNAME(w2_work) {
-    key *u, *v;
-    real *z; /* in source order; only where a map is given */
-    VNAME(order) order_u, order_v;
-    lns_segment *own; /* of one column */
-} VNAME(w2_work);
-
-static inline VNAME(w2_work) VNAME(w2_work_at)(char *memory, const lns_w2_job *job, int weighted, int gradient)
+/* Takes the gradient from sorted order to the order of the source and, where there is a map, through it. */
+static void VNAME(gradient_to_source)(const VNAME(w2_tile) * t, const real *weight)
 {
-    const int64_t n = job->u.n, m = job->v.n, tiles = lns_w2_panel(job, INT64_MAX);
-    VNAME(w2_work) w;
-    w.u = (key *)(void *)memory;
-    memory += (tiles + 1) * lns_tile_bytes(n);
-    w.v = (key *)(void *)memory;
-    memory += tiles * lns_tile_bytes(m);
-    w.z = (real *)(void *)memory;
-    memory += job->weight != NULL ? tiles * lns_tile_bytes(n) : 0;
-    w.order_u = VNAME(order_at)(&memory, n, weighted ? LNS_ROWS : gradient ? LNS_RANKS : LNS_NO_RANKS);
-    w.order_v = VNAME(order_at)(&memory, m, weighted ? LNS_ROWS : LNS_NO_RANKS);
-    w.own = (lns_segment *)(void *)memory;
-    return w;
-}
-
-/* Keys of weight * z + bias. */
-static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_t lanes, const real *z, key *u,
-                                   real *weight)
-{
-    real bias[LANES] = {0};
-    memset(weight, 0, LNS_TILE_ROW);
-    memcpy(weight, (const real *)job->weight + column, (size_t)lanes * sizeof(real));
-    memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
-    for (int p = 0; p < LANES; p += VEC_LANES) {
-        const VNAME(reals) w = VNAME(reals_load)(weight + p), b = VNAME(reals_load)(bias + p);
-        for (int64_t i = 0; i < job->u.n; i++) {
-            const VNAME(reals) mapped = w * VNAME(reals_load)(z + i * LANES + p) + b;
-            VNAME(vec_store)(u + i * LANES + p, VNAME(vec_flip)((VNAME(vec))mapped));
-        }
+    const lns_w2_job *job = t->job;
+    VNAME(unrank_tile)(t->g, job->u.n, &t->work->order_u);
+    if (job->weight != NULL) {
+        double grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
+        VNAME(gradient_through_map)(t->g, t->z, weight, job->u.n, grad_weight, grad_bias);
+        VNAME(store_row)(grad_weight, t->lanes, job->grad_weight, t->column);
+        VNAME(store_row)(grad_bias, t->lanes, job->grad_bias, t->column);
     }
 }
 
-/* Tile t of a panel; returns whether everything was finite. */
-static int VNAME(w2_tile)(const lns_w2_job *job, const lns_pairing *pairing, int64_t column, int v_sorted, int64_t t,
-                          const VNAME(w2_work) * work)
+/* ---- all of it ---- */
+
+/* Value and gradient of a tile; returns whether everything was finite. */
+static int VNAME(w2_of_tile)(const VNAME(w2_tile) * t)
 {
-    const int64_t n = job->u.n, m = job->v.n, lanes = job->u.d - column < LANES ? job->u.d - column : LANES;
-    const int64_t size = lns_tile_bytes(n) / (int64_t)sizeof(key);
-    const int gradient = lns_w2_gradient(job), weighted = pairing->weighted;
+    const lns_w2_job *job = t->job;
     double value[LANES] = {0};
     real weight[LANES];
-    int tied, finite = 1;
-
-    key *u = work->u + (t + 1) * size, *v = work->v + t * lns_tile_bytes(m) / (int64_t)sizeof(key);
-    const real *z = work->z + t * size, *reals_u = (const real *)(void *)u, *reals_v = (const real *)(void *)v;
-    real *g = gradient ? (real *)(void *)(work->u + t * size) : NULL;
+    int finite = 1;
     if (job->weight != NULL) {
-        VNAME(map_tile)(job, column, lanes, z, u, weight);
+        VNAME(map_tile)(job, t->column, t->lanes, t->z, t->u, weight);
     }
-    if (weighted || gradient) {
-        VNAME(rank_tile)(u, n, &work->order_u);
-    } else {
-        VNAME(sort_tile)(u, n);
-    }
-    if (weighted) {
-        VNAME(rank_tile)(v, m, &work->order_v);
-    } else if (!v_sorted) {
-        VNAME(sort_tile)(v, m);
-    }
-    /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
-    if (!VNAME(sorted_finite)(u, n)) {
+    if (!VNAME(sort_pair)(t)) {
         return 0;
     }
-    if (weighted || !v_sorted) {
-        if (!VNAME(sorted_finite)(v, m)) {
-            return 0;
-        }
-        VNAME(flip_tile)(v, m);
-    }
-
-    if (!weighted && n == m) {
-        /* Values of 16 bits are often equal, others seldom. */
-        const int likely = gradient && lns_element_size(job->u.dtype) == 2;
-        tied = likely ? VNAME(w2_equal)(u, reals_v, n, g, value, 1) : VNAME(w2_equal)(u, reals_v, n, g, value, 0);
-        if (gradient && tied) {
-            if (!likely) {
-                VNAME(w2_equal)(u, reals_v, n, g, value, 1);
-            }
-            VNAME(spread_means)(u, g, n);
-            tied = 0;
-        }
+    if (!t->pairing->weighted && job->u.n == job->v.n) {
+        VNAME(compare_rows)(t, value);
     } else {
-        VNAME(flip_tile)(u, n);
-        for (int64_t l = 0; weighted && l < lanes; l++) {
-            const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
-            const double *mass_v = VNAME(column_mass)(job->v.mass, m, l, &work->order_v);
-            const int64_t count =
-                lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-            VNAME(w2_column)(reals_u + l, reals_v + l, work->own, count, gradient ? g + l : NULL, value + l);
-        }
-        if (!weighted) {
-            VNAME(w2_segments)(reals_u, reals_v, pairing->segments, pairing->segment_count, g, value);
-        }
-        tied = gradient && VNAME(any_ties)(reals_u, n);
+        VNAME(compare_quantiles)(t, value);
     }
+    /* A value can overflow; else it tells that v, which came sorted and was not looked at, is not finite. */
     for (int l = 0; l < LANES; l++) {
         finite &= isfinite(value[l]) != 0;
     }
-    if (!finite && v_sorted && !VNAME(rows_finite)(reals_v, 0, m)) { /* its ends told nothing; it can also overflow */
+    if (!finite && t->v_sorted && !VNAME(rows_finite)((const real *)(void *)t->v, 0, job->v.n)) {
         return 0;
     }
-    VNAME(store_row)(value, lanes, job->value, column);
-    if (gradient && tied) {
-        for (int64_t l = 0; l < LANES; l++) {
-            const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
-            VNAME(share_ties)(reals_u + l, g + l, n, mass_u);
-        }
-    }
-    if (gradient) {
-        VNAME(unrank_tile)(g, n, &work->order_u);
-    }
-    if (gradient && job->weight != NULL) {
-        double grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
-        VNAME(w2_through_map)(g, z, weight, n, grad_weight, grad_bias);
-        VNAME(store_row)(grad_weight, lanes, job->grad_weight, column);
-        VNAME(store_row)(grad_bias, lanes, job->grad_bias, column);
+    VNAME(store_row)(value, t->lanes, job->value, t->column);
+    if (t->g != NULL) {
+        VNAME(gradient_to_source)(t, weight);
     }
     return 1;
 }
@@ -312,34 +387,51 @@ static int VNAME(w2_tile)(const lns_w2_job *job, const lns_pairing *pairing, int
 static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     w2_context *c = context;
-    char *memory = (char *)c->work + thread * c->work_each;
-    int64_t k = 0, first = 0, prepared = -1;
+    const lns_w2_job *job = c->call.jobs, *prepared = NULL;
+    char *memory = c->call.work + thread * c->call.thread_bytes;
+    int64_t first = 0; /* unit of the job */
     lns_pairing pairing = {0};
     VNAME(w2_work) work = {0};
     for (int64_t unit = begin, count; unit < end; unit += count) {
-        while (lns_is_past(&c->jobs[k].u, unit, &first)) {
-            k++;
+        while (unit >= first + lns_sample_tiles(&job->u)) {
+            first += lns_sample_tiles(&job->u);
+            job++;
         }
-        const lns_w2_job *job = &c->jobs[k];
-        const int64_t column = (unit - first) * LANES, left = lns_tiles(job->u.d, job->u.dtype) - (unit - first);
-        if (prepared != k) {
-            prepared = k;
-            pairing = lns_pair(&job->u, &job->v, (lns_segment *)(void *)memory);
-            work = VNAME(w2_work_at)(memory + c->segments_each, job, pairing.weighted, lns_w2_gradient(job));
+        const int gradient = wants_gradient(job);
+        if (prepared != job) {
+            prepared = job;
+            pairing = lns_pair_rows(&job->u, &job->v, (lns_segment *)(void *)memory);
+            work = VNAME(w2_work_at)(memory + c->call.segment_bytes, job, pairing.weighted, gradient);
         }
-        count = lns_w2_panel(job, left < end - unit ? left : end - unit);
+        const int64_t column = (unit - first) * LANES, left = first + lns_sample_tiles(&job->u) - unit;
+        const int64_t size_u = lns_tile_bytes(job->u.n) / (int64_t)sizeof(key);
+        const int64_t size_v = lns_tile_bytes(job->v.n) / (int64_t)sizeof(key);
+        /* With weights, the ranks of the target are wanted although its columns ascend. */
+        const int v_sorted = c->v_sorted && !pairing.weighted;
+        count = w2_panel(job, left < end - unit ? left : end - unit);
         if (job->weight != NULL) {
             VNAME(load_tiles)(&job->u, column, count, (key *)(void *)work.z, 0);
         } else {
-            VNAME(load_tiles)(&job->u, column, count, work.u + lns_tile_bytes(job->u.n) / (int64_t)sizeof(key), 1);
+            VNAME(load_tiles)(&job->u, column, count, work.u + size_u, 1);
         }
-        if (c->v_sorted && !pairing.weighted) { /* with weights, the ranks of the target are wanted all the same */
+        if (v_sorted) {
             VNAME(load_tiles)(&job->v, column, count, work.v, 0);
         } else {
             VNAME(load_tiles)(&job->v, column, count, work.v, 1);
         }
-        for (int64_t t = 0; t < count; t++) {
-            c->bad[thread] |= !VNAME(w2_tile)(job, &pairing, column + t * LANES, c->v_sorted, t, &work);
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t at = column + k * LANES;
+            const VNAME(w2_tile) tile = {.job = job,
+                                         .pairing = &pairing,
+                                         .work = &work,
+                                         .column = at,
+                                         .lanes = job->u.d - at < LANES ? job->u.d - at : LANES,
+                                         .u = work.u + (k + 1) * size_u,
+                                         .v = work.v + k * size_v,
+                                         .z = work.z + k * size_u,
+                                         .g = gradient ? (real *)(void *)(work.u + k * size_u) : NULL,
+                                         .v_sorted = v_sorted};
+            c->call.not_finite[thread] |= !VNAME(w2_of_tile)(&tile);
         }
         if (job->grad_u != NULL) {
             VNAME(store_tiles)(work.u, job->u.n, job->u.d, column, count, job->grad_u, 0);

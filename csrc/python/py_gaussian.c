@@ -1,5 +1,44 @@
 #include "python/functions.h"
 
+/* covariance(x, mass, name) */
+LNS_FUNCTION(covariance)
+{
+    (void)module;
+    lns_batch x = {0};
+    lns_place place = {0};
+    lns_status status = LNS_OK;
+    PyArrayObject *mean = NULL, *covariance = NULL;
+    PyObject *result = NULL;
+    void *work = NULL;
+    if (!lns_expect("covariance", count, 3) || !lns_batch_open_one(&x, args[0], args[2], args[1]) ||
+        !lns_batch_fill(&x, NULL)) {
+        goto done;
+    }
+    const lns_sample *sample = &x.samples[0];
+    const npy_intp shape[2] = {(npy_intp)sample->d, (npy_intp)sample->d};
+    if (sample->n < 2 && sample->mass == NULL) {
+        PyErr_Format(PyExc_ValueError, "%S must have at least 2 rows, got 1", args[2]);
+        goto done;
+    }
+    mean = lns_new(1, shape, NPY_DOUBLE);
+    covariance = mean == NULL ? NULL : lns_new(2, shape, NPY_DOUBLE);
+    work = covariance == NULL ? NULL : lns_work_new(lns_covariance_worksize(sample->n, sample->d));
+    if (work == NULL) {
+        goto done;
+    }
+    double *to_mean = PyArray_DATA(mean), *to_covariance = PyArray_DATA(covariance);
+    Py_BEGIN_ALLOW_THREADS
+    status = lns_covariance(sample, work, to_mean, to_covariance, &place);
+    Py_END_ALLOW_THREADS
+    result = status == LNS_OK ? PyTuple_Pack(2, mean, covariance) : lns_raise(status, &place, &x, NULL);
+done:
+    lns_work_free(work);
+    Py_XDECREF(mean);
+    Py_XDECREF(covariance);
+    lns_batch_clear(&x);
+    return result;
+}
+
 /* LAPACK is not made for what is not finite. */
 static int take_covariance(PyObject *object, const char *name, PyArrayObject **out)
 {

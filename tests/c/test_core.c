@@ -1,3 +1,5 @@
+#include <pthread.h>
+
 #include "check.h"
 #include "core/threads.h"
 
@@ -32,8 +34,39 @@ static void thread_counts(void)
     CHECK(lns_thread_count(0, 0, 4) == 1);
 }
 
+static void *choose(void *name)
+{
+    return lns_cpu_init(name) == 0 && strcmp(lns_cpu_name(), name) == 0 ? name : NULL;
+}
+
+/* Choosing a variant at once with others that choose it is no race. */
+static void cpu_init_at_once(void)
+{
+    enum { CHOOSERS = 4 };
+    char name[16];
+    pthread_t ids[CHOOSERS];
+    snprintf(name, sizeof name, "%s", lns_cpu_name());
+    for (int t = 0; t < CHOOSERS; t++) {
+        CHECK(pthread_create(&ids[t], NULL, choose, name) == 0);
+    }
+    for (int t = 0; t < CHOOSERS; t++) {
+        void *result = NULL;
+        CHECK(pthread_join(ids[t], &result) == 0 && result == name);
+    }
+}
+
+static void version(void)
+{
+    char numbers[32];
+    snprintf(numbers, sizeof numbers, "%d.%d.%d", LNS_VERSION_MAJOR, LNS_VERSION_MINOR, LNS_VERSION_PATCH);
+    CHECK(strcmp(LNS_VERSION, numbers) == 0);
+    CHECK(strcmp(lns_version(), LNS_VERSION) == 0);
+}
+
 void test_core(void)
 {
+    cpu_init_at_once();
+    version();
     every_unit_runs_once();
     thread_counts();
     for (int status = 0; status < LNS_STATUS_COUNT; status++) {

@@ -9,7 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/load.h"
+#include "core/sizes.h"
+#include "kernels/samples.h"
+#include "kernels/simd/load.h"
 #include "lineas.h"
 
 /* A broken promise of the engine: says where, and ends the program, which is what a fuzzer looks for. */

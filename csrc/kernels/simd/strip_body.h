@@ -1,5 +1,9 @@
-/* Template body: rows of a sample a strip of columns at a time, converted to the working type. */
-#include "kernels/simd_body.h"
+/* Template body: rows of a sample a strip of columns at a time, converted to the working type.
+ *
+ * Included by   affine_body.h, moments_body.h, pool_body.h and prox_body.h: once per working type and CPU variant.
+ * Expects       what real.h sets, and load.h.
+ * Leaves        no macro of its own. */
+#include "kernels/simd/vector_body.h"
 
 /* a compare b ? a : b in every lane, by the instruction for it where there is one. */
 #if VEC_BYTES == 64 && REAL_IS_DOUBLE

@@ -1,28 +1,21 @@
-/* Reading samples: conversion to the working type, sizes, and the search for values that are not finite. */
+/* Elements of the four dtypes, one by one or a run of them, and their conversion to and from the working type. The
+ * functions are inline, to be compiled anew for every CPU variant that calls them.
+ *
+ * Included by   kernels' .c files, before variants.h.
+ * Leaves        LNS_INLINE, LNS_NOINLINE, LNS_CALL_WITH_DTYPE. */
 #ifndef LNS_LOAD_H
 #define LNS_LOAD_H
 
-#include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "lineas.h"
 
-/* Work memory is cut into pieces that begin on a cache line. */
-#define LNS_ALIGN 64
-
-/* Reductions in float are folded into double after so many rows. */
-#define LNS_FOLD 32
-
-/* Columns that a streaming loop handles at once: the accumulators of a strip stay in the first-level cache. */
-#define LNS_STRIP 512
-
-/* Rows that a streaming loop handles at once: so many fewer times it touches its accumulators. */
-#define LNS_ROW_BLOCK 8
-
 /* For functions whose constant arguments choose the code. */
 #define LNS_INLINE inline __attribute__((always_inline))
+
+/* For functions whose loops need all vector registers: inside a larger function, some would be kept in memory. */
+#define LNS_NOINLINE __attribute__((noinline))
 
 /* Calls f(data, dtype, ...), of a template body, with each dtype as a constant of its own. */
 #define LNS_CALL_WITH_DTYPE(f, data, dtype, ...)                                                                       \
@@ -49,27 +42,6 @@ static inline int64_t lns_element_size(lns_dtype dtype)
 static inline const void *lns_element(const void *data, lns_dtype dtype, int64_t index)
 {
     return (const char *)data + index * lns_element_size(dtype);
-}
-
-/* a * b for sizes; -1 where the product, or an argument, is negative or over 2^62. */
-static inline int64_t lns_mul(int64_t a, int64_t b)
-{
-    const int64_t limit = INT64_C(1) << 62;
-    if (a < 0 || b < 0 || (a > 0 && b > limit / a)) {
-        return -1;
-    }
-    return a * b;
-}
-
-/* Rounds a byte count up to whole cache lines; -1 stays -1. */
-static inline int64_t lns_pad(int64_t bytes)
-{
-    return bytes < 0 ? -1 : (bytes + LNS_ALIGN - 1) / LNS_ALIGN * LNS_ALIGN;
-}
-
-static inline int lns_sample_ok(const lns_sample *s)
-{
-    return s->n >= 1 && s->d >= 1 && lns_mul(lns_mul(s->n, s->d), 8) >= 0;
 }
 
 static inline float lns_from_bits(uint32_t bits)
@@ -120,7 +92,7 @@ static inline uint16_t lns_f32_to_f16(float value)
     return (uint16_t)(sign | half);
 }
 
-/* `count` elements from `index` on, as float. dtype is not LNS_F64. Inline, to be compiled for every variant. */
+/* `count` elements from `index` on, as float. dtype is not LNS_F64. */
 static LNS_INLINE void lns_load_f32(float *restrict out, const void *data, lns_dtype dtype, int64_t index,
                                     int64_t count)
 {
@@ -155,46 +127,6 @@ static inline double lns_value(const void *data, lns_dtype dtype, int64_t index)
     float value;
     lns_load_f32(&value, data, dtype, index, 1);
     return value;
-}
-
-/* Finds the first value of the sample, in row order, that is not finite. */
-static inline int lns_find_not_finite(const lns_sample *s, lns_place *place)
-{
-    for (int64_t i = 0; i < s->n; i++) {
-        for (int64_t j = 0; j < s->d; j++) {
-            const double value = lns_value(s->data, s->dtype, i * s->d + j);
-            if (!isfinite(value)) {
-                place->row = i;
-                place->column = j;
-                place->value = value;
-                return 1;
-            }
-        }
-    }
-    return 0;
-}
-
-/* Checks row weights; LNS_BAD_MASS with the row in place (row -1: the sum is not positive and finite). */
-static inline lns_status lns_check_mass(const lns_sample *s, lns_place *place)
-{
-    double sum = 0;
-    if (s->mass == NULL) {
-        return LNS_OK;
-    }
-    for (int64_t i = 0; i < s->n; i++) {
-        if (!(s->mass[i] >= 0) || !isfinite(s->mass[i])) {
-            place->row = i;
-            place->value = s->mass[i];
-            return LNS_BAD_MASS;
-        }
-        sum += s->mass[i];
-    }
-    if (!(sum > 0) || !isfinite(sum)) {
-        place->row = -1;
-        place->value = sum;
-        return LNS_BAD_MASS;
-    }
-    return LNS_OK;
 }
 
 #endif

@@ -1,5 +1,9 @@
 /* Template body: sorting more rows than registers hold, by bitonic merges of sorted runs, all lanes in step.
  *
+ * Included by   tile_body.h: once per working type and CPU variant of a kernel.
+ * Expects       what real.h sets, and network.h.
+ * Leaves        no macro of its own.
+ *
  * Rows lo[0..p) and lo[p..p+m) ascend, p a power of two, m <= p. Comparing rows p - 1 - i and p + i for all i < m (the
  * mirror stage) brings the p smallest into the first half and leaves both halves bitonic; comparing rows p / 2 apart,
  * p / 4 apart, ... sorts a bitonic stretch. Every comparator puts the smaller row first, so rows that are missing up to
@@ -7,7 +11,7 @@
  *
  * Stages are done several at a time, on as many rows as fit into registers, and depth first, so that what fits into
  * the first-level cache is finished there. */
-#include "kernels/network_body.h"
+#include "kernels/simd/network_body.h"
 
 /* Stages of a bitonic stretch of 2, 4, 8, 16 rows from row o on. */
 #define STAGES2(X, o) X(o, o + 1)
@@ -64,7 +68,7 @@ static inline int VNAME(pass_stages)(int stages)
 }
 
 /* Sorts a bitonic stretch of 2^stages rows, stages >= 4. */
-static void VNAME(finish)(key *keys, int stages)
+static void VNAME(sort_bitonic)(key *keys, int stages)
 {
     if (stages == 4) {
         VNAME(stages16)(keys, keys, 1);
@@ -83,7 +87,7 @@ static void VNAME(finish)(key *keys, int stages)
         }
     }
     for (int64_t i = 0; i < INT64_C(1) << taken; i++) {
-        VNAME(finish)(keys + i * stride * LANES, rest);
+        VNAME(sort_bitonic)(keys + i * stride * LANES, rest);
     }
 }
 
@@ -103,7 +107,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
             }
         }
         for (int64_t i = 0; i < INT64_C(1) << taken; i++) {
-            VNAME(finish)(keys + i * stride * LANES, rest);
+            VNAME(sort_bitonic)(keys + i * stride * LANES, rest);
         }
         return;
     }
@@ -111,7 +115,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
         key *low = keys + (p - 1 - i) * LANES, *high = keys + (p + i) * LANES;
         VNAME(stages2)(low, high - LANES, 1);
     }
-    VNAME(finish)(keys, stages);
+    VNAME(sort_bitonic)(keys, stages);
     keys += p * LANES;
     rows -= p;
     for (; rows > 0; stages--) {
@@ -122,7 +126,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
         for (int64_t i = 0; i < rows - half; i++) {
             VNAME(stages2)(keys + i * LANES, keys + i * LANES, half);
         }
-        VNAME(finish)(keys, stages);
+        VNAME(sort_bitonic)(keys, stages);
         keys += half * LANES;
         rows -= half;
     }

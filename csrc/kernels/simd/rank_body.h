@@ -1,7 +1,13 @@
-/* Template body: ranks of many rows, or of rows that carry weights. The rows of a tile are sorted by packed keys: as
- * much of the value as fits above the row's number. The values then follow by their rows, and where packed keys could
- * not tell neighbours apart, neighbours are put right. */
-#include "kernels/tile_body.h"
+/* Template body: sorting a tile and remembering the order, and taking it back to that order.
+ *
+ * Included by   wasserstein_body.h and transport_body.h: once per working type and CPU variant.
+ * Expects       what real.h sets, and rank.h.
+ * Leaves        no macro of its own.
+ *
+ * Few rows go through a network that records what it swaps. Many rows, and rows that carry weights, are sorted by
+ * packed keys: as much of the value as fits above the row's number. The values then follow by their rows, and where
+ * packed keys could not tell neighbours apart, neighbours are put right. */
+#include "kernels/simd/tile_body.h"
 
 #define MANTISSA_BITS (REAL_IS_DOUBLE ? 52 : 23)
 #define KEY_SIGN ((ukey)1 << (KEY_BITS - 1))

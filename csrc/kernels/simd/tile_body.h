@@ -1,7 +1,13 @@
-/* Template body: a tile in and out, and whether it is finite. Keys are the bits of the reals with the magnitude of
- * negative ones reversed, so that integer order is numerical order: the multiset survives exactly, -0 comes before +0,
- * and whatever is not finite shows in the first or last row. */
-#include "kernels/merge_body.h"
+/* Template body: a tile in and out, and whether it is finite.
+ *
+ * Included by   rank_body.h, sort_body.h and path_body.h: once per working type and CPU variant of a kernel.
+ * Expects       what real.h sets, and tile.h.
+ * Leaves        no macro of its own.
+ *
+ * Keys are the bits of the reals with the magnitude of negative ones reversed, so that integer order is numerical
+ * order: the multiset survives exactly, -0 comes before +0, and whatever is not finite shows in the first or last row.
+ */
+#include "kernels/simd/merge_body.h"
 
 /* `count` neighbouring whole tiles, row by row over all of them: a row's cache lines follow each other, the rows lie d
  * apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in narrower pieces, for which

@@ -1,10 +1,18 @@
-/* Template body: a register of keys, VEC_BYTES wide, and what a comparator does to a pair of them. Written with the
- * compilers' vector extensions, which lower any width on any target; intrinsics where gcc 12 finds no minimum in a
- * compare and a select. Loads and stores go through memcpy, which makes no claim about alignment or aliasing.
+/* Template body: a register of keys or reals, VEC_BYTES wide, and what a comparator does to a pair of them.
+ *
+ * Included by   network_body.h and strip_body.h: once per working type and CPU variant of a kernel.
+ * Expects       what real.h sets, and load.h.
+ * Leaves        VEC_LANES, reals in a register, and VEC_PARTS, registers in a cache line, until real.h undefines them.
+ *
+ * Written with the compilers' vector extensions, which lower any width on any target; intrinsics where gcc 12 finds no
+ * minimum in a compare and a select. Loads and stores go through memcpy, which makes no claim about alignment or
+ * aliasing.
  *
  * VNAME(mask) is the record of one comparator: which lanes it swapped. AVX-512 compares into a bit a lane; the others
  * keep the vector of the comparison. */
 #define VEC_LANES ((int)(VEC_BYTES / sizeof(key)))
+#define VEC_PARTS (LANES / VEC_LANES)
+
 typedef key VNAME(vec) __attribute__((vector_size(VEC_BYTES)));
 typedef real VNAME(reals) __attribute__((vector_size(VEC_BYTES)));
 

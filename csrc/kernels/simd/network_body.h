@@ -1,9 +1,10 @@
 /* Template body: sorting networks over the rows of a tile of keys, all columns in step. A network can record what its
- * comparators did, and be undone: whatever stands in the sorted rows then goes back to where they came from. */
-#include "kernels/simd_body.h"
-#include "kernels/tile.h"
-
-#define VEC_PARTS (LANES / VEC_LANES) /* registers in a row of a tile */
+ * comparators did, and be undone: whatever stands in the sorted rows then goes back to where they came from.
+ *
+ * Included by   merge_body.h: once per working type and CPU variant of a kernel.
+ * Expects       what real.h sets, and network.h.
+ * Leaves        no macro of its own. */
+#include "kernels/simd/vector_body.h"
 
 /* The next comparator of a network; undoing, the previous one. */
 static LNS_INLINE void VNAME(comparator)(VNAME(vec) * a, VNAME(vec) * b, VNAME(mask) * *mask, const int mode)
