@@ -191,7 +191,7 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
-        return self.map_.with_strength(self.strength).inverse().transform(X)
+        return self.map_.scaled(self.strength).inverse().transform(X)
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Return how close the transformed source rows are to the target rows: minus the mean squared W2.

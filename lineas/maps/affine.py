@@ -174,7 +174,7 @@ class AffineMap:
         out = _core.affine_apply(array.reshape(blocks), weight, bias, strength, get_num_threads())
         return out.reshape(array.shape).view(result_dtype(z, array))
 
-    def with_strength(self, strength: float) -> AffineMap:
+    def scaled(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
         s = as_strength(strength)
         weight, bias = at_strength(self.weight.astype(np.float64), self.bias.astype(np.float64), s)
@@ -183,7 +183,7 @@ class AffineMap:
     def inverse(self) -> AffineMap:
         """Return the map that undoes this one at strength 1: (z - bias) / weight.
 
-        The inverse of a map at strength s is ``map.with_strength(s).inverse()``, not the inverse at strength s.
+        The inverse of a map at strength s is ``map.scaled(s).inverse()``, not the inverse at strength s.
 
         Raises
         ------

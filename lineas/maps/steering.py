@@ -182,7 +182,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
     def scaled(self, strength: float) -> SteeringMaps:
         """Return the maps that at strength 1 do what these do at `strength`."""
         s = as_strength(strength)
-        scaled = {name: one.with_strength(s) for name, one in self._maps.items()}
+        scaled = {name: one.scaled(s) for name, one in self._maps.items()}
         return SteeringMaps(scaled, {"method": "scaled", "strength": s, "parts": [self._metadata]})
 
     def __matmul__(self, first: SteeringMaps) -> SteeringMaps:

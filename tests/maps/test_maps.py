@@ -97,7 +97,7 @@ def test_transform_of_torch_tensors_is_differentiable(rng):
 
 def test_strength_one_is_the_map_however_small_the_weight():
     one = AffineMap(np.array([1e-30, 0.0, 1.0], np.float32), np.array([0.0, 1e-30, 0.0], np.float32))
-    assert one.with_strength(1) == one
+    assert one.scaled(1) == one
     out = one.transform(np.ones((1, 3), np.float32))
     assert out.tolist() == [[one.weight[0], one.bias[1], 1.0]]
 
@@ -106,13 +106,13 @@ def test_strength_zero_changes_no_bit(rng):
     one = AffineMap(*rng.normal(size=(2, 64)).astype(np.float32))
     z = np.concatenate([rng.normal(size=(20, 64)), [[np.finfo(np.float32).max] * 64, [1e-45] * 64]]).astype(np.float32)
     assert one.transform(z, 0.0).tobytes() == z.tobytes()
-    assert one.with_strength(0.0) == AffineMap.identity(64)
+    assert one.scaled(0.0) == AffineMap.identity(64)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, 3.0])
-def test_with_strength_is_transform_at_a_strength(rng, strength):
+def test_scaled_is_transform_at_a_strength(rng, strength):
     one, z = AffineMap(*rng.normal(size=(2, 8))), rng.normal(size=(10, 8))
-    np.testing.assert_allclose(one.with_strength(strength).transform(z), one.transform(z, strength), rtol=1e-13)
+    np.testing.assert_allclose(one.scaled(strength).transform(z), one.transform(z, strength), rtol=1e-13)
 
 
 def test_inverse_undoes(rng):
@@ -246,7 +246,7 @@ def test_bad_tensors():
         one.transform(torch.ones(2, 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("use", ["transform", "with_strength", "scaled"])
+@pytest.mark.parametrize("use", ["transform", "AffineMap.scaled", "SteeringMaps.scaled"])
 @pytest.mark.parametrize(
     ("strength", "error", "text"),
     [
@@ -261,8 +261,8 @@ def test_bad_strength(use, strength, error, text):
     one = AffineMap.identity(3)
     call = {
         "transform": lambda: one.transform(np.ones((1, 3)), strength),
-        "with_strength": lambda: one.with_strength(strength),
-        "scaled": lambda: SteeringMaps({"a": one}).scaled(strength),
+        "AffineMap.scaled": lambda: one.scaled(strength),
+        "SteeringMaps.scaled": lambda: SteeringMaps({"a": one}).scaled(strength),
     }[use]
     with pytest.raises(error, match=text):
         call()
@@ -348,9 +348,7 @@ def test_scaled(pair, rng):
 
 
 def test_composition_of_several(pair):
-    other = SteeringMaps(
-        {"layers.1": AffineMap.identity(2).with_strength(0), "layers.2": AffineMap.identity(4)}, {"x": 1}
-    )
+    other = SteeringMaps({"layers.1": AffineMap.identity(2).scaled(0), "layers.2": AffineMap.identity(4)}, {"x": 1})
     both = other @ pair
     assert list(both) == ["layers.0", "layers.1", "layers.2"]
     assert both["layers.0"] == pair["layers.0"] and both["layers.1"] == pair["layers.1"]
