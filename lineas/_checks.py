@@ -236,9 +236,14 @@ def as_int(value: Any, name: str, *, low: int | None = None) -> int:
     return number
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number; booleans are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def as_finite(value: Any, name: str) -> float:
     """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         number = float(value)

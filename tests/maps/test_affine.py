@@ -137,6 +137,58 @@ def test_composition_of_other_widths():
         AffineMap.identity(2) @ np.eye(2)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_sum_adds_the_changes(rng, dtype):
+    a, b = (AffineMap(*rng.normal(size=(2, 8)).astype(dtype)) for _ in range(2))
+    z = rng.normal(size=(10, 8))
+    changes = [one.transform(z) - z for one in (a, b)]
+    tight = {"rtol": 1e-12, "atol": 1e-12} if dtype == np.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose((a + b).transform(z), z + changes[0] + changes[1], **tight)
+    np.testing.assert_allclose((a - b).transform(z), z + changes[0] - changes[1], **tight)
+    assert (a + b).dtype == dtype and a + b == b + a
+    assert a - a == AffineMap.identity(8)
+
+
+def test_a_sum_leaves_what_one_side_leaves_alone():
+    small = np.array([1e-30, 3.0, 1.0, 2.0], np.float32)
+    a = AffineMap(small, np.array([1e-30, 0, 0, 1], np.float32))
+    b = AffineMap(np.array([1, 1, 0.1, 2], np.float32), np.array([0, 0, 5, 1], np.float32))
+    assert (a + b) == (b + a) == AffineMap([*small[:2], np.float32(0.1), 3.0], np.array([1e-30, 0, 5, 2], np.float32))
+    assert a - b == AffineMap([*small[:2], 2 - np.float32(0.1), 1.0], np.array([1e-30, 0, -5, 0], np.float32))
+    assert a + AffineMap.identity(4) == a == a - AffineMap.identity(4)
+
+
+def test_numbers_scale(rng):
+    one = AffineMap(*rng.normal(size=(2, 8)))
+    for number in (0.5, 2, np.float64(0.5), np.float32(0.5)):
+        assert number * one == one * number == one.scaled(number)
+    assert -one == one.scaled(-1) and one * 1 == one
+    half = AffineMap(*rng.normal(size=(2, 8)))
+    mixed = (0.5 * one + 0.5 * half).transform(np.ones(8))
+    np.testing.assert_allclose(mixed, (one.transform(np.ones(8)) + half.transform(np.ones(8))) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "text"),
+    [
+        (lambda one: one + AffineMap.identity(2), ValueError, "cannot add maps of 3 and 2 neurons"),
+        (lambda one: one - AffineMap.identity(2), ValueError, "cannot subtract maps of 3 and 2 neurons"),
+        (lambda one: one + 1, TypeError, "unsupported operand"),
+        (lambda one: 1 - one, TypeError, "unsupported operand"),
+        (lambda one: one * one, TypeError, "unsupported operand"),
+        (lambda one: one * True, TypeError, "unsupported operand"),
+        (lambda one: "2" * one, TypeError, "can't multiply sequence|unsupported operand"),
+        (lambda one: np.ones(3) * one, TypeError, "unsupported operand|does not support ufuncs"),
+        (lambda one: one + np.ones(3), TypeError, "unsupported operand|does not support ufuncs"),
+        (lambda one: np.inf * one, ValueError, "strength must be finite, got inf"),
+        (lambda one: 1e300 * (one + one), ValueError, r"bias must be finite, got inf at neuron 0"),
+    ],
+)
+def test_bad_blends(use, error, text):
+    with pytest.raises(error, match=text):
+        use(AffineMap(np.ones(3, np.float32), np.ones(3, np.float32)))
+
+
 def test_properties():
     one = AffineMap(np.array([1.0, 2.0, 1.0, 1.0]), np.array([0.0, 0.0, -1.0, -0.0]))
     assert (one.d, len(one), one.support, one.dtype) == (4, 4, 2, np.float64)

@@ -113,6 +113,33 @@ def test_composition_applies_the_right_side_first():
     assert both.transform({"a": np.array([[1.0]])})["a"].item() == 4
 
 
+def test_a_sum_of_several(pair):
+    other = SteeringMaps({"layers.1": AffineMap(np.array([2.0, 1.0]), np.ones(2)), "layers.2": AffineMap.identity(4)})
+    other *= 0.5
+    both = pair + other
+    assert list(both) == ["layers.0", "layers.1", "layers.2"]
+    assert both["layers.0"] == pair["layers.0"] and both["layers.2"] == other["layers.2"]
+    assert both["layers.1"] == pair["layers.1"] + other["layers.1"]
+    assert both.metadata == {"method": "sum", "parts": [pair.metadata, other.metadata]}
+    assert (pair - pair).support == 0
+    less = pair - other
+    assert less["layers.1"] == pair["layers.1"] - other["layers.1"] and less["layers.0"] == pair["layers.0"]
+    assert (other - pair)["layers.0"] == -pair["layers.0"]
+    assert less.metadata["parts"] == [pair.metadata, (-other).metadata]
+    with pytest.raises(ValueError, match=r"module 'layers.0': cannot add maps of 3 and 2 neurons"):
+        pair + SteeringMaps({"layers.0": AffineMap.identity(2)})
+
+
+def test_numbers_scale_several(pair):
+    assert 0.5 * pair == pair * 0.5 == np.float32(0.5) * pair == pair.scaled(0.5) and -pair == pair.scaled(-1)
+    assert (0.5 * pair).metadata == pair.scaled(0.5).metadata
+    for use in (lambda: pair * pair, lambda: pair + 1, lambda: pair - "a", lambda: pair * None, lambda: True * pair):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            use()
+    with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs"):
+        np.ones(3) * pair
+
+
 def test_rename(pair):
     wrapped = pair.rename(prefix="base_model.model.")
     assert list(wrapped) == ["base_model.model.layers.0", "base_model.model.layers.1"]
