@@ -11,7 +11,7 @@ import numpy as np
 
 from .._checks import as_strength, is_number
 from .._lazy import lazy_method
-from .._names import hint, matching
+from .._names import hint, in_execution_order, matching
 from .affine import AffineMap
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     They are combined module by module, as single maps are (see `AffineMap`): ``second @ first`` applies `first`, then
     `second`; ``a + b`` adds the changes that both make, ``a - b`` takes the second off again; ``0.5 * a`` is half of
-    the change. A module that one side lacks counts as the identity there.
+    the change. A module that one side lacks counts as the identity there; the modules of both are put in one execution
+    order, by those that both have and by the numbers in the names of the others.
 
     Parameters
     ----------
@@ -315,10 +316,11 @@ def _combined(first: SteeringMaps, second: SteeringMaps, both: Callable[[str], A
     """`both` of the modules that both have, and the maps of the others as they are."""
     if not (isinstance(first, SteeringMaps) and isinstance(second, SteeringMaps)):
         return NotImplemented
-    combined = {**first, **second}
-    for name in first:
+    combined = {}
+    for name in in_execution_order(list(first), list(second)):
         try:
-            combined[name] = both(name) if name in second else first[name]
+            only = first if name not in second else second if name not in first else None
+            combined[name] = both(name) if only is None else only[name]
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from None
     return SteeringMaps(combined, {"method": method, "parts": [first._metadata, second._metadata]})

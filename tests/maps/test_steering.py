@@ -113,11 +113,36 @@ def test_composition_applies_the_right_side_first():
     assert both.transform({"a": np.array([[1.0]])})["a"].item() == 4
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        ("a b", "a b", "a b"),
+        ("a c", "a b c", "a b c"),  # between two that both have
+        ("b d", "a b c d e", "a b c d e"),
+        ("l.2 l.10", "l.0 l.3 l.11", "l.0 l.2 l.3 l.10 l.11"),  # numbers, not text
+        ("l.2.n l.10.n", "l.10.m l.2.m", "l.2.n l.10.n l.10.m l.2.m"),  # not in order themselves
+        ("l.0.a l.1.a l.2.a", "l.0.b l.1.b l.2.b", "l.0.a l.0.b l.1.a l.1.b l.2.a l.2.b"),
+        ("l.0 norm", "l.1", "l.0 l.1 norm"),
+        ("embed l.5", "l.2 l.7", "embed l.2 l.5 l.7"),
+        ("l.0 l.1", "norm", "l.0 l.1 norm"),
+        ("b a", "c", "b a c"),  # nothing tells: the order of the first
+        ("enc.0 enc.5", "dec.2", "enc.0 enc.5 dec.2"),
+        ("enc.0 x enc.5", "enc.2 x enc.1", "enc.0 enc.2 x enc.1 enc.5"),  # names of both come before numbers
+        ("a b", "b x a y", "a y b x"),  # they contradict each other
+        ("m.1.l.1 m.2.l.0", "m.1.l.02 m.10.l.0", "m.1.l.1 m.1.l.02 m.2.l.0 m.10.l.0"),
+        ("l." + "1" * 9999, "l." + "1" * 9998, "l." + "1" * 9998 + " l." + "1" * 9999),
+    ],
+)
+def test_combined_maps_are_in_execution_order(first, second, merged):
+    one, two = (SteeringMaps({name: AffineMap.identity(1) for name in names.split()}) for names in (first, second))
+    assert list(two @ one) == list(one + two) == list(one - two) == merged.split()
+
+
 def test_a_sum_of_several(pair):
     other = SteeringMaps({"layers.1": AffineMap(np.array([2.0, 1.0]), np.ones(2)), "layers.2": AffineMap.identity(4)})
     other *= 0.5
     both = pair + other
-    assert list(both) == ["layers.0", "layers.1", "layers.2"]
+    assert list(both) == ["layers.0", "layers.1", "layers.2"] and both == other + pair
     assert both["layers.0"] == pair["layers.0"] and both["layers.2"] == other["layers.2"]
     assert both["layers.1"] == pair["layers.1"] + other["layers.1"]
     assert both.metadata == {"method": "sum", "parts": [pair.metadata, other.metadata]}
