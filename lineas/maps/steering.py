@@ -13,6 +13,7 @@ from .._checks import as_strength, is_number
 from .._lazy import lazy_method
 from .._names import hint, in_execution_order, matching
 from .affine import AffineMap
+from .metadata import describe
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -42,7 +43,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
     metadata : dict, optional
         Anything JSON can hold: where the maps come from. Kept in saved files. It is passed on by `rename` and
         `select`; `inverse`, `scaled`, ``@`` and ``+`` put it into ``{"method": "inverse" | "scaled" | "composition" |
-        "sum", "parts": [...]}``, with ``"strength"`` beside it for "scaled", parts in the order of application.
+        "sum", "version": ..., "parts": [...]}``, parts in the order of application; "scaled" ones have "strength" too.
 
     Raises
     ------
@@ -182,13 +183,13 @@ class SteeringMaps(Mapping[str, AffineMap]):
                 inverses[name] = one.inverse()
             except ValueError as error:
                 raise ValueError(f"module {name!r}: {error}") from None
-        return SteeringMaps(inverses, {"method": "inverse", "parts": [self._metadata]})
+        return SteeringMaps(inverses, describe("inverse", parts=[self._metadata]))
 
     def scaled(self, strength: float) -> SteeringMaps:
         """Return the maps that at strength 1 do what these do at `strength`."""
         s = as_strength(strength)
         scaled = {name: one.scaled(s) for name, one in self._maps.items()}
-        return SteeringMaps(scaled, {"method": "scaled", "strength": s, "parts": [self._metadata]})
+        return SteeringMaps(scaled, describe("scaled", strength=s, parts=[self._metadata]))
 
     def __mul__(self, strength: float) -> SteeringMaps:
         return self.scaled(strength) if is_number(strength) else NotImplemented
@@ -323,4 +324,4 @@ def _combined(first: SteeringMaps, second: SteeringMaps, both: Callable[[str], A
             combined[name] = both(name) if only is None else only[name]
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from None
-    return SteeringMaps(combined, {"method": method, "parts": [first._metadata, second._metadata]})
+    return SteeringMaps(combined, describe(method, parts=[first._metadata, second._metadata]))

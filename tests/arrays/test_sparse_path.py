@@ -1,7 +1,5 @@
 """Sparse paths of arrays: optimal at every penalty, exact at their ends, and found again by penalty and by support."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -331,7 +329,7 @@ def test_bad_input_is_named(change, error, message):
 
 
 def test_held_out_modules_must_be_those_of_the_source():
-    with pytest.raises(ValueError, match=re.escape("held_out must have the modules of source: it lacks ['a']")):
+    with pytest.raises(ValueError, match="held_out must have the modules of source: it lacks 'a', it also has 'b'"):
         lineas.sparse_path({"a": GOOD}, {"a": GOOD + 1}, held_out=({"b": GOOD}, {"b": GOOD}))
 
 

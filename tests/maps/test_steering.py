@@ -4,7 +4,8 @@ import pickle
 import numpy as np
 import pytest
 
-from lineas import AffineMap, SteeringMaps
+from lineas import AffineMap, SteeringMaps, __version__
+from lineas.maps.metadata import describe
 
 
 @pytest.fixture
@@ -80,7 +81,8 @@ def test_inverse_of_several(pair, rng):
     back = pair.inverse().transform(pair.transform(z))
     for name in z:
         np.testing.assert_allclose(back[name], z[name], rtol=1e-6)
-    assert pair.inverse().metadata == {"method": "inverse", "parts": [pair.metadata]}
+    assert pair.inverse().metadata["version"] == __version__
+    assert pair.inverse().metadata == describe("inverse", parts=[pair.metadata])
     flat = SteeringMaps({"a": AffineMap(np.zeros(2), np.zeros(2))})
     with pytest.raises(ValueError, match=r"module 'a': the map has no inverse: weight is 0 at neuron 0 and 1 other"):
         flat.inverse()
@@ -91,7 +93,7 @@ def test_scaled(pair, rng):
     np.testing.assert_allclose(
         pair.scaled(0.5).transform(z)["layers.0"], pair.transform(z, 0.5)["layers.0"], rtol=1e-14
     )
-    assert pair.scaled(0.5).metadata == {"method": "scaled", "strength": 0.5, "parts": [pair.metadata]}
+    assert pair.scaled(0.5).metadata == describe("scaled", strength=0.5, parts=[pair.metadata])
 
 
 def test_composition_of_several(pair):
@@ -100,7 +102,7 @@ def test_composition_of_several(pair):
     assert list(both) == ["layers.0", "layers.1", "layers.2"]
     assert both["layers.0"] == pair["layers.0"] and both["layers.1"] == pair["layers.1"]
     assert both["layers.2"] == AffineMap.identity(4)
-    assert both.metadata == {"method": "composition", "parts": [pair.metadata, {"x": 1}]}
+    assert both.metadata == describe("composition", parts=[pair.metadata, {"x": 1}])
     with pytest.raises(ValueError, match=r"module 'layers.0': cannot compose maps of 2 and 3 neurons"):
         SteeringMaps({"layers.0": AffineMap.identity(2)}) @ pair
     with pytest.raises(TypeError, match=r"unsupported operand"):
@@ -145,7 +147,7 @@ def test_a_sum_of_several(pair):
     assert list(both) == ["layers.0", "layers.1", "layers.2"] and both == other + pair
     assert both["layers.0"] == pair["layers.0"] and both["layers.2"] == other["layers.2"]
     assert both["layers.1"] == pair["layers.1"] + other["layers.1"]
-    assert both.metadata == {"method": "sum", "parts": [pair.metadata, other.metadata]}
+    assert both.metadata == describe("sum", parts=[pair.metadata, other.metadata])
     assert (pair - pair).support == 0
     less = pair - other
     assert less["layers.1"] == pair["layers.1"] - other["layers.1"] and less["layers.0"] == pair["layers.0"]
