@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-_ACCEPTED = "float16, bfloat16, float32 or float64"
+_ACCEPTED = "float16, bfloat16, float32, float64 or an integer type"
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 def is_tensor(x: object) -> "TypeGuard[torch.Tensor]":
@@ -50,6 +51,12 @@ def check_dense(x: "torch.Tensor", name: str) -> None:
     if x.layout is not torch.strided or x.is_quantized or x.is_nested:
         kind = "nested " if x.is_nested else ""
         raise TypeError(f"{name} must be a dense tensor, got {kind}layout {x.layout}, dtype {x.dtype}")
+
+
+def as_dense(x: "torch.Tensor", name: str) -> "torch.Tensor":
+    """A dense tensor, its integers as float64; TypeError as `check_dense`."""
+    check_dense(x, name)
+    return x.double() if str(x.dtype).removeprefix("torch.") in _INTEGERS else x
 
 
 def result_dtype(x: Any, array: NDArray) -> np.dtype:
@@ -91,8 +98,8 @@ def as_engine(x: Any, name: str) -> NDArray:
     Parameters
     ----------
     x : array_like or torch.Tensor
-        float16, bfloat16 (ml_dtypes or torch), float32 or float64; read-only and memory-mapped arrays are fine.
-        Not copied where its layout is right already.
+        float16, bfloat16 (ml_dtypes or torch), float32 or float64; integers become float64, as NumPy and scikit-learn
+        have it. Read-only and memory-mapped arrays are fine. Not copied where type and layout are right already.
     name : str
         What an error message calls it.
 
@@ -104,9 +111,9 @@ def as_engine(x: Any, name: str) -> NDArray:
     Raises
     ------
     TypeError
-        For any other dtype (integers and booleans included: what they would mean as activations is not ours to
-        guess), for masked arrays (their mask would be lost), for tensors that are not dense or have no data, and for
-        what NumPy makes no array of.
+        For any other dtype (booleans included: what they would mean as activations is not ours to guess), for masked
+        arrays (their mask would be lost), for tensors that are not dense or have no data, and for what NumPy makes no
+        array of.
     ValueError
         For lists of rows that differ in length.
     """
@@ -119,8 +126,7 @@ def as_engine(x: Any, name: str) -> NDArray:
     ):
         return x  # the usual case, without the microseconds of the general one
     if is_tensor(x):
-        check_dense(x, name)
-        torch = sys.modules["torch"]
+        x, torch = as_dense(x, name), sys.modules["torch"]
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {x.dtype}")
         return np.require(_from_tensor(x, name), requirements=["C", "A"])
@@ -129,6 +135,8 @@ def as_engine(x: Any, name: str) -> NDArray:
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return np.require(array, requirements=["C", "A"]).view(np.uint16)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.float64)
     # isnative: the engine reads machine order only; kind and size leave out longdouble and complex.
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {array.dtype}")
@@ -155,7 +163,7 @@ def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
 
 
 def as_vector(x: Any, name: str, entry: str) -> NDArray:
-    """`as_engine` for a vector [d] of finite float32 or float64 numbers; `entry` is what one of them belongs to.
+    """`as_engine` for a vector [d] of finite numbers, float32, float64 or integers; `entry` is what one belongs to.
 
     Raises
     ------

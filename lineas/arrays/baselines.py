@@ -42,7 +42,7 @@ def mean(source: Samples, target: Samples) -> AffineMap | SteeringMaps:
     ----------
     source : array_like, torch.Tensor or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array, in execution
-        order. float16, bfloat16, float32 or float64.
+        order. float16, bfloat16, float32, float64 or integers.
     target : array_like, torch.Tensor or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired.
 

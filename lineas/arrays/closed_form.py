@@ -60,7 +60,7 @@ def fit(
     ----------
     source : array_like, torch.Tensor or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32 or float64.
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
     target : array_like, torch.Tensor or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"
@@ -80,13 +80,13 @@ def fit(
     -------
     AffineMap or SteeringMaps
         An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
-        activations of a module (either side) are float64, else float32. Their metadata take over from `Activations`
-        what these were collected from: attached, they act on the tokens that they were fitted to.
+        activations of a module (either side) are float64 or integers, else float32. Their metadata take over from
+        `Activations` what these were collected from: attached, they act on the tokens that they were fitted to.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of the four, or one of `source` and `target` is a mapping and the other is not.
+        If a dtype is another one, or one of `source` and `target` is a mapping and the other is not.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
         column are named), `method` is unknown, a penalty is negative, not finite, or not for `method`, or both are

@@ -45,7 +45,7 @@ def sparse_path(
     ----------
     source : array_like, torch.Tensor or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32 or float64.
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
     target : array_like, torch.Tensor or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     n_penalties : int, default 50
@@ -70,7 +70,7 @@ def sparse_path(
     Raises
     ------
     TypeError
-        If a dtype is not one of the four, one of `source` and `target` is a mapping and the other is not, or a setting
+        If a dtype is another one, one of `source` and `target` is a mapping and the other is not, or a setting
         is of another type.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and

@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._checks import (
+    as_dense,
     as_engine,
     as_int,
     as_strength,
     as_vector,
-    check_dense,
     is_number,
     is_tensor,
     result_dtype,
@@ -59,7 +59,8 @@ class AffineMap:
     Parameters
     ----------
     weight, bias : array_like or torch.Tensor
-        Slopes and shifts, shape [d], float32 or float64, finite. Where one is float64 both become float64.
+        Slopes and shifts, shape [d], finite; float32, float64 or integers, which become float64. Where one is float64
+        both become float64.
 
     Attributes
     ----------
@@ -69,7 +70,7 @@ class AffineMap:
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If a dtype is another one.
     ValueError
         If the shapes are not the same [d] or a value is not finite.
 
@@ -154,8 +155,8 @@ class AffineMap:
         Parameters
         ----------
         z : array_like or torch.Tensor
-            Activations, float16, bfloat16 (ml_dtypes or torch), float32 or float64, of any shape with d channels
-            on `axis`.
+            Activations, float16, bfloat16 (ml_dtypes or torch), float32, float64 or integers (taken as float64), of
+            any shape with d channels on `axis`.
         strength : float, default 1.0
             0 is off, 1 the map; any other finite number scales the change.
         axis : int, default -1
@@ -164,8 +165,8 @@ class AffineMap:
         Returns
         -------
         ndarray or torch.Tensor
-            A new array or tensor with the shape and dtype of `z` (a tensor also stays on its device and is
-            differentiable in `z`). Computed in float32, for float64 `z` in float64, and rounded once.
+            A new array or tensor with the shape and dtype of `z`, float64 for integers (a tensor also stays on its
+            device and is differentiable in `z`). Computed in float32, for float64 in float64, and rounded once.
 
         Raises
         ------
@@ -176,7 +177,7 @@ class AffineMap:
         """
         strength = as_strength(strength)
         if is_tensor(z):
-            check_dense(z, "z")
+            z = as_dense(z, "z")
             import torch
 
             from ..hooks.affine import affine

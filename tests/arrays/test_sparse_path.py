@@ -301,9 +301,9 @@ GOOD = np.arange(12.0).reshape(4, 3)
         ({"source": np.full((3, 3), np.nan)}, ValueError, "source: nan at row 0, column 0"),
         ({"source": GOOD[:1]}, ValueError, "source must have at least 2 rows"),
         (
-            {"source": GOOD.astype(int)},
+            {"source": GOOD.astype(bool)},
             TypeError,
-            "source must be float16, bfloat16, float32 or float64, got dtype int64",
+            "source must be float16, bfloat16, float32, float64 or an integer type, got dtype bool",
         ),
         ({"n_penalties": 1}, ValueError, "n_penalties must be at least 2, got 1"),
         ({"n_penalties": 2.5}, TypeError, "n_penalties must be an int, got float"),

@@ -70,8 +70,8 @@ def test_errors_of_transform_name_the_module(pair):
         ValueError, match=r"activations\['layers.1'\]: z must have 2 channels on axis -1, got shape \(1, 3\)"
     ):
         pair.transform({"layers.1": np.ones((1, 3))})
-    with pytest.raises(TypeError, match=r"activations\['layers.1'\]: z must be .* got dtype int64"):
-        pair.transform({"layers.1": np.ones((1, 2), int)})
+    with pytest.raises(TypeError, match=r"activations\['layers.1'\]: z must be .* got dtype bool"):
+        pair.transform({"layers.1": np.ones((1, 2), bool)})
     with pytest.raises(TypeError, match=r"activations must be a mapping from module name to array, got ndarray"):
         pair.transform(np.ones((1, 3)))
 
