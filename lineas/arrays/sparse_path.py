@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .. import _core
 from .._checks import as_int, as_pair, as_positive, as_share
 from .._threads import get_num_threads
 from .._warn import warn
 from ..maps.metadata import describe
-from ..maps.path import SparsePath
+from ..maps.path import SparsePath, check_penalties
 from .activations import origin
 from .samples import Samples, Weights, check_modules, moments_of, paired_samples
 
@@ -121,7 +121,7 @@ def sparse_path(
             raise ValueError(f"min_ratio must be below 1, got {min_ratio}")
         grid = np.geomspace(largest, largest * min_ratio, n_penalties)
     else:
-        grid = _falling(penalties)
+        grid = check_penalties(penalties)
     is_double = any(pair.u.dtype == np.float64 for pair in pairs.values())
     weight, bias, loss, held_out_loss, distance, support = _core.sparse_path(
         moments, trial, grid, l1_ratio, is_double, largest, get_num_threads()
@@ -147,13 +147,3 @@ def sparse_path(
         moments=moments,
         module_support=support.T,
     )
-
-
-def _falling(penalties: ArrayLike) -> NDArray:
-    """Penalties as float64 [K], checked."""
-    grid = np.array(penalties, dtype=np.float64)
-    if grid.ndim != 1 or not grid.size:
-        raise ValueError(f"penalties must be a non-empty list of numbers, got shape {grid.shape}")
-    if not np.isfinite(grid).all() or grid.min() <= 0 or (np.diff(grid) >= 0).any():
-        raise ValueError(f"penalties must be finite, above 0 and strictly falling, got {penalties!r}")
-    return grid

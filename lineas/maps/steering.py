@@ -16,12 +16,10 @@ from .affine import AffineMap
 from .metadata import describe
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from ..export.fold import fold
     from ..export.lora import to_peft_lora
     from ..hooks.attach import attach
-    from .files import save
+    from .files import load, save
     from .hub import push_to_hub, save_pretrained
 
 
@@ -290,18 +288,12 @@ class SteeringMaps(Mapping[str, AffineMap]):
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
 
-    @staticmethod
-    def from_pretrained(name: str | PathLike[str], **options: Any) -> SteeringMaps:
-        """Read maps from a folder or the Hugging Face Hub; see `lineas.maps.hub.from_pretrained`."""
-        from .hub import from_pretrained
-
-        return from_pretrained(name, **options)
-
     if TYPE_CHECKING:
         attach = attach
         save = save
         save_pretrained = save_pretrained
         push_to_hub = push_to_hub
+        from_pretrained = staticmethod(load)
         fold = fold
         to_peft_lora = to_peft_lora
     else:
@@ -309,6 +301,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         save = lazy_method("maps.files", "save")
         save_pretrained = lazy_method("maps.hub", "save_pretrained")
         push_to_hub = lazy_method("maps.hub", "push_to_hub")
+        from_pretrained = lazy_method("maps.files", "load", static=True)
         fold = lazy_method("export.fold", "fold")
         to_peft_lora = lazy_method("export.lora", "to_peft_lora")
 

@@ -264,13 +264,13 @@ def test_points_by_index(path):
     assert len(list(path)) == 50
     with pytest.raises(IndexError, match="index must be from -50 to 49, got 50"):
         path[50]
-    with pytest.raises(TypeError, match="index must be an integer, got float"):
+    with pytest.raises(TypeError, match="index must be an int, got float"):
         path.at(index=1.0)
     with pytest.raises(TypeError, match="exactly one of penalty, support, index and best=True"):
         path.at()
     with pytest.raises(TypeError, match="exactly one of"):
         path.at(index=1, best=True)
-    with pytest.raises(TypeError, match="best must be True or False, got int"):
+    with pytest.raises(TypeError, match="best must be True or False, got 1"):
         path.at(best=1)
     with pytest.raises(ValueError, match="best: the path has no held-out loss"):
         lineas.sparse_path(np.eye(3), np.eye(3) + 1).at(best=True)
