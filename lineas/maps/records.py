@@ -55,8 +55,8 @@ def _equal(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return np.array_equal(a, b, equal_nan=True)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b, equal_nan=True)
     return bool(a == b or (a != a and b != b))
 
 
@@ -126,7 +126,7 @@ def _take(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
         return value
     json = {np.ndarray: str, SteeringMaps: dict, tuple: list, float: float | int}.get(kind, kind)
     if not isinstance(value, json) or isinstance(value, bool) is not (kind is bool):
-        raise ValueError(f"{name!r} in the header must be a {kind.__name__}, got {str(value)[:40]!r}")
+        raise ValueError(f"{name!r} in the header must be of type {kind.__name__}, got {str(value)[:40]!r}")
     if kind is np.ndarray:
         return _pop(tensors, name)
     if kind is SteeringMaps:
