@@ -13,7 +13,7 @@ import pytest
 import lineas
 from lineas import AffineMap, SteeringMaps
 
-LAZY = ["attach", "fold", "from_pretrained", "push_to_hub", "save", "save_pretrained", "to_peft_lora"]
+LAZY = ["attach", "fold", "from_pretrained", "from_vector", "push_to_hub", "save", "save_pretrained", "to_peft_lora"]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_a_lazy_method_is_described_where_its_function_is(maps, name):
     function, bound = getattr(SteeringMaps, name), getattr(maps, name)
     assert inspect.isfunction(function) and bound.__doc__ == function.__doc__ and len(function.__doc__) > 100
     parameters = list(inspect.signature(function).parameters)
-    static = name == "from_pretrained"
+    static = name.startswith("from_")
     assert list(inspect.signature(bound).parameters) == (parameters if static else parameters[1:])
     first = function.__doc__.splitlines()[0]
     assert first in pydoc.render_doc(function, renderer=pydoc.plaintext)

@@ -195,7 +195,7 @@ class AffineMap:
     def scaled(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
         strength = as_strength(strength)
-        return _rounded(*at_strength(*self._wide(), strength), self.dtype)
+        return rounded(*at_strength(*self._wide(), strength), self.dtype)
 
     def __mul__(self, strength: float) -> AffineMap:
         return self.scaled(strength) if is_number(strength) else NotImplemented
@@ -236,7 +236,7 @@ class AffineMap:
             return NotImplemented
         if self.d != other.d:
             raise ValueError(f"cannot {verb} maps of {self.d} and {other.d} neurons")
-        return _rounded(*combine(*self._wide(), *other._wide()), np.promote_types(self.dtype, other.dtype))
+        return rounded(*combine(*self._wide(), *other._wide()), np.promote_types(self.dtype, other.dtype))
 
     def __matmul__(self, first: AffineMap) -> AffineMap:
         return self._with(first, lambda w2, b2, w1, b1: (w2 * w1, w2 * b1 + b2), "compose")
@@ -256,7 +256,8 @@ def _changes(w_a: NDArray, b_a: NDArray, w_b: NDArray, b_b: NDArray, sign: int) 
     return np.where((w_a == 1) | (w_b == 1), either, both), b_a + sign * b_b
 
 
-def _rounded(weight: NDArray, bias: NDArray, dtype: np.dtype) -> AffineMap:
+def rounded(weight: NDArray, bias: NDArray, dtype: np.dtype) -> AffineMap:
+    """The map of slopes and shifts in a narrower type."""
     with np.errstate(over="ignore"):  # AffineMap says what is not finite, and where
         return AffineMap(weight.astype(dtype), bias.astype(dtype))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..hooks.attach import attach
     from .files import load, save
     from .hub import push_to_hub, save_pretrained
+    from .vectors import from_vector
 
 
 class SteeringMaps(Mapping[str, AffineMap]):
@@ -294,6 +295,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         save_pretrained = save_pretrained
         push_to_hub = push_to_hub
         from_pretrained = staticmethod(load)
+        from_vector = staticmethod(from_vector)
         fold = fold
         to_peft_lora = to_peft_lora
     else:
@@ -302,6 +304,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         save_pretrained = lazy_method("maps.hub", "save_pretrained")
         push_to_hub = lazy_method("maps.hub", "push_to_hub")
         from_pretrained = lazy_method("maps.files", "load", static=True)
+        from_vector = lazy_method("maps.vectors", "from_vector", static=True)
         fold = lazy_method("export.fold", "fold")
         to_peft_lora = lazy_method("export.lora", "to_peft_lora")
 
