@@ -24,7 +24,7 @@ def sparse_path(
     *,
     n_penalties: int = 50,
     min_ratio: float = 1e-3,
-    l1_ratio: float = 0.5,
+    l1_ratio: float = 1.0,
     penalties: ArrayLike | None = None,
     held_out: tuple[Any, Any] | None = None,
     source_weights: Weights = None,
@@ -53,8 +53,10 @@ def sparse_path(
         evenly on a logarithmic scale. At least 2.
     min_ratio : float, default 1e-3
         The last penalty over the first; above 0 and below 1.
-    l1_ratio : float, default 0.5
-        The share of the l1 penalty, from 0 (whole modules only) to 1 (single neurons only).
+    l1_ratio : float, default 1.0
+        The share of the l1 penalty, from 0 (whole modules only) to 1 (single neurons only, wherever they are). At 1
+        neurons come in one by one, so that the path has maps of any support; a share of the group penalty keeps the
+        neurons of a module out until many come at once.
     penalties : array_like, optional
         The penalties themselves, falling and above 0, instead of `n_penalties` and `min_ratio`.
     held_out : (source, target), optional
@@ -88,7 +90,7 @@ def sparse_path(
     >>> rng = np.random.default_rng(0)
     >>> source = rng.normal(size=(32, 100))
     >>> target = rng.normal(size=(32, 100)) + np.where(np.arange(100) < 5, 3.0, 0.0)
-    >>> path = lineas.sparse_path(source, target, l1_ratio=1.0)
+    >>> path = lineas.sparse_path(source, target)
     >>> np.flatnonzero(path.at(support=5).bias)
     array([0, 1, 2, 3, 4])
     """

@@ -127,7 +127,7 @@ def test_moments_are_those_of_the_pairs():
 def test_losses_are_the_distances():
     rng = np.random.default_rng(5)
     u, v, x, y = (rng.normal(size=(n, 30)) + rng.normal(size=30) for n in (20, 33, 12, 25))
-    path = lineas.sparse_path(u, v, held_out=(x, y), n_penalties=7)
+    path = lineas.sparse_path(u, v, held_out=(x, y), n_penalties=7, l1_ratio=0.5)
     for k in range(7):
         one = path.at(index=k)
         assert path.loss[k] == pytest.approx(lineas.wasserstein(one.transform(u), v).sum(), rel=1e-10)
@@ -138,7 +138,7 @@ def test_losses_are_the_distances():
 def test_without_penalties_left_it_is_the_linear_map():
     rng = np.random.default_rng(6)
     u, v = rng.normal(size=(32, 50)), rng.normal(size=(40, 50)) * 2 + 1
-    path = lineas.sparse_path(u, v, min_ratio=1e-9, n_penalties=20)
+    path = lineas.sparse_path(u, v, min_ratio=1e-9, n_penalties=20, l1_ratio=0.5)
     dense = lineas.fit(u, v)
     np.testing.assert_allclose(path.at(index=-1).weight, dense.weight, atol=1e-6)
     np.testing.assert_allclose(path.at(index=-1).bias, dense.bias, atol=1e-6)
@@ -186,7 +186,7 @@ def test_neurons_permute_with_the_columns():
     rng = np.random.default_rng(9)
     u, v = problem(rng, 50)
     order = rng.permutation(50)
-    path, other = lineas.sparse_path(u, v), lineas.sparse_path(u[:, order], v[:, order])
+    path, other = lineas.sparse_path(u, v, l1_ratio=0.5), lineas.sparse_path(u[:, order], v[:, order], l1_ratio=0.5)
     np.testing.assert_allclose(path.weight[:, order], other.weight, atol=1e-7)
 
 
@@ -198,7 +198,7 @@ def path():
     rng = np.random.default_rng(10)
     source = {"a": rng.normal(size=(20, 40)), "b": rng.normal(size=(20, 60))}
     target = {name: x + rng.normal(size=x.shape[1]) for name, x in source.items()}
-    return lineas.sparse_path(source, target, held_out=(target, source), l1_ratio=1.0)
+    return lineas.sparse_path(source, target, held_out=(target, source))
 
 
 def test_points_by_support(path):
@@ -222,13 +222,13 @@ def test_points_by_support(path):
 def test_an_impossible_support_names_the_nearest():
     rng = np.random.default_rng(11)
     u = rng.normal(size=(20, 100))
-    path = lineas.sparse_path(u, u + rng.normal(size=100), min_ratio=0.5, n_penalties=5)
+    path = lineas.sparse_path(u, u + rng.normal(size=100), min_ratio=0.5, n_penalties=5, l1_ratio=0.5)
     most = int(path.support.max())
     with pytest.raises(
         ValueError, match=f"no point of the path has a support of 100 of 100 neurons; the nearest is {most} "
     ):
         path.at(support=100)
-    dense = lineas.sparse_path(u, u + 1.0, penalties=[1e-3, 1e-4])
+    dense = lineas.sparse_path(u, u + 1.0, penalties=[1e-3, 1e-4], l1_ratio=0.5)
     with pytest.raises(ValueError, match=r"a support of 5 of 100 neurons; the nearest is 100 \(100.00%\), index 0"):
         dense.at(support=5)
 
@@ -283,6 +283,7 @@ def test_what_a_path_tells(path):
     assert path.kkt_residual.max() <= 1e-8
     assert repr(path).startswith("SparsePath(50 penalties from ")
     assert path[5].metadata["method"] == "sparse linear"
+    assert path.l1_ratio == path[5].metadata["l1_ratio"] == 1.0
     one = lineas.sparse_path(np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32) * 2)
     assert isinstance(one[0], lineas.AffineMap)
     assert one[0].dtype == np.float32
