@@ -93,29 +93,12 @@ def _from_object(x: Any, name: str) -> NDArray:
 
 
 def as_engine(x: Any, name: str) -> NDArray:
-    """Turn array-like `x` of any rank into a C-contiguous array the engine reads.
+    """Turn array-like `x` of any rank into a C-contiguous array the engine reads; not copied where it is one.
 
-    Parameters
-    ----------
-    x : array_like or torch.Tensor
-        float16, bfloat16 (ml_dtypes or torch), float32 or float64; integers become float64, as NumPy and scikit-learn
-        have it. Read-only and memory-mapped arrays are fine. Not copied where type and layout are right already.
-    name : str
-        What an error message calls it.
-
-    Returns
-    -------
-    ndarray
-        float16, float32 or float64, or uint16 holding bfloat16 bits.
-
-    Raises
-    ------
-    TypeError
-        For any other dtype (booleans included: what they would mean as activations is not ours to guess), for masked
-        arrays (their mask would be lost), for tensors that are not dense or have no data, and for what NumPy makes no
-        array of.
-    ValueError
-        For lists of rows that differ in length.
+    It is float16, float32 or float64, or uint16 that holds bfloat16 bits (of ml_dtypes or torch). Integers become
+    float64, as NumPy and scikit-learn have it. TypeError, which calls it `name`, for any other dtype (booleans
+    included: what they would mean as activations is not ours to guess), masked arrays (their mask would be lost),
+    tensors that are not dense or have no data, and what NumPy makes no array of; ValueError for rows of other lengths.
     """
     if (
         type(x) is np.ndarray
@@ -144,15 +127,7 @@ def as_engine(x: Any, name: str) -> NDArray:
 
 
 def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
-    """`as_engine` for a sample: [n, d], one row a prompt, one column a neuron.
-
-    Raises
-    ------
-    TypeError
-        As `as_engine`.
-    ValueError
-        If `x` is not 2-D, has fewer than `min_rows` rows or has no column.
-    """
+    """`as_engine` for a sample [n, d]; ValueError if it is not 2-D, has fewer than `min_rows` rows or no column."""
     array = as_engine(x, name)
     if array.ndim != 2:
         raise ValueError(f"{name} must have shape [n, d], got shape {array.shape}")
@@ -163,14 +138,9 @@ def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
 
 
 def as_vector(x: Any, name: str, entry: str) -> NDArray:
-    """`as_engine` for a vector [d] of finite numbers, float32, float64 or integers; `entry` is what one belongs to.
+    """`as_engine` for a vector [d] of float32, float64 or integers; `entry` is what messages call one of them.
 
-    Raises
-    ------
-    TypeError
-        If the dtype is another one.
-    ValueError
-        If `x` is not 1-D, is empty or holds a value that is not finite.
+    TypeError if the dtype is another one, ValueError if it is not 1-D, empty or not finite.
     """
     array = as_engine(x, name)
     if array.dtype not in (np.float32, np.float64):
@@ -195,21 +165,8 @@ def same_working_type(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
 def as_mass(x: Any, rows: int, name: str) -> NDArray:
     """Row weights as the engine takes them: float64 [rows], finite, not negative, with a positive sum.
 
-    Parameters
-    ----------
-    x : array_like or torch.Tensor
-        Real numbers; integers and booleans count (unlike activations).
-    rows : int
-        How many there must be.
-    name : str
-        What an error message calls it.
-
-    Raises
-    ------
-    TypeError
-        If `x` does not hold real numbers, is a masked array, or a tensor that is not dense.
-    ValueError
-        If its shape is not [rows], a weight is negative or not finite, or all are zero.
+    TypeError if `x` does not hold real numbers (booleans count, unlike in activations), is masked or not dense;
+    ValueError if its shape is another one, a weight is negative or not finite, or all are zero.
     """
     if is_tensor(x):
         check_dense(x, name)

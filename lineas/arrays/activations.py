@@ -44,12 +44,9 @@ class Activations(dict[str, NDArray]):
 
 
 def origin(samples: Mapping[str, Any]) -> dict[str, Any]:
-    """What maps take over from the metadata of the `Activations` among the samples, which messages call by these names.
+    """What maps take over from the metadata of the `Activations` among the samples, which are named as in messages.
 
-    Raises
-    ------
-    ValueError
-        If they are of different models or tokens, or pooled differently.
+    ValueError if they are of different models or tokens, or pooled differently.
     """
     collected = {name: spell(one.metadata) for name, one in samples.items() if isinstance(one, Activations)}
     found: dict[str, tuple[str, Any]] = {}  # each fact, and which sample tells it

@@ -18,6 +18,7 @@ from .._checks import (
     result_dtype,
     widen,
 )
+from ..maps.records import Record
 
 
 def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
@@ -47,8 +48,8 @@ def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianMap:
-    """A map that mixes neurons: T(z) = matrix z + bias.
+class GaussianMap(Record):
+    """A map that mixes neurons: T(z) = matrix z + bias. Two are equal if their arrays are; ``save`` writes a file.
 
     Parameters
     ----------
@@ -57,6 +58,8 @@ class GaussianMap:
     bias : ndarray
         float64 [d].
     """
+
+    FORMAT = "lineas gaussian map"
 
     matrix: NDArray
     bias: NDArray

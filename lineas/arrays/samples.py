@@ -33,13 +33,7 @@ class Pair(NamedTuple):
 def paired_samples(
     source: Samples, target: Samples, source_weights: Weights = None, target_weights: Weights = None, prefix: str = ""
 ) -> dict[Any, Pair]:
-    """Check the samples of `fit`: by module, None for one array. `prefix` goes before the arguments' names in messages.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `lineas.fit`.
-    """
+    """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages."""
     one = not isinstance(source, Mapping)
     if one != (not isinstance(target, Mapping)):
         kinds = f"{type(source).__name__} and {type(target).__name__}"
@@ -106,13 +100,7 @@ def by_working_type(pairs: Mapping[Any, Pair], kernel: Callable[..., Iterable[An
 
 
 def moments_of(pairs: Mapping[Any, Pair]) -> list[NDArray]:
-    """The moments [5, d] of the paired quantiles of every module.
-
-    Raises
-    ------
-    ValueError
-        If a value is not finite, or its square is not.
-    """
+    """The moments [5, d] of the paired quantiles of every module; ValueError if a value or its square is not finite."""
     found = by_working_type(pairs, _core.quantile_moments)
     for module, moments in found.items():
         if not np.isfinite(moments).all():
@@ -123,13 +111,7 @@ def moments_of(pairs: Mapping[Any, Pair]) -> list[NDArray]:
 def as_maps(
     pairs: Mapping[Any, Pair], parameters: Mapping[Any, tuple[NDArray, NDArray]], metadata: dict[str, Any]
 ) -> AffineMap | SteeringMaps:
-    """Slopes and shifts by module as maps in the working types of the samples; one map for samples that are arrays.
-
-    Raises
-    ------
-    ValueError
-        If a map is not finite; names the module.
-    """
+    """Slopes and shifts by module as maps in the working types of the samples; one map for samples that are arrays."""
     maps = {}
     for module, (weight, bias) in parameters.items():
         pair, dtype = pairs[module], working_dtype(pairs[module].u)

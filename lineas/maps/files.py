@@ -47,31 +47,16 @@ FORMATS = {
     "lineas sparse path": Format("a sparse path", {"fields": dict}, ("maps.path", "SparsePath")),
     "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
     "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
+    "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
     "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None),
 }
 
 
 def write(path: str | PathLike[str], format: str, tensors: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
-    """Write a file of a format, as a whole or not at all.
+    """Write a file of a format with its entries and with tensors by name, as a whole or not at all.
 
-    Parameters
-    ----------
-    path : str or PathLike
-    format : str
-        One of `FORMATS`.
-    tensors : Mapping
-        NumPy arrays or torch tensors, not both, of any dtype that safetensors knows.
-    entries : Mapping
-        The entries of the format, which JSON can hold.
-
-    Raises
-    ------
-    TypeError
-        If JSON cannot hold an entry.
-    ValueError
-        If a tensor's name cannot be written as UTF-8.
-    OSError
-        If the file cannot be written; what was there before still is.
+    They are NumPy arrays or torch tensors, not both, of any dtype that safetensors knows. TypeError if JSON cannot hold
+    an entry, ValueError if a name is not valid Unicode, OSError if the file cannot be written: what was there still is.
     """
     library = "torch" if any(map(is_tensor, tensors.values())) else "numpy"
     for name in tensors:
@@ -124,25 +109,11 @@ def write_atomically(path: str, data: bytes) -> None:
 
 
 def read(path: str | PathLike[str], *formats: str, framework: str = "np") -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read a file that `write` wrote: its format, its tensors and its entries.
+    """Read a file of one of `formats` (default: of any) that `write` wrote: its format, its tensors and its entries.
 
-    Any file can be given, a damaged or hostile one too: it is checked as it is read, and nothing in it is ever run.
-
-    Parameters
-    ----------
-    path : str or PathLike
-    *formats : str
-        Those to accept, of `FORMATS`; default: all.
-    framework : {"np", "pt"}, default "np"
-        NumPy arrays or torch tensors; NumPy knows bfloat16 only where ml_dtypes is installed.
-
-    Raises
-    ------
-    OSError
-        If there is no such file, or it cannot be read.
-    ValueError
-        If it is not a safetensors file, not of these formats, from a later version, or damaged; the message names the
-        file and what is wrong.
+    The tensors are NumPy arrays, for framework "pt" torch's; NumPy knows bfloat16 only where ml_dtypes is installed.
+    OSError if the file cannot be read. ValueError, which names the file and what is wrong, if it is not a sound
+    safetensors file, of another format or a later version, or changed: any file can be given, hostile ones too.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -199,7 +170,7 @@ def _parse(path: str, header: Mapping[str, str], key: str, kind: type) -> Any:
 
 
 def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
-    """Write maps, a sparse path or the result of a fit to a safetensors file, which `lineas.load` reads.
+    """Write maps, a sparse path, the result of a fit or a Gaussian map to a safetensors file, for `lineas.load`.
 
     The write is atomic: a file of that name is replaced only once the new one is complete on disk, and a failed
     write leaves no trace.
@@ -219,7 +190,7 @@ def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
         If the file cannot be written.
     """
     if not isinstance(value, SteeringMaps | Record):
-        raise TypeError(f"only SteeringMaps, sparse paths and results of fits can be saved, got {type(value).__name__}")
+        raise TypeError(f"only SteeringMaps, paths, results and GaussianMap can be saved, got {type(value).__name__}")
     write(path, "lineas" if isinstance(value, SteeringMaps) else value.FORMAT, *to_tensors(value))
 
 
@@ -250,7 +221,7 @@ def load(
 
     Returns
     -------
-    SteeringMaps, SparsePath, EndToEndPath or FitResult
+    SteeringMaps, SparsePath, EndToEndPath, FitResult or GaussianMap
         Equal to what was saved, metadata included.
 
     Raises
@@ -275,7 +246,7 @@ def load(
     elif not os.path.exists(path) and not path.endswith(".safetensors"):
         from .hub import download
 
-        path = download(path, revision, token, cache_dir, local_files_only)
+        path = download(path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     format, tensors, entries = read(path)
     reader = FORMATS[format].reader
     if reader is None:

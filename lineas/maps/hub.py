@@ -46,7 +46,8 @@ with maps.attach(model, strength=0.8):  # 0 is off, 1 the maps as they were fitt
 def _library(purpose: str = "this") -> Any:
     try:
         import huggingface_hub
-        import huggingface_hub.errors  # which it does not import by itself
+        import huggingface_hub.errors  # it imports neither by itself
+        import huggingface_hub.utils
     except ImportError as error:
         raise ImportError(f'{purpose} needs huggingface_hub: pip install "lineas[hub]"') from error
     return huggingface_hub
@@ -61,14 +62,8 @@ def card(maps: SteeringMaps, repo_id: str | None = None) -> str:
     data = hub.ModelCardData(
         library_name="lineas", base_model=base, tags=["lineas", "activation-steering", "steering-vector"]
     )
-    facts = {
-        "base model": base,
-        "method": metadata.get("method"),
-        "layers": metadata.get("layers"),
-        "pooling": metadata.get("pooling"),
-        "tokens": metadata.get("tokens"),
-        "lineas": metadata.get("version"),
-    }
+    facts = {"base model": base} | {name: metadata.get(name) for name in ("method", "layers", "pooling", "tokens")}
+    facts["lineas"] = metadata.get("version")
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
     rows.append(f"| changed neurons | {maps.support} of {maps.d} ({maps.support / maps.d:.1%}) |")
     return _CARD.format(
@@ -195,14 +190,8 @@ def push_to_hub(
     return str(commit.pr_url if create_pr else commit.commit_url)
 
 
-def download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> str:
-    """The file with the maps of a repository on the hub, in the cache; arguments and errors as those of `load`."""
+def download(name: str, revision: str | None, **options: Any) -> str:
+    """The file with the maps of a repository on the hub, in the cache; options and errors as those of `load`."""
     nothing = f"{name!r} is no file or folder"
     if name.count("/") != 1:
         raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")
@@ -211,15 +200,7 @@ def download(
         raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")
     what = f"{name!r}" + (f" at revision {revision!r}" if revision is not None else "")
     try:
-        return hub.hf_hub_download(
-            name,
-            FILE,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            library_name="lineas",
-        )
+        return hub.hf_hub_download(name, FILE, revision=revision, library_name="lineas", **options)
     except hub.errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
             f"{what} is no file or folder here, and not in the cache of huggingface_hub, and the hub was not asked or "

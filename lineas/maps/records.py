@@ -71,12 +71,10 @@ def to_tensors(value: SteeringMaps | Record) -> tuple[dict[str, NDArray], dict[s
 
 
 def from_tensors(cls: type, tensors: dict[str, NDArray], entries: dict[str, Any]) -> Any:
-    """The maps or the record that `to_tensors` took apart; checks everything.
+    """The maps or the record that `to_tensors` took apart.
 
-    Raises
-    ------
-    TypeError, ValueError, OverflowError, RecursionError
-        If something is missing, unknown, of another type, or does not hold together.
+    TypeError, ValueError, OverflowError or RecursionError if something is missing, unknown, of another type, or does
+    not hold together.
     """
     if cls is SteeringMaps:
         found = _take(entries, SteeringMaps, "", tensors)

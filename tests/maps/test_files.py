@@ -147,7 +147,7 @@ def test_save_to_bad_places(maps, tmp_path):
     with pytest.raises(OSError, match=r"directory"):
         maps.save(tmp_path)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(TypeError, match=r"only SteeringMaps, .* can be saved, got AffineMap"):
+    with pytest.raises(TypeError, match=r"only SteeringMaps, paths, .* can be saved, got AffineMap"):
         files.save(maps["a.first"], tmp_path / "x")
 
 
