@@ -185,8 +185,8 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     >>> lineas.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).variance()
     array([2., 0.])
     """
-    if chunk_rows is not None and (chunk_rows := as_int(chunk_rows, "chunk_rows")) < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if chunk_rows is not None:
+        chunk_rows = as_int(chunk_rows, "chunk_rows", low=1)
     out = Moments()
     if is_tensor(data):
         check_dense(data, "data")
