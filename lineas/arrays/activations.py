@@ -1,7 +1,4 @@
-"""Activations by module with what they were collected from, and what maps that are fitted to them take over of it.
-
-It may use NumPy and `lineas.maps`.
-"""
+"""Activations by module with what they were collected from, and what maps that are fitted to them take over of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Source and target samples of one or several modules: checked and paired, handed to the engine, and made maps of.
-
-What every fit of arrays shares. It may use NumPy, the engine and `lineas.maps`.
-"""
+"""Source and target samples of one or several modules: checked and paired, handed to the engine, and made maps of."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

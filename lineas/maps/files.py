@@ -1,7 +1,6 @@
 """Files of lineas: safetensors for the arrays, JSON in its header for the rest. Nothing is ever unpickled.
 
-The only place that reads and writes headers; it may use NumPy, safetensors and the other modules of this folder. The
-header of every file holds
+The only place that reads and writes headers. That of every file holds
 
 ========= =================================================================================
 format    what the file is, a key of `FORMATS`
@@ -202,7 +201,7 @@ def load(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Any:
-    """Read what `save` wrote, or maps from a folder or from the Hugging Face Hub.
+    """Read what ``maps.save``, ``path.save`` or ``result.save`` wrote, or maps from a folder or the Hugging Face Hub.
 
     Any file can be given, a damaged or hostile one too: it is checked as it is read, and nothing in it is ever run.
 

@@ -1,7 +1,4 @@
-"""Records: dataclasses of arrays, maps and numbers that are compared field by field, and taken apart for files.
-
-It may use NumPy and the maps.
-"""
+"""Records: dataclasses of arrays, maps and numbers that are compared field by field, and taken apart for files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Maps of steering vectors, which add the same to every activation.
-
-It may use NumPy and the other modules of this folder; where a model is given, also `lineas.hooks.modules`.
-"""
+"""Maps of steering vectors, which add the same to every activation."""
 
 from __future__ import annotations
 
