@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,13 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._checks import as_flag, as_int, as_positive, is_number
+from .._lazy import lazy_method
 from .._threads import get_num_threads
 from .affine import AffineMap
 from .records import Record
 from .steering import SteeringMaps
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from ..notebook.plot import path as plot
 
 
 def check_penalties(penalties: ArrayLike) -> NDArray[np.float64]:
@@ -297,8 +297,7 @@ class SparsePath(Record):
             f"support {self.support[0]} to {self.support[-1]} of {self.d} neurons)"
         )
 
-    def plot(self, axes: Sequence[Axes] | None = None) -> NDArray:
-        """Draw loss and support against the penalty, and the support of every module; see `lineas.plot.path`."""
-        from ..notebook.plot import path
-
-        return path(self, axes=axes)
+    if TYPE_CHECKING:
+        plot = plot
+    else:
+        plot = lazy_method("notebook.plot", "path")
