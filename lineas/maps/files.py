@@ -39,6 +39,7 @@ class Format(NamedTuple):
     entries: Mapping[str, type]
     reader: tuple[str, str] | None
     version: int = 1
+    oldest: int = 1  # version that is still read
 
 
 FORMATS = {
@@ -47,7 +48,7 @@ FORMATS = {
     "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
     "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
     "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
-    "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None),
+    "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=2, oldest=2),
 }
 
 
@@ -123,13 +124,14 @@ def read(path: str | PathLike[str], *formats: str, framework: str = "np") -> tup
         with safe_open(path, framework=framework) as file:
             header = file.metadata() or {}
             format = _checked_format(path, header.get("format"), formats or tuple(FORMATS))
-            version, latest = _parse(path, header, "version", int), FORMATS[format].version
-            if not 1 <= version <= latest:
+            version, known = _parse(path, header, "version", int), FORMATS[format]
+            if not known.oldest <= version <= known.version:
+                advice = ": update lineas" if version > known.version else ""
                 raise ValueError(
-                    f"{path} has version {version} of the format; this lineas reads versions up to {latest}: update "
-                    "lineas"
+                    f"{path} has version {version} of the format; this lineas reads versions {known.oldest} to "
+                    f"{known.version}{advice}"
                 )
-            entries = {key: _parse(path, header, key, kind) for key, kind in FORMATS[format].entries.items()}
+            entries = {key: _parse(path, header, key, kind) for key, kind in known.entries.items()}
             for name in file.keys():
                 try:
                     tensors[name] = file.get_tensor(name)
@@ -249,7 +251,7 @@ def load(
     format, tensors, entries = read(path)
     reader = FORMATS[format].reader
     if reader is None:
-        raise ValueError(f"{path} holds {FORMATS[format].what}: pass it as resume= to go on with that fit")
+        raise ValueError(f"{path} holds {FORMATS[format].what}: pass it as checkpoint= to go on with that fit")
     try:
         return from_tensors(lazy_import(*reader), tensors, entries)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -247,7 +247,7 @@ def test_a_hostile_pickle_is_not_run(path, tmp_path):
     [
         ({"format": "pt"}, "is not a file of lineas: its header says format 'pt'"),
         ({"format": None}, "is not a file of lineas: its header says format None"),
-        ({"version": "2"}, "has version 2 of the format; this lineas reads versions up to 1: update lineas"),
+        ({"version": "2"}, "has version 2 of the format; this lineas reads versions 1 to 1: update lineas"),
         ({"version": "0"}, "has version 0 of the format"),
         ({"version": "one"}, "'version' in the header is not JSON"),
         ({"version": "1.5"}, "'version' in the header must be a JSON int, got float"),
@@ -393,10 +393,17 @@ def test_files_of_another_kind(maps, path):
         files.read(path, "lineas")
     with pytest.raises(ValueError, match=r"holds the checkpoint of a fit, not a sparse path or the result of a fit$"):
         files.read(path, "lineas sparse path", "lineas end-to-end path", "lineas fit")
-    with pytest.raises(ValueError, match=r"holds the checkpoint of a fit: pass it as resume= to go on with that fit"):
+    with pytest.raises(ValueError, match=r"holds the checkpoint of a fit: pass it as checkpoint= to go on with that"):
         lineas.load(path)
     maps.save(path)
     with pytest.raises(ValueError, match=r"holds steering maps, not the checkpoint of a fit$"):
+        files.read(path, CHECKPOINT)
+
+
+@pytest.mark.parametrize(("version", "text"), [(1, "reads versions 2 to 2$"), (3, "reads .* 2: update lineas$")])
+def test_versions_that_are_not_read(path, version, text):
+    save_file({}, path, {"format": CHECKPOINT, "version": str(version), "state": "{}"})
+    with pytest.raises(ValueError, match=rf"maps\.safetensors has version {version} of the format; this lineas {text}"):
         files.read(path, CHECKPOINT)
 
 
