@@ -96,7 +96,8 @@ class SparsePath(Record):
     support: NDArray = field(init=False)
 
     def __post_init__(self) -> None:
-        check_penalties(self.penalties)
+        if np.shape(self.penalties) != (1,) or not np.isnan(self.penalties[0]):  # maps without a penalty are one point
+            check_penalties(self.penalties)
         if not self.widths or min(self.widths) < 1 or len(self.modules or "1") != len(self.widths):
             raise ValueError(f"widths must be a number above 0 for each module, got {self.widths}")
         sizes = {"K": len(self.penalties), "L": len(self.widths), "D": self.d}
