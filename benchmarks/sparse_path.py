@@ -46,7 +46,7 @@ def cases() -> Iterator[Case]:
     n, d = 32, 2048
     for modules in (1, 57):
         source, target = samples(n, d, modules)
-        path = lineas.sparse_path(source, target)
+        path = lineas.sparse_path(source, target, l1_ratio=0.5)
         if modules == 1:
             rivals = {"FISTA": lambda m=path.moments[0], p=path.penalties: with_fista(m, p, 0.5)}
             goals = {"µs": 1200.0, "FISTA": 1000.0, "KKT residual": 1e-8}
@@ -55,7 +55,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "sparse path, 50 penalties",
             f"{n} x {d}" if modules == 1 else f"{modules} modules of {n} x {d}",
-            lambda source=source, target=target: lineas.sparse_path(source, target),
+            lambda source=source, target=target: lineas.sparse_path(source, target, l1_ratio=0.5),
             rivals=rivals,
             errors={"KKT residual": float(path.kkt_residual.max())},
             goals=goals,

@@ -13,6 +13,7 @@ from ._lazy import lazy_import
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__ as __version__
 from .arrays import baselines
+from .arrays.activations import Activations
 from .arrays.closed_form import fit
 from .arrays.gaussian import GaussianMap, bures_map, covariance
 from .arrays.moments import Moments, moments
@@ -55,6 +56,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Activations",
     "AffineMap",
     "AffineTransport",
     "EndToEndPath",

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-_ACCEPTED = "float16, bfloat16, float32 or float64"
+_ACCEPTED = "float16, bfloat16, float32, float64 or an integer type"
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 def is_tensor(x: object) -> "TypeGuard[torch.Tensor]":
@@ -50,6 +51,12 @@ def check_dense(x: "torch.Tensor", name: str) -> None:
     if x.layout is not torch.strided or x.is_quantized or x.is_nested:
         kind = "nested " if x.is_nested else ""
         raise TypeError(f"{name} must be a dense tensor, got {kind}layout {x.layout}, dtype {x.dtype}")
+
+
+def as_dense(x: "torch.Tensor", name: str) -> "torch.Tensor":
+    """A dense tensor, its integers as float64; TypeError as `check_dense`."""
+    check_dense(x, name)
+    return x.double() if str(x.dtype).removeprefix("torch.") in _INTEGERS else x
 
 
 def result_dtype(x: Any, array: NDArray) -> np.dtype:
@@ -86,29 +93,12 @@ def _from_object(x: Any, name: str) -> NDArray:
 
 
 def as_engine(x: Any, name: str) -> NDArray:
-    """Turn array-like `x` of any rank into a C-contiguous array the engine reads.
+    """Turn array-like `x` of any rank into a C-contiguous array the engine reads; not copied where it is one.
 
-    Parameters
-    ----------
-    x : array_like or torch.Tensor
-        float16, bfloat16 (ml_dtypes or torch), float32 or float64; read-only and memory-mapped arrays are fine.
-        Not copied where its layout is right already.
-    name : str
-        What an error message calls it.
-
-    Returns
-    -------
-    ndarray
-        float16, float32 or float64, or uint16 holding bfloat16 bits.
-
-    Raises
-    ------
-    TypeError
-        For any other dtype (integers and booleans included: what they would mean as activations is not ours to
-        guess), for masked arrays (their mask would be lost), for tensors that are not dense or have no data, and for
-        what NumPy makes no array of.
-    ValueError
-        For lists of rows that differ in length.
+    It is float16, float32 or float64, or uint16 that holds bfloat16 bits (of ml_dtypes or torch). Integers become
+    float64, as NumPy and scikit-learn have it. TypeError, which calls it `name`, for any other dtype (booleans
+    included: what they would mean as activations is not ours to guess), masked arrays (their mask would be lost),
+    tensors that are not dense or have no data, and what NumPy makes no array of; ValueError for rows of other lengths.
     """
     if (
         type(x) is np.ndarray
@@ -119,8 +109,7 @@ def as_engine(x: Any, name: str) -> NDArray:
     ):
         return x  # the usual case, without the microseconds of the general one
     if is_tensor(x):
-        check_dense(x, name)
-        torch = sys.modules["torch"]
+        x, torch = as_dense(x, name), sys.modules["torch"]
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {x.dtype}")
         return np.require(_from_tensor(x, name), requirements=["C", "A"])
@@ -129,6 +118,8 @@ def as_engine(x: Any, name: str) -> NDArray:
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return np.require(array, requirements=["C", "A"]).view(np.uint16)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.float64)
     # isnative: the engine reads machine order only; kind and size leave out longdouble and complex.
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {array.dtype}")
@@ -136,15 +127,7 @@ def as_engine(x: Any, name: str) -> NDArray:
 
 
 def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
-    """`as_engine` for a sample: [n, d], one row a prompt, one column a neuron.
-
-    Raises
-    ------
-    TypeError
-        As `as_engine`.
-    ValueError
-        If `x` is not 2-D, has fewer than `min_rows` rows or has no column.
-    """
+    """`as_engine` for a sample [n, d]; ValueError if it is not 2-D, has fewer than `min_rows` rows or no column."""
     array = as_engine(x, name)
     if array.ndim != 2:
         raise ValueError(f"{name} must have shape [n, d], got shape {array.shape}")
@@ -155,14 +138,9 @@ def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
 
 
 def as_vector(x: Any, name: str, entry: str) -> NDArray:
-    """`as_engine` for a vector [d] of finite float32 or float64 numbers; `entry` is what one of them belongs to.
+    """`as_engine` for a vector [d] of float32, float64 or integers; `entry` is what messages call one of them.
 
-    Raises
-    ------
-    TypeError
-        If the dtype is another one.
-    ValueError
-        If `x` is not 1-D, is empty or holds a value that is not finite.
+    TypeError if the dtype is another one, ValueError if it is not 1-D, empty or not finite.
     """
     array = as_engine(x, name)
     if array.dtype not in (np.float32, np.float64):
@@ -187,21 +165,8 @@ def same_working_type(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
 def as_mass(x: Any, rows: int, name: str) -> NDArray:
     """Row weights as the engine takes them: float64 [rows], finite, not negative, with a positive sum.
 
-    Parameters
-    ----------
-    x : array_like or torch.Tensor
-        Real numbers; integers and booleans count (unlike activations).
-    rows : int
-        How many there must be.
-    name : str
-        What an error message calls it.
-
-    Raises
-    ------
-    TypeError
-        If `x` does not hold real numbers, is a masked array, or a tensor that is not dense.
-    ValueError
-        If its shape is not [rows], a weight is negative or not finite, or all are zero.
+    TypeError if `x` does not hold real numbers (booleans count, unlike in activations), is masked or not dense;
+    ValueError if its shape is another one, a weight is negative or not finite, or all are zero.
     """
     if is_tensor(x):
         check_dense(x, name)
@@ -236,9 +201,14 @@ def as_int(value: Any, name: str, *, low: int | None = None) -> int:
     return number
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number; booleans are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def as_finite(value: Any, name: str) -> float:
     """`value` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         number = float(value)

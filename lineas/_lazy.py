@@ -28,22 +28,31 @@ def lazy_import(module: str, name: str | None = None) -> Any:
 class lazy_method:
     """A method that is a function of a module further down the import order, with the object as its first argument.
 
-    Signature, description and types stand with the function. Where the module cannot be imported, the class does not
-    have the attribute and an instance raises the ImportError.
+    Signature, description and types stand with the function. Where its module cannot be imported there is one that
+    raises the ImportError when it is called, so that looking at an object is no error.
 
     Parameters
     ----------
     module, name : str
         The function ``lineas.<module>.<name>``.
+    static : bool, default False
+        It does not get the object.
     """
 
-    def __init__(self, module: str, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, module: str, name: str, *, static: bool = False) -> None:
+        self.module, self.name, self.static = module, name, static
 
     def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        if instance is not None:
-            return MethodType(lazy_import(self.module, self.name), instance)
         try:
-            return lazy_import(self.module, self.name)
+            function = lazy_import(self.module, self.name)
         except ImportError as error:
-            raise AttributeError(str(error)) from error
+            function = _raiser(error)
+        return function if instance is None or self.static else MethodType(function, instance)
+
+
+def _raiser(error: ImportError) -> Callable[..., Any]:
+    def missing(*args: Any, **options: Any) -> Any:
+        raise error
+
+    missing.__doc__ = str(error)
+    return missing

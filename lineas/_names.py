@@ -57,6 +57,41 @@ def near_names(wanted: str, names: Iterable[str]) -> list[str]:
     return [template if len(alike[template]) > 1 else alike[template][0] for template in near]
 
 
+def in_execution_order(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """One list of two that are in execution order, without double names.
+
+    Names that both have hold the lists together. Between two of them, the numbers in the names tell where those that
+    only `second` has belong: ``layers.2.norm`` comes before ``layers.10.norm``, and after all of ``layers.2`` that
+    `first` has. Where the numbers do not tell, and where the lists contradict each other, the order is that of `first`.
+    """
+    merged, shared, start = list(first), {*first} & {*second}, 0
+    for name in second:
+        if name in shared:
+            start = merged.index(name) + 1
+            continue
+        end = next((k for k in range(start, len(merged)) if merged[k] in shared), len(merged))
+        order = {k: _compare(merged[k], name) for k in range(start, end)}
+        before = [k + 1 for k, found in order.items() if found in (-1, 0)]
+        after = [k for k, found in order.items() if found == 1]
+        start = max(before) if before else min(after, default=end)
+        merged.insert(start, name)
+        start += 1
+    return merged
+
+
+def _compare(name: str, other: str) -> int | None:
+    """-1 or 1 where the first number that differs puts `name` first or last, 0 in one numbered block, else None."""
+    numbered = False
+    for k, (a, b) in enumerate(zip(re.split(r"([0-9]+)", name), re.split(r"([0-9]+)", other), strict=False)):
+        if a != b and k % 2:
+            a, b = a.zfill(len(b)), b.zfill(len(a))  # compared as text: too many digits are no int
+            return (a > b) - (a < b)
+        if a != b:
+            break
+        numbered = numbered or k % 2 == 1
+    return 0 if numbered else None
+
+
 def _without_numbers(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 

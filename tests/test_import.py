@@ -32,7 +32,7 @@ def test_the_public_surface_is_there():
 
 
 def test_every_public_method_has_a_docstring():
-    for cls in (lineas.AffineMap, lineas.SteeringMaps, lineas.Moments, lineas.GaussianMap):
+    for cls in (lineas.AffineMap, lineas.SteeringMaps, lineas.SparsePath, lineas.Moments, lineas.GaussianMap):
         for name, member in inspect.getmembers(cls):
             if not name.startswith("_") and (callable(member) or isinstance(member, property)):
                 assert member.__doc__, f"{cls.__name__}.{name}"
@@ -48,7 +48,17 @@ def test_every_kernel_has_a_twin():
 
 @pytest.mark.parametrize(
     "module",
-    ["arrays.baselines", "arrays.wasserstein", "arrays.closed_form", "arrays.moments", "maps.affine", "maps.steering"],
+    [
+        "arrays.activations",
+        "arrays.baselines",
+        "arrays.closed_form",
+        "arrays.moments",
+        "arrays.sparse_path",
+        "arrays.wasserstein",
+        "maps.affine",
+        "maps.steering",
+        "maps.vectors",
+    ],
 )
 def test_the_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"lineas.{module}"))

@@ -14,9 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._checks import as_positive, widen
 from ..maps.affine import AffineMap
+from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
+from .activations import origin
 from .closed_form import fit
-from .samples import paired_samples
+from .samples import Samples, as_maps, paired_samples
 
 __all__ = ["aura", "iti_c", "mean"]
 
@@ -29,9 +31,7 @@ def mean(source: ArrayLike, target: ArrayLike) -> AffineMap: ...
 def mean(source: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike]) -> SteeringMaps: ...
 
 
-def mean(
-    source: ArrayLike | Mapping[str, ArrayLike], target: ArrayLike | Mapping[str, ArrayLike]
-) -> AffineMap | SteeringMaps:
+def mean(source: Samples, target: Samples) -> AffineMap | SteeringMaps:
     """The difference of means, added to every activation: ``lineas.fit(source, target, method="mean")``.
 
     This is the steering vector of contrastive activation addition (CAA, arXiv 2312.06681) for sets that are not
@@ -42,7 +42,7 @@ def mean(
     ----------
     source : array_like, torch.Tensor or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array, in execution
-        order. float16, bfloat16, float32 or float64.
+        order. float16, bfloat16, float32, float64 or integers.
     target : array_like, torch.Tensor or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired.
 
@@ -76,13 +76,7 @@ def iti_c(
 ) -> SteeringMaps: ...
 
 
-def iti_c(
-    source: ArrayLike | Mapping[str, ArrayLike],
-    target: ArrayLike | Mapping[str, ArrayLike],
-    *,
-    alpha: float = 1.0,
-    C: float = 1.0,
-) -> AffineMap | SteeringMaps:
+def iti_c(source: Samples, target: Samples, *, alpha: float = 1.0, C: float = 1.0) -> AffineMap | SteeringMaps:
     """Shift along the direction of a linear probe: inference-time intervention (ITI, arXiv 2306.03341).
 
     For each module a logistic regression (scikit-learn's, with an intercept, on the activations as they are) tells
@@ -138,7 +132,7 @@ def iti_c(
             unit = direction / length if length else np.zeros_like(direction)
             return np.ones_like(unit), alpha * np.std(rows @ unit) * unit
 
-    return _each(source, target, shift, {"method": "iti_c", "alpha": alpha, "C": C})
+    return _each(source, target, shift, "iti_c", alpha=alpha, C=C)
 
 
 @overload
@@ -149,9 +143,7 @@ def aura(source: ArrayLike, target: ArrayLike) -> AffineMap: ...
 def aura(source: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike]) -> SteeringMaps: ...
 
 
-def aura(
-    source: ArrayLike | Mapping[str, ArrayLike], target: ArrayLike | Mapping[str, ArrayLike]
-) -> AffineMap | SteeringMaps:
+def aura(source: Samples, target: Samples) -> AffineMap | SteeringMaps:
     """Dampen the neurons that detect the source: AurA (arXiv 2407.12824).
 
     A neuron's activation as a score that a row is of the source has an area under the ROC curve: the share of pairs of
@@ -190,7 +182,7 @@ def aura(
         area = _roc_area(u, v)
         return 1 - 2 * np.maximum(area - 0.5, 0), np.zeros_like(area)
 
-    return _each(source, target, dampen, {"method": "aura"})
+    return _each(source, target, dampen, "aura")
 
 
 def _roc_area(positive: NDArray, negative: NDArray) -> NDArray:
@@ -203,27 +195,17 @@ def _roc_area(positive: NDArray, negative: NDArray) -> NDArray:
 
 
 def _each(
-    source: ArrayLike | Mapping[str, ArrayLike],
-    target: ArrayLike | Mapping[str, ArrayLike],
+    source: Samples,
+    target: Samples,
     slopes_and_shifts: Callable[[NDArray, NDArray], tuple[NDArray, NDArray]],
-    metadata: dict[str, Any],
+    method: str,
+    **settings: Any,
 ) -> AffineMap | SteeringMaps:
     """A map for each module, with the checks, types and messages of `lineas.fit`."""
-    fitted = {}
-    for module, (u, v, _, _, u_name, v_name) in paired_samples(source, target, None, None).items():
-        u, v = _finite(widen(u), u_name), _finite(widen(v), v_name)
-        weight, bias = slopes_and_shifts(u, v)
-        with np.errstate(over="ignore"):
-            weight, bias = weight.astype(u.dtype), bias.astype(u.dtype)
-        try:
-            fitted[module] = AffineMap(weight, bias)
-        except ValueError as error:
-            raise ValueError(f"the map of {u_name} overflows {u.dtype}: {error}") from None
-    if None in fitted:
-        return fitted[None]
-    from .._version import __version__
-
-    return SteeringMaps(fitted, {**metadata, "version": __version__})
+    pairs, found = paired_samples(source, target), {}
+    for module, pair in pairs.items():
+        found[module] = slopes_and_shifts(_finite(widen(pair.u), pair.u_name), _finite(widen(pair.v), pair.v_name))
+    return as_maps(pairs, found, describe(method, **origin({"source": source, "target": target}), **settings))
 
 
 def _finite(x: NDArray, name: str) -> NDArray:

@@ -1,17 +1,19 @@
 """Closed-form maps from arrays: no model, no iterations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_not_negative
+from .._checks import as_choice, as_not_negative
 from .._threads import get_num_threads
 from ..maps.affine import AffineMap
+from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
-from .samples import Weights, by_working_type, moments_of, paired_samples
+from .activations import origin
+from .samples import Pair, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
 
 METHODS = ("mean", "gaussian", "linear")
 
@@ -43,8 +45,8 @@ def fit(
 
 
 def fit(
-    source: ArrayLike | Mapping[str, ArrayLike],
-    target: ArrayLike | Mapping[str, ArrayLike],
+    source: Samples,
+    target: Samples,
     *,
     method: str = "linear",
     l1: float = 0.0,
@@ -58,7 +60,7 @@ def fit(
     ----------
     source : array_like, torch.Tensor or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32 or float64.
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
     target : array_like, torch.Tensor or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"
@@ -78,15 +80,17 @@ def fit(
     -------
     AffineMap or SteeringMaps
         An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
-        activations of a module (either side) are float64, else float32.
+        activations of a module (either side) are float64 or integers, else float32. Their metadata take over from
+        `Activations` what these were collected from: attached, they act on the tokens that they were fitted to.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of the four, or one of `source` and `target` is a mapping and the other is not.
+        If a dtype is another one, or one of `source` and `target` is a mapping and the other is not.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
-        column are named), `method` is unknown, or a penalty is negative, not finite, or not for `method`.
+        column are named), `method` is unknown, a penalty is negative, not finite, or not for `method`, or both are
+        `Activations` of different models, tokens or poolings.
 
     Examples
     --------
@@ -95,46 +99,32 @@ def fit(
     >>> lineas.fit(source, 3 * source + 1).transform(np.array([[10.0]]))
     array([[31.]])
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    as_choice(method, "method", METHODS)
     l1, group = as_not_negative(l1, "l1"), as_not_negative(group, "group")
     if (l1 or group) and method != "linear":
         raise ValueError(f"l1 and group are penalties of method 'linear', got method {method!r}")
     pairs = paired_samples(source, target, source_weights, target_weights)
-    metadata: dict[str, Any] = {"method": method}
-    if l1 or group:
-        metadata |= {"l1": l1, "group": group}
-        fitted = _fit_sparse(pairs, l1, group)
-    else:
-        fitted = _fit_batches(pairs, method)
-    if None in fitted:
-        return fitted[None]
-    from .._version import __version__
-
-    return SteeringMaps({module: fitted[module] for module in pairs}, {**metadata, "version": __version__})
+    facts = origin({"source": source, "target": target})
+    if not (l1 or group):
+        return as_maps(pairs, _fit_dense(pairs, method), describe(method, **facts))
+    return as_maps(pairs, _fit_sparse(pairs, l1, group), describe(method, **facts, l1=l1, group=group))
 
 
-def _fit_batches(pairs: Mapping[Any, tuple], method: str) -> dict[Any, AffineMap]:
-    """The closed-form maps by module."""
-    fitted = {}
-    for batch in by_working_type(pairs).values():
-        modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
-        weights, biases = _core.fit_local(us, vs, u_masses, v_masses, method, u_names, v_names, get_num_threads())
-        for module, weight, bias, name in zip(modules, weights, biases, u_names, strict=True):
-            try:
-                fitted[module] = AffineMap(weight, bias)
-            except ValueError as error:
-                raise ValueError(f"the map of {name} overflows {weight.dtype}: {error}") from None
-    return fitted
+def _fit_dense(pairs: Mapping[Any, Pair], method: str) -> dict[Any, tuple[NDArray, NDArray]]:
+    """The closed-form slopes and shifts by module."""
+
+    def kernel(us: list, vs: list, u_masses: list, v_masses: list, *names_and_threads: Any) -> Iterable[Any]:
+        return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
+
+    return by_working_type(pairs, kernel)
 
 
-def _fit_sparse(pairs: Mapping[Any, tuple], l1: float, group: float) -> dict[Any, AffineMap]:
+def _fit_sparse(pairs: Mapping[Any, Pair], l1: float, group: float) -> dict[Any, tuple[NDArray, NDArray]]:
     """One point of the sparse path by module."""
     ratio, penalty = l1 / (l1 + group), np.array([l1 + group])
-    fitted = {}
-    for module, one in zip(pairs, moments_of(pairs), strict=True):
-        largest = float(_core.largest_penalty([one], ratio)[0])
-        is_double = pairs[module][0].dtype == np.float64
-        weight, bias = _core.sparse_path([one], None, penalty, ratio, is_double, largest, get_num_threads())[:2]
-        fitted[module] = AffineMap(weight[0], bias[0])
-    return fitted
+    found = {}
+    for (module, pair), moments in zip(pairs.items(), moments_of(pairs), strict=True):
+        largest, is_double = float(_core.largest_penalty([moments], ratio)[0]), pair.u.dtype == np.float64
+        weight, bias = _core.sparse_path([moments], None, penalty, ratio, is_double, largest, get_num_threads())[:2]
+        found[module] = weight[0], bias[0]
+    return found

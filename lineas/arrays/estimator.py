@@ -119,22 +119,18 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) != 2:
             raise ValueError(f"y must have two labels, source and target, got {_labels(classes)}")
-        index = self._source_index(classes)
         if counts.min() < 2:
             few = classes[np.argmin(counts)]
             raise ValueError(f"each label of y must have at least 2 rows, got {counts.min()} of {_shown(few)}")
-        at_source = labels == classes[index]
-        mass = None if sample_weight is None else as_mass(sample_weight, len(rows), "sample_weight")
-        weights = _split_mass(mass, at_source, classes, index)
-        # A setting of 0 is left out, so that methods that know no penalties take it.
-        penalties = {name: getattr(self, name) for name in ("l1", "group") if _is_set(getattr(self, name))}
+        (source, source_mass), (target, target_mass) = self._split(rows, labels, classes, sample_weight)
         self.map_: AffineMap = fit(
-            rows[at_source],
-            rows[~at_source],
+            source,
+            target,
             method=self.method,
-            source_weights=weights[0],
-            target_weights=weights[1],
-            **penalties,
+            l1=self.l1,
+            group=self.group,
+            source_weights=source_mass,
+            target_weights=target_mass,
         )
         self.classes_: NDArray = classes
         self.weight_: NDArray = self.map_.weight
@@ -191,7 +187,7 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
-        return self.map_.with_strength(self.strength).inverse().transform(X)
+        return self.map_.scaled(self.strength).inverse().transform(X)
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Return how close the transformed source rows are to the target rows: minus the mean squared W2.
@@ -225,40 +221,29 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         classes = np.unique(labels)
         if not np.array_equal(classes, self.classes_):
             raise ValueError(f"y must have the labels of fit, {_shown(self.classes_)}, got {_labels(classes)}")
-        index = self._source_index(self.classes_)
-        at_source = labels == self.classes_[index]
-        mass = None if sample_weight is None else as_mass(sample_weight, len(rows), "sample_weight")
-        weights = _split_mass(mass, at_source, self.classes_, index)
-        moved = self.map_.transform(rows[at_source], strength=self.strength)
-        distances = wasserstein(moved, rows[~at_source], u_weights=weights[0], v_weights=weights[1])
+        (source, source_mass), (target, target_mass) = self._split(rows, labels, classes, sample_weight)
+        moved = self.map_.transform(source, strength=self.strength)
+        distances = wasserstein(moved, target, u_weights=source_mass, v_weights=target_mass)
         return -float(distances.mean(dtype=np.float64))
 
-    def _source_index(self, classes: NDArray) -> int:
-        """Which of the two sorted labels is that of the source rows."""
-        if self.source is None:
-            return 0
-        found = [k for k, label in enumerate(classes.tolist()) if label == self.source]
-        if not found:
-            raise ValueError(f"source must be one of the labels {_shown(classes)}, got {self.source!r}")
-        return found[0]
-
-
-def _is_set(penalty: Any) -> bool:
-    """Whether a penalty must be passed on: anything but 0, so that what is no number meets the checks of `fit`."""
-    return not (np.isscalar(penalty) and penalty == 0)
-
-
-def _split_mass(
-    mass: NDArray | None, at_source: NDArray, classes: NDArray, index: int
-) -> tuple[NDArray | None, NDArray | None]:
-    """Row weights of source and target rows; an error names the label without weight."""
-    if mass is None:
-        return None, None
-    parts = mass[at_source], mass[~at_source]
-    for part, label in zip(parts, (classes[index], classes[1 - index]), strict=True):
-        if not part.sum() > 0:
-            raise ValueError(f"sample_weight must have a positive sum for each label, got 0 for {_shown(label)}")
-    return parts
+    def _split(
+        self, rows: NDArray, labels: NDArray, classes: NDArray, sample_weight: ArrayLike | None
+    ) -> list[tuple[NDArray, NDArray | None]]:
+        """Rows and their weights of the source, then of the target."""
+        order = list(classes)
+        if self.source is not None:
+            found = [k for k, label in enumerate(classes.tolist()) if label == self.source]
+            if not found:
+                raise ValueError(f"source must be one of the labels {_shown(classes)}, got {self.source!r}")
+            order.insert(0, order.pop(found[0]))
+        mass = None if sample_weight is None else as_mass(sample_weight, len(rows), "sample_weight")
+        parts: list[tuple[NDArray, NDArray | None]] = []
+        for label in order:
+            at = labels == label
+            if mass is not None and not mass[at].sum() > 0:
+                raise ValueError(f"sample_weight must have a positive sum for each label, got 0 for {_shown(label)}")
+            parts.append((rows[at], None if mass is None else mass[at]))
+        return parts
 
 
 def _shown(labels: Any) -> str:

@@ -8,16 +8,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._checks import (
+    as_dense,
     as_engine,
     as_mass,
     as_not_negative,
     as_sample,
     as_strength,
-    check_dense,
     is_tensor,
     result_dtype,
     widen,
 )
+from ..maps.records import Record
 
 
 def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
@@ -26,7 +27,7 @@ def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
     Parameters
     ----------
     x : array_like or torch.Tensor
-        [n, d], n >= 2; float16, bfloat16, float32 or float64.
+        [n, d], n >= 2; float16, bfloat16, float32, float64 or integers.
     weights : array_like, optional
         Weights of the rows [n]: not negative, with a positive sum.
 
@@ -47,8 +48,8 @@ def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianMap:
-    """A map that mixes neurons: T(z) = matrix z + bias.
+class GaussianMap(Record):
+    """A map that mixes neurons: T(z) = matrix z + bias. Two are equal if their arrays are; ``save`` writes a file.
 
     Parameters
     ----------
@@ -57,6 +58,8 @@ class GaussianMap:
     bias : ndarray
         float64 [d].
     """
+
+    FORMAT = "lineas gaussian map"
 
     matrix: NDArray
     bias: NDArray
@@ -79,15 +82,15 @@ class GaussianMap:
         Parameters
         ----------
         z : array_like or torch.Tensor
-            [..., d]; float16, bfloat16, float32 or float64.
+            [..., d]; float16, bfloat16, float32, float64 or integers.
         strength : float, default 1.0
             0 is off, 1 the map.
 
         Returns
         -------
         ndarray or torch.Tensor
-            A new array or tensor with the shape and dtype of `z`. Computed in float32, for float64 `z` in float64,
-            and rounded once.
+            A new array or tensor with the shape and dtype of `z`, float64 for integers. Computed in float32, for
+            float64 in float64, and rounded once.
 
         Raises
         ------
@@ -103,7 +106,7 @@ class GaussianMap:
 
             from ..hooks.affine import working_dtype as torch_working_dtype
 
-            check_dense(z, "z")
+            z = as_dense(z, "z")
             self._check_width(tuple(z.shape))
             dtype = torch_working_dtype(z.dtype)
             slopes, shifts = (torch.from_numpy(x).to(z.device, dtype) for x in (matrix, bias))
@@ -142,7 +145,7 @@ def bures_map(source: ArrayLike, target: ArrayLike, *, ridge: float = 0.0) -> Ga
     Parameters
     ----------
     source, target : array_like or torch.Tensor
-        Samples [n, d] and [m, d], n, m >= 2; float16, bfloat16, float32 or float64.
+        Samples [n, d] and [m, d], n, m >= 2; float16, bfloat16, float32, float64 or integers.
     ridge : float, default 0.0
         Added to the variances of both. Directions in which the source has none are otherwise mapped to the mean of
         the target; with fewer rows than neurons there always are some.

@@ -107,7 +107,7 @@ class Moments:
         Parameters
         ----------
         x : array_like or torch.Tensor
-            [n, d], n >= 1; float16, bfloat16, float32 or float64.
+            [n, d], n >= 1; float16, bfloat16, float32, float64 or integers.
 
         Raises
         ------
@@ -162,7 +162,7 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     ----------
     data : ndarray, torch.Tensor or iterable of arrays
         One array [n, d] (memory-mapped, say), read in chunks of rows; or any iterable of such arrays, such as a
-        generator. float16, bfloat16, float32 or float64.
+        generator. float16, bfloat16, float32, float64 or integers.
     chunk_rows : int, optional
         Rows of one array read at once. Default: as many as make 4 million entries.
 
@@ -185,8 +185,8 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     >>> lineas.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).variance()
     array([2., 0.])
     """
-    if chunk_rows is not None and (chunk_rows := as_int(chunk_rows, "chunk_rows")) < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if chunk_rows is not None:
+        chunk_rows = as_int(chunk_rows, "chunk_rows", low=1)
     out = Moments()
     if is_tensor(data):
         check_dense(data, "data")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import widen
+from ..maps.affine import at_strength
 
 
 def narrow(x: NDArray, like: NDArray) -> NDArray:
@@ -110,17 +111,12 @@ def wasserstein(
     return value.astype(dtype), (grad * weight).astype(dtype), grad_weight.astype(dtype), grad_bias.astype(dtype)
 
 
-def _at_strength(weight: NDArray, strength: float) -> NDArray:
-    """Slopes of a map at a strength, float64: exactly 1 where they are 1, exactly `weight` at strength 1."""
-    return np.where(weight == 1, 1, (1 - strength) + strength * weight.astype(np.float64))
-
-
 def affine_apply(z: NDArray, weight: NDArray, bias: NDArray, strength: float) -> NDArray:
     """z + s ((weight - 1) z + bias) on `z` [outer, d, inner], in the type of `z`."""
     work = widen(z)
-    slope = _at_strength(weight, strength).astype(work.dtype)
-    shift = (strength * bias.astype(np.float64)).astype(work.dtype)
-    return narrow(slope[:, None] * work + shift[:, None], like=z)
+    at = at_strength(weight.astype(np.float64), bias.astype(np.float64), strength)
+    slope, shift = (part.astype(work.dtype)[:, None] for part in at)
+    return narrow(slope * work + shift, like=z)
 
 
 def affine_backward(
@@ -128,7 +124,7 @@ def affine_backward(
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Gradients of `affine_apply` in z (with its type), weight [d] and bias [d] (in the working type)."""
     work, grad = widen(z), widen(grad_out)
-    slope = _at_strength(weight, strength).astype(work.dtype)
+    slope = at_strength(weight.astype(np.float64), 0, strength)[0].astype(work.dtype)
     grad_weight = strength * np.sum(grad.astype(np.float64) * work, axis=(0, 2))
     grad_bias = strength * np.sum(grad, axis=(0, 2), dtype=np.float64)
     grad_z = narrow(slope[:, None] * grad, like=z)

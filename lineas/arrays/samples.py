@@ -1,7 +1,7 @@
-"""Source and target samples of one or several modules, checked and paired, and their moments."""
+"""Source and target samples of one or several modules: checked and paired, handed to the engine, and made maps of."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -9,8 +9,57 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_mass, as_sample, same_working_type, working_dtype
 from .._threads import get_num_threads
+from ..maps.affine import AffineMap
+from ..maps.steering import SteeringMaps
 
+Samples = ArrayLike | Mapping[str, ArrayLike]
 Weights = ArrayLike | Mapping[str, ArrayLike] | None
+
+
+class Pair(NamedTuple):
+    """Source and target of one module in one working type, the weights of their rows, and their names in messages."""
+
+    u: NDArray
+    v: NDArray
+    u_mass: NDArray | None
+    v_mass: NDArray | None
+    u_name: str
+    v_name: str
+
+
+def paired_samples(
+    source: Samples, target: Samples, source_weights: Weights = None, target_weights: Weights = None, prefix: str = ""
+) -> dict[Any, Pair]:
+    """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages."""
+    one = not isinstance(source, Mapping)
+    if one != (not isinstance(target, Mapping)):
+        kinds = f"{type(source).__name__} and {type(target).__name__}"
+        raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
+    sources: Mapping[Any, Any] = source if isinstance(source, Mapping) else {None: source}
+    targets: Mapping[Any, Any] = target if isinstance(target, Mapping) else {None: target}
+    if not sources:
+        raise ValueError(f"{prefix}source must hold at least one module")
+    check_modules(list(sources), targets, f"{prefix}target")
+    for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
+        if isinstance(given, Mapping):
+            if one:
+                raise TypeError(f"{argument} must be an array where source is one, got a mapping")
+            check_modules(list(sources), given, argument)
+    pairs = {}
+    for module, x in sources.items():
+        at = "" if module is None else f"[{module!r}]"
+        u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
+        u, v = as_sample(x, u_name, min_rows=2), as_sample(targets[module], v_name, min_rows=2)
+        if u.shape[1] != v.shape[1]:
+            raise ValueError(
+                f"{u_name} and {v_name} must have the same number of columns, got shapes {u.shape} and {v.shape}"
+            )
+        masses = (
+            _mass(source_weights, module, len(u), "source_weights"),
+            _mass(target_weights, module, len(v), "target_weights"),
+        )
+        pairs[module] = Pair(*same_working_type(u, v), *masses, u_name, v_name)
+    return pairs
 
 
 def _mass(weights: Weights, module: str | None, rows: int, argument: str) -> NDArray | None:
@@ -22,7 +71,9 @@ def _mass(weights: Weights, module: str | None, rows: int, argument: str) -> NDA
     return as_mass(weights, rows, argument)
 
 
-def _check_names(wanted: Sequence[str], seen: Mapping[str, Any], argument: str) -> None:
+def check_modules(wanted: Sequence[Any], seen: Iterable[Any], argument: str) -> None:
+    """ValueError unless `seen` holds the modules that are wanted and no other, in any order."""
+    seen = list(seen)
     missing = [name for name in wanted if name not in seen]
     extra = [name for name in seen if name not in wanted]
     if missing or extra:
@@ -31,69 +82,39 @@ def _check_names(wanted: Sequence[str], seen: Mapping[str, Any], argument: str) 
         raise ValueError(f"{argument} must have the modules of source: {', '.join(parts)}")
 
 
-# Module, source, target, weights of both, names of both for messages.
-Pair = tuple[Any, NDArray, NDArray, NDArray | None, NDArray | None, str, str]
+def by_working_type(pairs: Mapping[Any, Pair], kernel: Callable[..., Iterable[Any]]) -> dict[Any, Any]:
+    """What `kernel` gives for each module: the engine takes many at once, but of one working type.
 
-
-def paired_samples(
-    source: ArrayLike | Mapping[str, ArrayLike],
-    target: ArrayLike | Mapping[str, ArrayLike],
-    source_weights: Weights,
-    target_weights: Weights,
-    prefix: str = "",
-) -> dict[Any, tuple]:
-    """Check the samples of `fit`: by module (None for one array) (source, target, weights of both, names of both).
-
-    `prefix` goes before the names of the arguments in messages.
+    It is called with six lists, one for each field of `Pair`, and the number of threads.
     """
-    one = not isinstance(source, Mapping)
-    if one != (not isinstance(target, Mapping)):
-        kinds = f"{type(source).__name__} and {type(target).__name__}"
-        raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
-    for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
-        if isinstance(given, Mapping):
-            if not isinstance(source, Mapping):
-                raise TypeError(f"{argument} must be an array where source is one, got a mapping")
-            _check_names(list(source), given, argument)
-    sources: Mapping[Any, Any] = {None: source}
-    targets: Mapping[Any, Any] = {None: target}
-    if isinstance(source, Mapping) and isinstance(target, Mapping):
-        if not source:
-            raise ValueError(f"{prefix}source must hold at least one module")
-        _check_names(list(source), target, f"{prefix}target")
-        sources, targets = source, target
-    pairs = {}
-    for module, x in sources.items():
-        at = "" if module is None else f"[{module!r}]"
-        u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
-        u, v = as_sample(x, u_name, min_rows=2), as_sample(targets[module], v_name, min_rows=2)
-        if u.shape[1] != v.shape[1]:
-            raise ValueError(
-                f"{u_name} and {v_name} must have the same number of columns, got shapes {u.shape} and {v.shape}"
-            )
-        u, v = same_working_type(u, v)
-        u_mass = _mass(source_weights, module, len(u), "source_weights")
-        v_mass = _mass(target_weights, module, len(v), "target_weights")
-        pairs[module] = (u, v, u_mass, v_mass, u_name, v_name)
-    return pairs
+    found: dict[Any, Any] = {}
+    for dtype in (np.float32, np.float64):
+        batch = {module: pair for module, pair in pairs.items() if working_dtype(pair.u) == dtype}
+        if batch:
+            columns = map(list, zip(*batch.values(), strict=True))
+            found |= zip(batch, kernel(*columns, get_num_threads()), strict=True)
+    return {module: found[module] for module in pairs}
 
 
-def by_working_type(pairs: Mapping[Any, tuple]) -> dict[np.dtype, list[Pair]]:
-    """The modules of each working type: the engine takes many in one call, but of one type."""
-    batches: dict[np.dtype, list[Pair]] = {}
-    for module, pair in pairs.items():
-        batches.setdefault(working_dtype(pair[0]), []).append((module, *pair))
-    return batches
+def moments_of(pairs: Mapping[Any, Pair]) -> list[NDArray]:
+    """The moments [5, d] of the paired quantiles of every module; ValueError if a value or its square is not finite."""
+    found = by_working_type(pairs, _core.quantile_moments)
+    for module, moments in found.items():
+        if not np.isfinite(moments).all():
+            raise ValueError(f"the squares of {pairs[module].u_name} or its target overflow float64")
+    return list(found.values())
 
 
-def moments_of(pairs: Mapping[Any, tuple]) -> list[NDArray]:
-    """The moments [5, d] of the modules' paired quantiles, as `paired_samples` gives the samples."""
-    moments: dict[Any, NDArray] = {}
-    for batch in by_working_type(pairs).values():
-        modules, us, vs, u_masses, v_masses, u_names, v_names = (list(column) for column in zip(*batch, strict=True))
-        out = _core.quantile_moments(us, vs, u_masses, v_masses, u_names, v_names, get_num_threads())
-        for module, one, name in zip(modules, out, u_names, strict=True):
-            if not np.isfinite(one).all():
-                raise ValueError(f"the squares of {name} or its target overflow float64")
-            moments[module] = one
-    return [moments[module] for module in pairs]
+def as_maps(
+    pairs: Mapping[Any, Pair], parameters: Mapping[Any, tuple[NDArray, NDArray]], metadata: dict[str, Any]
+) -> AffineMap | SteeringMaps:
+    """Slopes and shifts by module as maps in the working types of the samples; one map for samples that are arrays."""
+    maps = {}
+    for module, (weight, bias) in parameters.items():
+        pair, dtype = pairs[module], working_dtype(pairs[module].u)
+        try:
+            with np.errstate(over="ignore"):
+                maps[module] = AffineMap(weight.astype(dtype, copy=False), bias.astype(dtype, copy=False))
+        except ValueError as error:
+            raise ValueError(f"the map of {pair.u_name} overflows {dtype}: {error}") from None
+    return maps[None] if None in maps else SteeringMaps(maps, metadata)

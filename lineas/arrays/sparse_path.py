@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .. import _core
-from .._checks import as_int, as_positive, as_share
+from .._checks import as_int, as_pair, as_positive, as_share
 from .._threads import get_num_threads
 from .._warn import warn
-from ..maps.path import SparsePath
-from .samples import Weights, moments_of, paired_samples
+from ..maps.metadata import describe
+from ..maps.path import SparsePath, check_penalties
+from .activations import origin
+from .samples import Samples, Weights, check_modules, moments_of, paired_samples
 
 
 def sparse_path(
-    source: ArrayLike | Mapping[str, ArrayLike],
-    target: ArrayLike | Mapping[str, ArrayLike],
+    source: Samples,
+    target: Samples,
     *,
     n_penalties: int = 50,
     min_ratio: float = 1e-3,
-    l1_ratio: float = 0.5,
+    l1_ratio: float = 1.0,
     penalties: ArrayLike | None = None,
     held_out: tuple[Any, Any] | None = None,
     source_weights: Weights = None,
@@ -43,7 +45,7 @@ def sparse_path(
     ----------
     source : array_like, torch.Tensor or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32 or float64.
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
     target : array_like, torch.Tensor or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     n_penalties : int, default 50
@@ -51,8 +53,10 @@ def sparse_path(
         evenly on a logarithmic scale. At least 2.
     min_ratio : float, default 1e-3
         The last penalty over the first; above 0 and below 1.
-    l1_ratio : float, default 0.5
-        The share of the l1 penalty, from 0 (whole modules only) to 1 (single neurons only).
+    l1_ratio : float, default 1.0
+        The share of the l1 penalty, from 0 (whole modules only) to 1 (single neurons only, wherever they are). At 1
+        neurons come in one by one, so that the path has maps of any support; a share of the group penalty keeps the
+        neurons of a module out until many come at once.
     penalties : array_like, optional
         The penalties themselves, falling and above 0, instead of `n_penalties` and `min_ratio`.
     held_out : (source, target), optional
@@ -68,7 +72,7 @@ def sparse_path(
     Raises
     ------
     TypeError
-        If a dtype is not one of the four, one of `source` and `target` is a mapping and the other is not, or a setting
+        If a dtype is another one, one of `source` and `target` is a mapping and the other is not, or a setting
         is of another type.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
@@ -86,43 +90,41 @@ def sparse_path(
     >>> rng = np.random.default_rng(0)
     >>> source = rng.normal(size=(32, 100))
     >>> target = rng.normal(size=(32, 100)) + np.where(np.arange(100) < 5, 3.0, 0.0)
-    >>> path = lineas.sparse_path(source, target, l1_ratio=1.0)
+    >>> path = lineas.sparse_path(source, target)
     >>> np.flatnonzero(path.at(support=5).bias)
     array([0, 1, 2, 3, 4])
     """
     l1_ratio = as_share(l1_ratio, "l1_ratio")
     pairs = paired_samples(source, target, source_weights, target_weights)
+    samples, trial = {"source": source, "target": target}, None
     moments = moments_of(pairs)
-    trial = None
     if held_out is not None:
-        if not isinstance(held_out, tuple | list) or len(held_out) != 2:
-            raise TypeError(f"held_out must be a pair (source, target), got {type(held_out).__name__}")
-        if isinstance(held_out[0], Mapping) != isinstance(source, Mapping):
+        held_source, held_target = as_pair(held_out, "held_out")
+        samples |= {"held_out source": held_source, "held_out target": held_target}
+        if isinstance(held_source, Mapping) != isinstance(source, Mapping):
             raise TypeError("held_out must hold mappings where source is one, and arrays where it is an array")
-        trial_pairs = paired_samples(held_out[0], held_out[1], None, None, prefix="held_out ")
-        if list(trial_pairs) != list(pairs):
-            trial_pairs = _same_modules(trial_pairs, list(pairs))
-        trial = moments_of(trial_pairs)
+        trial_pairs = paired_samples(held_source, held_target, prefix="held_out ")
+        check_modules(list(pairs), trial_pairs, "held_out")
+        trial = moments_of({module: trial_pairs[module] for module in pairs})
         for module, fitted, other in zip(pairs, moments, trial, strict=True):
             if fitted.shape != other.shape:
                 at = "" if module is None else f"[{module!r}]"
                 raise ValueError(
                     f"held_out source{at} must have {fitted.shape[1]} columns like source{at}, got {other.shape[1]}"
                 )
+    metadata = describe("sparse linear", **origin(samples), l1_ratio=l1_ratio)
     largest = float(np.max(_core.largest_penalty(moments, l1_ratio)))
     if not largest > 0:
         raise ValueError("source already has the quantiles of target: no penalty changes anything")
     if penalties is None:
-        n_penalties = as_int(n_penalties, "n_penalties")
-        if n_penalties < 2:
-            raise ValueError(f"n_penalties must be at least 2, got {n_penalties}")
+        n_penalties = as_int(n_penalties, "n_penalties", low=2)
         min_ratio = as_positive(min_ratio, "min_ratio")
         if min_ratio >= 1:
             raise ValueError(f"min_ratio must be below 1, got {min_ratio}")
         grid = np.geomspace(largest, largest * min_ratio, n_penalties)
     else:
-        grid = _falling(penalties)
-    is_double = any(u.dtype == np.float64 for u, *_ in pairs.values())
+        grid = check_penalties(penalties)
+    is_double = any(pair.u.dtype == np.float64 for pair in pairs.values())
     weight, bias, loss, held_out_loss, distance, support = _core.sparse_path(
         moments, trial, grid, l1_ratio, is_double, largest, get_num_threads()
     )
@@ -133,39 +135,17 @@ def sparse_path(
             f"sparse_path: at penalty {grid[worst]:.6g} rounding leaves the solution {residual[worst]:.1g} of the "
             "largest penalty away from optimal: are there neurons whose mean is millions of standard deviations?",
         )
-    from .._version import __version__
-
-    names = None if None in pairs else tuple(pairs)
     return SparsePath(
         penalties=grid,
         l1_ratio=l1_ratio,
         loss=loss.sum(axis=0),
         held_out_loss=None if held_out_loss is None else held_out_loss.sum(axis=0),
-        modules=names,
+        modules=None if None in pairs else tuple(pairs),
         widths=tuple(one.shape[1] for one in moments),
         weight=weight,
         bias=bias,
         kkt_residual=residual,
-        metadata={"method": "sparse linear", "l1_ratio": l1_ratio, "version": __version__},
+        metadata=metadata,
         moments=moments,
         module_support=support.T,
     )
-
-
-def _same_modules(pairs: Mapping[Any, tuple], names: list) -> dict[Any, tuple]:
-    """The held-out samples in the order of the fitted ones."""
-    if set(pairs) != set(names):
-        lacking = [name for name in names if name not in pairs]
-        extra = [name for name in pairs if name not in names]
-        raise ValueError(f"held_out must have the modules of source: it lacks {lacking}, it also has {extra}")
-    return {name: pairs[name] for name in names}
-
-
-def _falling(penalties: ArrayLike) -> NDArray:
-    """Penalties as float64 [K], checked."""
-    grid = np.array(penalties, dtype=np.float64)
-    if grid.ndim != 1 or not grid.size:
-        raise ValueError(f"penalties must be a non-empty list of numbers, got shape {grid.shape}")
-    if not np.isfinite(grid).all() or grid.min() <= 0 or (np.diff(grid) >= 0).any():
-        raise ValueError(f"penalties must be finite, above 0 and strictly falling, got {penalties!r}")
-    return grid

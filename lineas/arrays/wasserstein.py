@@ -44,7 +44,7 @@ def wasserstein(
     Parameters
     ----------
     u : array_like or torch.Tensor
-        Sample [n, d], n >= 1: one row a prompt, one column a neuron; float16, bfloat16, float32 or float64.
+        Sample [n, d], n >= 1: one row a prompt, one column a neuron; float16, bfloat16, float32, float64 or integers.
     v : array_like or torch.Tensor
         Sample [m, d], m >= 1.
     u_weights, v_weights : array_like, optional
@@ -55,12 +55,12 @@ def wasserstein(
     Returns
     -------
     ndarray
-        [d], float64 if `u` or `v` is float64, else float32; inf where the square exceeds that type.
+        [d], float64 if `u` or `v` is float64 or holds integers, else float32; inf where the square exceeds that type.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of the four.
+        If a dtype is another one.
     ValueError
         If shapes do not fit, a value is not finite (its row and column are named), the weights are not weights, or
         `v_sorted` comes with `v_weights`.

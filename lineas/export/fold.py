@@ -132,7 +132,7 @@ def fold(
 
 def parameters_of(affine: AffineMap, strength: float) -> tuple[Tensor, Tensor]:
     """Slopes and shifts [d] at `strength`, float64 on the CPU."""
-    wide = AffineMap(affine.weight.astype(np.float64), affine.bias.astype(np.float64)).with_strength(strength)
+    wide = AffineMap(affine.weight.astype(np.float64), affine.bias.astype(np.float64)).scaled(strength)
     return torch.tensor(wide.weight), torch.tensor(wide.bias)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..maps.path import SparsePath
+from ..maps.records import Record
 from ..maps.steering import SteeringMaps
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..hooks.attach import Handle
 
 
-@dataclass(frozen=True)
-class FitResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class FitResult(Record):
     """What an end-to-end fit found.
 
     Attributes
@@ -50,6 +50,8 @@ class FitResult:
     best_strength : float
         The strength, of those to choose among, that the maps of that step were best at. It is in ``maps`` already.
     """
+
+    FORMAT = "lineas fit"
 
     maps: SteeringMaps
     history: dict[str, NDArray]
@@ -92,7 +94,7 @@ class EndToEndPath(SparsePath):
     penalized_loss, penalized_held_out_loss : ndarray or None
         float64 [K], the losses before the refit on the support; ``loss`` and ``held_out_loss`` are those of the maps
         that were kept.
-    refitted : ndarray
+    refitted : ndarray or None
         bool [K], whether the maps of a point are the refitted ones.
     history : dict of str to array
         One entry for each step: "point" and "penalty", the point it belongs to; "refit"; "lr", its rate; "loss", after
@@ -104,9 +106,12 @@ class EndToEndPath(SparsePath):
         "finished", "interrupted", or "not finite at penalty p: ..." with the module and the value.
     """
 
+    FORMAT = "lineas end-to-end path"
+    _SHAPES = SparsePath._SHAPES | {"penalized_loss": "K", "penalized_held_out_loss": "K", "refitted": "K"}
+
     penalized_loss: NDArray | None = None
     penalized_held_out_loss: NDArray | None = None
-    refitted: NDArray = field(default_factory=lambda: np.zeros(0, bool))
+    refitted: NDArray | None = None
     history: dict[str, NDArray] = field(default_factory=dict)
     passes: int = 0
     stopped: str = "finished"

@@ -91,6 +91,15 @@ def output_width(module: nn.Module) -> int | None:
     return output_width(inner[0]) if len(inner) == 1 else None
 
 
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the blocks (decoder layers) of a transformer, in order: the entries of its longest list of modules."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of blocks")
+    longest = max(lists, key=lambda name: len(lists[name]))
+    return [f"{longest}.{k}" for k in range(len(lists[longest]))]
+
+
 def model_name(model: nn.Module) -> str | None:
     """The name or folder that a transformers model was loaded by, if any."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_engine, as_int, as_strength, as_vector, check_dense, is_tensor, result_dtype, working_dtype
+from .._checks import (
+    as_dense,
+    as_engine,
+    as_int,
+    as_strength,
+    as_vector,
+    is_number,
+    is_tensor,
+    result_dtype,
+    working_dtype,
+)
 from .._threads import get_num_threads
 
 
@@ -36,13 +47,20 @@ def at_strength(weight: Any, bias: Any, strength: Any, where: Callable[..., Any]
 class AffineMap:
     """One slope and one shift a neuron: T(z) = weight * z + bias (LinEAS, arXiv 2503.10679).
 
-    Immutable: the arrays are read-only copies. ``second @ first`` is the map that applies `first`, then `second`.
-    Two maps are equal if their slopes and shifts are, whatever their dtypes.
+    Immutable: the arrays are read-only copies. Two maps are equal if their slopes and shifts are, whatever their
+    dtypes.
+
+    Maps are combined in two ways. ``second @ first`` applies `first`, then `second` to what it gives. ``a + b`` adds
+    what each of them changes, T(z) - z, about the same z: slopes ``a.weight + b.weight - 1``, shifts
+    ``a.bias + b.bias``; a neuron that one side leaves alone is the other's to the last bit. For maps that only shift
+    both are the same. ``0.5 * a`` is ``a.scaled(0.5)``, ``-a`` is ``a.scaled(-1)``, and ``a - b`` adds the change of
+    `a` and takes off that of `b`: ``a - a`` changes nothing.
 
     Parameters
     ----------
     weight, bias : array_like or torch.Tensor
-        Slopes and shifts, shape [d], float32 or float64, finite. Where one is float64 both become float64.
+        Slopes and shifts, shape [d], finite; float32, float64 or integers, which become float64. Where one is float64
+        both become float64.
 
     Attributes
     ----------
@@ -52,7 +70,7 @@ class AffineMap:
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If a dtype is another one.
     ValueError
         If the shapes are not the same [d] or a value is not finite.
 
@@ -126,7 +144,7 @@ class AffineMap:
 
     # Equality ignores the dtype; nobody needs maps as keys. mypy only sees that object has a hash.
     __hash__ = None  # type: ignore[assignment]
-    __array_ufunc__ = None  # NumPy leaves `map @ array` to us, so that it is a TypeError
+    __array_ufunc__ = None  # NumPy leaves its numbers times a map to us, and its arrays, which are a TypeError
 
     def __repr__(self) -> str:
         return f"AffineMap(d={self.d}, support={self.support}, dtype={self.dtype})"
@@ -137,8 +155,8 @@ class AffineMap:
         Parameters
         ----------
         z : array_like or torch.Tensor
-            Activations, float16, bfloat16 (ml_dtypes or torch), float32 or float64, of any shape with d channels
-            on `axis`.
+            Activations, float16, bfloat16 (ml_dtypes or torch), float32, float64 or integers (taken as float64), of
+            any shape with d channels on `axis`.
         strength : float, default 1.0
             0 is off, 1 the map; any other finite number scales the change.
         axis : int, default -1
@@ -147,8 +165,8 @@ class AffineMap:
         Returns
         -------
         ndarray or torch.Tensor
-            A new array or tensor with the shape and dtype of `z` (a tensor also stays on its device and is
-            differentiable in `z`). Computed in float32, for float64 `z` in float64, and rounded once.
+            A new array or tensor with the shape and dtype of `z`, float64 for integers (a tensor also stays on its
+            device and is differentiable in `z`). Computed in float32, for float64 in float64, and rounded once.
 
         Raises
         ------
@@ -159,7 +177,7 @@ class AffineMap:
         """
         strength = as_strength(strength)
         if is_tensor(z):
-            check_dense(z, "z")
+            z = as_dense(z, "z")
             import torch
 
             from ..hooks.affine import affine
@@ -174,16 +192,23 @@ class AffineMap:
         out = _core.affine_apply(array.reshape(blocks), weight, bias, strength, get_num_threads())
         return out.reshape(array.shape).view(result_dtype(z, array))
 
-    def with_strength(self, strength: float) -> AffineMap:
+    def scaled(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
-        s = as_strength(strength)
-        weight, bias = at_strength(self.weight.astype(np.float64), self.bias.astype(np.float64), s)
-        return AffineMap(weight.astype(self.dtype), bias.astype(self.dtype))
+        strength = as_strength(strength)
+        return rounded(*at_strength(*self._wide(), strength), self.dtype)
+
+    def __mul__(self, strength: float) -> AffineMap:
+        return self.scaled(strength) if is_number(strength) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> AffineMap:
+        return self.scaled(-1)
 
     def inverse(self) -> AffineMap:
         """Return the map that undoes this one at strength 1: (z - bias) / weight.
 
-        The inverse of a map at strength s is ``map.with_strength(s).inverse()``, not the inverse at strength s.
+        The inverse of a map at strength s is ``map.scaled(s).inverse()``, not the inverse at strength s.
 
         Raises
         ------
@@ -193,7 +218,7 @@ class AffineMap:
         zero = np.flatnonzero(self.weight == 0)
         if zero.size:
             raise ValueError(f"the map has no inverse: weight is 0 at {_counted(zero)}")
-        weight64, bias64 = self.weight.astype(np.float64), self.bias.astype(np.float64)
+        weight64, bias64 = self._wide()
         with np.errstate(over="ignore"):
             weight, bias = (1 / weight64).astype(self.dtype), (-bias64 / weight64).astype(self.dtype)
         lost = np.flatnonzero(~(np.isfinite(weight) & np.isfinite(bias)))
@@ -201,14 +226,39 @@ class AffineMap:
             raise ValueError(f"the inverse is too large for {self.dtype} at {_counted(lost)}")
         return AffineMap(weight, bias)
 
-    def __matmul__(self, first: AffineMap) -> AffineMap:
-        if not isinstance(first, AffineMap):
+    def _wide(self) -> tuple[NDArray, NDArray]:
+        """Slopes and shifts in float64, in which maps are combined."""
+        return self.weight.astype(np.float64), self.bias.astype(np.float64)
+
+    def _with(self, other: AffineMap, combine: Callable[..., tuple[NDArray, NDArray]], verb: str) -> AffineMap:
+        """What `combine` makes of the slopes and shifts of both."""
+        if not isinstance(other, AffineMap):
             return NotImplemented
-        if self.d != first.d:
-            raise ValueError(f"cannot compose maps of {self.d} and {first.d} neurons")
-        weight = self.weight.astype(np.float64) * first.weight
-        bias = self.weight.astype(np.float64) * first.bias + self.bias
-        dtype = np.promote_types(self.dtype, first.dtype)
+        if self.d != other.d:
+            raise ValueError(f"cannot {verb} maps of {self.d} and {other.d} neurons")
+        return rounded(*combine(*self._wide(), *other._wide()), np.promote_types(self.dtype, other.dtype))
+
+    def __matmul__(self, first: AffineMap) -> AffineMap:
+        return self._with(first, lambda w2, b2, w1, b1: (w2 * w1, w2 * b1 + b2), "compose")
+
+    def __add__(self, other: AffineMap) -> AffineMap:
+        return self._with(other, partial(_changes, sign=1), "add")
+
+    def __sub__(self, other: AffineMap) -> AffineMap:
+        return self._with(other, partial(_changes, sign=-1), "subtract")
+
+
+def _changes(w_a: NDArray, b_a: NDArray, w_b: NDArray, b_b: NDArray, sign: int) -> tuple[NDArray, NDArray]:
+    """Slopes and shifts that change an activation by the change of a plus or minus that of b."""
+    # Neurons that one side leaves alone keep the slope of the other, which 1 + (w - 1) would round.
+    either = np.where(w_b == 1, w_a, at_strength(w_b, 0, sign)[0])
+    both = 1 + ((w_a - 1) + sign * (w_b - 1))
+    return np.where((w_a == 1) | (w_b == 1), either, both), b_a + sign * b_b
+
+
+def rounded(weight: NDArray, bias: NDArray, dtype: np.dtype) -> AffineMap:
+    """The map of slopes and shifts in a narrower type."""
+    with np.errstate(over="ignore"):  # AffineMap says what is not finite, and where
         return AffineMap(weight.astype(dtype), bias.astype(dtype))
 
 

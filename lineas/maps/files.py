@@ -1,31 +1,91 @@
-"""Maps on disk: safetensors for the arrays, JSON in its header for the rest. Nothing is ever unpickled.
+"""Files of lineas: safetensors for the arrays, JSON in its header for the rest. Nothing is ever unpickled.
 
-The file holds, for every module, the tensors ``<module>.weight`` and ``<module>.bias``, and as header metadata
+The only place that reads and writes headers. That of every file holds
 
-========== =============================================================================
-format     "lineas"
-version    version of this layout, a whole number; readers refuse later ones
-modules    JSON list of the module names in execution order (safetensors keeps no order)
-metadata   JSON object: `SteeringMaps.metadata`
-========== =============================================================================
+========= =================================================================================
+format    what the file is, a key of `FORMATS`
+version   version of that format's layout, a whole number; readers refuse later ones
+sha256    checksum of the arrays and the rest of the header; files of old versions have none
+========= =================================================================================
+
+and, each as JSON, the entries of its format. Maps have "modules", the module names in execution order (safetensors
+keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module>.bias``. A `Record` has "fields", where
+a tensor's name stands for each of its arrays.
 """
 
+import hashlib
 import json
 import os
 import secrets
 from collections.abc import Mapping
+from importlib import import_module
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .affine import AffineMap
+from .._checks import is_tensor
+from .._lazy import lazy_import
+from .records import Record, from_tensors, to_tensors
 from .steering import SteeringMaps
 
-FORMAT = "lineas"
-VERSION = 1
+FILE = "maps.safetensors"  # in folders and on the hub
 
-_DTYPES = {"F32": np.float32, "F64": np.float64}
+
+class Format(NamedTuple):
+    """What a file is in words, the types of its entries, and the class of lineas that is read from it, if any."""
+
+    what: str
+    entries: Mapping[str, type]
+    reader: tuple[str, str] | None
+    version: int = 1
+    oldest: int = 1  # version that is still read
+
+
+FORMATS = {
+    "lineas": Format("steering maps", {"modules": list, "metadata": dict}, ("maps.steering", "SteeringMaps")),
+    "lineas sparse path": Format("a sparse path", {"fields": dict}, ("maps.path", "SparsePath")),
+    "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
+    "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
+    "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
+    "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=2, oldest=2),
+}
+
+
+def write(path: str | PathLike[str], format: str, tensors: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Write a file of a format with its entries and with tensors by name, as a whole or not at all.
+
+    They are NumPy arrays or torch tensors, not both, of any dtype that safetensors knows. TypeError if JSON cannot hold
+    an entry, ValueError if a name is not valid Unicode, OSError if the file cannot be written: what was there still is.
+    """
+    library = "torch" if any(map(is_tensor, tensors.values())) else "numpy"
+    for name in tensors:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"cannot save the tensor name {name!r}: it is not valid Unicode") from None
+    ready = {name: _plain(x) for name, x in tensors.items()}
+    header = {"format": format, "version": str(FORMATS[format].version)}
+    header |= {key: json.dumps(value) for key, value in entries.items()}
+    header["sha256"] = _checksum(ready, header)
+    # safetensors is imported here, not above: arrays work where there is none.
+    write_atomically(os.fspath(path), import_module(f"safetensors.{library}").save(ready, header))
+
+
+def _plain(x: Any) -> Any:
+    """An array as safetensors takes it: contiguous, sharing no memory, in native byte order."""
+    if is_tensor(x):
+        return x.detach().to("cpu", copy=True).contiguous()
+    return np.require(x, dtype=x.dtype.newbyteorder("="), requirements="C")
+
+
+def _checksum(tensors: Mapping[str, Any], header: Mapping[str, str]) -> str:
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}".encode())
+        flat = x.reshape(-1)
+        found.update(flat.view(import_module("torch").uint8).numpy() if is_tensor(x) else flat.view(np.uint8))
+    return found.hexdigest()
 
 
 def write_atomically(path: str, data: bytes) -> None:
@@ -48,48 +108,51 @@ def write_atomically(path: str, data: bytes) -> None:
         raise
 
 
-def save(maps: SteeringMaps, path: str | PathLike[str]) -> None:
-    """Write maps to a safetensors file.
+def read(path: str | PathLike[str], *formats: str, framework: str = "np") -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read a file of one of `formats` (default: of any) that `write` wrote: its format, its tensors and its entries.
 
-    The write is atomic: a file of that name is replaced only once the new one is complete on disk, and a failed
-    write leaves no trace.
-
-    Parameters
-    ----------
-    maps : SteeringMaps
-        What to write, metadata included.
-    path : str or PathLike
-        Where; the folder must exist.
-
-    Raises
-    ------
-    TypeError
-        If `maps` is not a `SteeringMaps`.
-    ValueError
-        If a module name cannot be written as UTF-8.
-    OSError
-        If the file cannot be written.
+    The tensors are NumPy arrays, for framework "pt" torch's; NumPy knows bfloat16 only where ml_dtypes is installed.
+    OSError if the file cannot be read. ValueError, which names the file and what is wrong, if it is not a sound
+    safetensors file, of another format or a later version, or changed: any file can be given, hostile ones too.
     """
-    if not isinstance(maps, SteeringMaps):
-        raise TypeError(f"maps must be a SteeringMaps, got {type(maps).__name__}")
-    from safetensors.numpy import save as to_bytes  # here, not above: arrays work where there is no safetensors
+    from safetensors import SafetensorError, safe_open
 
-    path = os.fspath(path)
-    tensors = {}
-    for name, one in maps.items():
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"cannot save the module name {name!r}: it is not valid Unicode") from None
-        tensors[f"{name}.weight"] = one.weight
-        tensors[f"{name}.bias"] = one.bias
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "modules": json.dumps(list(maps)),
-        "metadata": json.dumps(maps.metadata),
-    }
-    write_atomically(path, to_bytes(tensors, header))
+    path, tensors = os.fspath(path), {}
+    with open(path, "rb"):
+        pass  # for the operating system's own exact error; safetensors words it in its way
+    try:
+        with safe_open(path, framework=framework) as file:
+            header = file.metadata() or {}
+            format = _checked_format(path, header.get("format"), formats or tuple(FORMATS))
+            version, known = _parse(path, header, "version", int), FORMATS[format]
+            if not known.oldest <= version <= known.version:
+                advice = ": update lineas" if version > known.version else ""
+                raise ValueError(
+                    f"{path} has version {version} of the format; this lineas reads versions {known.oldest} to "
+                    f"{known.version}{advice}"
+                )
+            entries = {key: _parse(path, header, key, kind) for key, kind in known.entries.items()}
+            for name in file.keys():
+                try:
+                    tensors[name] = file.get_tensor(name)
+                except (AttributeError, ImportError, TypeError) as error:  # a dtype that NumPy does not know
+                    dtype = file.get_slice(name).get_dtype()
+                    raise ValueError(f"{path}: tensor {name!r} of dtype {dtype} cannot be read: {error}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a sound safetensors file: {error}") from None
+    written = header.pop("sha256", None)
+    if written is not None and written != _checksum(tensors, header):
+        raise ValueError(f"{path} is damaged: its content is not what was written")
+    return format, tensors, entries
+
+
+def _checked_format(path: str, format: str | None, formats: tuple[str, ...]) -> str:
+    if format is None or format not in FORMATS:
+        raise ValueError(f"{path} is not a file of lineas: its header says format {format!r}")
+    if format not in formats:
+        wanted = " or ".join(dict.fromkeys(FORMATS[wanted].what for wanted in formats))
+        raise ValueError(f"{path} holds {FORMATS[format].what}, not {wanted}")
+    return format
 
 
 def _parse(path: str, header: Mapping[str, str], key: str, kind: type) -> Any:
@@ -104,72 +167,92 @@ def _parse(path: str, header: Mapping[str, str], key: str, kind: type) -> Any:
     return value
 
 
-def _read(path: str, file: Any) -> SteeringMaps:
-    header = file.metadata() or {}
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a file of lineas maps: its header says format {header.get('format')!r}")
-    version = _parse(path, header, "version", int)
-    if not 1 <= version <= VERSION:
-        raise ValueError(
-            f"{path} has version {version} of the format; this lineas reads versions up to {VERSION}: update lineas"
-        )
-    modules = _parse(path, header, "modules", list)
-    metadata = _parse(path, header, "metadata", dict)
-    if not all(isinstance(name, str) and name for name in modules) or len(set(modules)) != len(modules):
-        raise ValueError(f"{path}: 'modules' in the header must be different names that are not empty")
-    expected = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
-    found = set(file.keys())
-    if expected - found:
-        raise ValueError(f"{path} lacks tensor {min(expected - found)!r}")
-    if found - expected:
-        raise ValueError(f"{path} has the unexpected tensor {min(found - expected)!r}")
-    maps = {}
-    for name in modules:
-        for key in (f"{name}.weight", f"{name}.bias"):
-            # Before get_tensor, which cannot give every dtype to NumPy.
-            dtype = file.get_slice(key).get_dtype()
-            if dtype not in _DTYPES:
-                raise ValueError(f"{path}: tensor {key!r} must be F32 or F64, got {dtype}")
-        try:
-            maps[name] = AffineMap(file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.bias"))
-        except ValueError as error:
-            raise ValueError(f"{path}: module {name!r}: {error}") from None
-    try:
-        return SteeringMaps(maps, metadata)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+# ---- what users save -------------------------------------------------------------------------------------------------
 
 
-def load(path: str | PathLike[str]) -> SteeringMaps:
-    """Read maps that ``maps.save`` wrote.
+def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
+    """Write maps, a sparse path, the result of a fit or a Gaussian map to a safetensors file, for `lineas.load`.
+
+    The write is atomic: a file of that name is replaced only once the new one is complete on disk, and a failed
+    write leaves no trace.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Where; the folder must exist.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, or its metadata cannot be written as JSON.
+    ValueError
+        If a module name cannot be written as UTF-8.
+    OSError
+        If the file cannot be written.
+    """
+    if not isinstance(value, SteeringMaps | Record):
+        raise TypeError(f"only SteeringMaps, paths, results and GaussianMap can be saved, got {type(value).__name__}")
+    write(path, "lineas" if isinstance(value, SteeringMaps) else value.FORMAT, *to_tensors(value))
+
+
+def load(
+    name: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """Read what ``maps.save``, ``path.save`` or ``result.save`` wrote, or maps from a folder or the Hugging Face Hub.
 
     Any file can be given, a damaged or hostile one too: it is checked as it is read, and nothing in it is ever run.
 
     Parameters
     ----------
-    path : str or PathLike
-        A safetensors file.
+    name : str or PathLike
+        A file; a folder that `SteeringMaps.save_pretrained` wrote; or else ``"user/name"`` on the hub.
+    revision : str, optional
+        A branch, tag or commit of a repository on the hub. Default: its main branch.
+    token : str or bool, optional
+        For the hub. Default: that of ``hf auth login``.
+    cache_dir : str or PathLike, optional
+        Where files of the hub are kept. Default: huggingface_hub's cache.
+    local_files_only : bool, default False
+        Take files of the hub from its cache only.
 
     Returns
     -------
-    SteeringMaps
+    SteeringMaps, SparsePath, EndToEndPath, FitResult or GaussianMap
         Equal to what was saved, metadata included.
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file, folder, repository or revision, or no maps in it.
     OSError
-        If there is no such file, or it cannot be read.
+        If the file cannot be read.
+    ImportError
+        If it is on the hub and huggingface_hub is not installed (``pip install "lineas[hub]"``).
+    ConnectionError
+        If the hub cannot be reached and the cache does not have the maps.
     ValueError
-        If it is not a safetensors file, not one of lineas maps, from a later version, or its content does not hold
+        If it is not a safetensors file, not one of lineas, from a later version, damaged, or its content does not hold
         together; the message names the file and what is wrong.
     """
-    from safetensors import SafetensorError, safe_open
+    path = os.fsdecode(name)
+    if os.path.isdir(path):
+        path = os.path.join(path, FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"the folder {os.fsdecode(name)!r} has no {FILE}")
+    elif not os.path.exists(path) and not path.endswith(".safetensors"):
+        from .hub import download
 
-    path = os.fspath(path)
-    with open(path, "rb"):
-        pass  # for the operating system's own exact error; safetensors words it in its way
+        path = download(path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    format, tensors, entries = read(path)
+    reader = FORMATS[format].reader
+    if reader is None:
+        raise ValueError(f"{path} holds {FORMATS[format].what}: pass it as checkpoint= to go on with that fit")
     try:
-        with safe_open(path, framework="np") as file:
-            return _read(path, file)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from None
+        return from_tensors(lazy_import(*reader), tensors, entries)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None

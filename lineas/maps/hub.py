@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .files import load, save, write_atomically
+from .files import FILE, save, write_atomically
 from .steering import SteeringMaps
 
-FILE = "maps.safetensors"
 CARD = "README.md"
 
 _CARD = """\
@@ -31,7 +30,7 @@ Sparse affine maps of activations, one slope and one shift a neuron, for lineas.
 ```python
 import lineas
 
-maps = lineas.SteeringMaps.from_pretrained({place})
+maps = lineas.load({place})
 with maps.attach(model, strength=0.8):  # 0 is off, 1 the maps as they were fitted
     ...
 ```
@@ -44,32 +43,27 @@ with maps.attach(model, strength=0.8):  # 0 is off, 1 the maps as they were fitt
 """
 
 
-def _library() -> Any:
+def _library(purpose: str = "this") -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.errors  # it imports neither by itself
+        import huggingface_hub.utils
     except ImportError as error:
-        raise ImportError('this needs huggingface_hub: pip install "lineas[hub]"') from error
+        raise ImportError(f'{purpose} needs huggingface_hub: pip install "lineas[hub]"') from error
     return huggingface_hub
 
 
 def card(maps: SteeringMaps, repo_id: str | None = None) -> str:
     """A model card in Markdown, with metadata that the hub reads."""
-    hub = _library()
-    metadata = maps.metadata
+    hub, metadata = _library(), maps.metadata
     base = metadata.get("model")
     # A model that was loaded from a folder has its path for a name, which is nobody's business.
     base = base if isinstance(base, str) and not os.path.exists(base) and _is_id(hub, base) else None
     data = hub.ModelCardData(
         library_name="lineas", base_model=base, tags=["lineas", "activation-steering", "steering-vector"]
     )
-    facts = {
-        "base model": base,
-        "method": metadata.get("method"),
-        "layers": metadata.get("layers"),
-        "pooling": metadata.get("pooling"),
-        "tokens": metadata.get("tokens"),
-        "lineas": metadata.get("version"),
-    }
+    facts = {"base model": base} | {name: metadata.get(name) for name in ("method", "layers", "pooling", "tokens")}
+    facts["lineas"] = metadata.get("version")
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
     rows.append(f"| changed neurons | {maps.support} of {maps.d} ({maps.support / maps.d:.1%}) |")
     return _CARD.format(
@@ -179,7 +173,8 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(maps, folder, repo_id=repo_id)  # before anything is made on the hub
         try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            save_pretrained(maps, folder, repo_id=repo_id)  # with the user's name in front
             # A card that somebody wrote stays.
             kept = [CARD] if api.file_exists(repo_id, CARD, revision=revision) else None
             commit = api.upload_folder(
@@ -195,77 +190,27 @@ def push_to_hub(
     return str(commit.pr_url if create_pr else commit.commit_url)
 
 
-def from_pretrained(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> SteeringMaps:
-    """Read maps from a folder that `save_pretrained` wrote, or from the Hugging Face Hub.
-
-    Parameters
-    ----------
-    name : str or PathLike
-        A folder, or else ``"user/name"`` on the hub.
-    revision : str, optional
-        A branch, tag or commit of the repository. Default: its main branch.
-    token : str or bool, optional
-        Default: that of ``hf auth login``.
-    cache_dir : str or PathLike, optional
-        Where files of the hub are kept. Default: huggingface_hub's cache.
-    local_files_only : bool, default False
-        Use the cache only.
-
-    Returns
-    -------
-    SteeringMaps
-        As they were saved. The file is checked as by `lineas.load`; nothing in it is ever run.
-
-    Raises
-    ------
-    ImportError
-        If it is no folder and huggingface_hub is not installed (``pip install "lineas[hub]"``).
-    FileNotFoundError
-        If there is no such folder, repository or revision, or no maps in it.
-    ConnectionError
-        If the hub cannot be reached and the cache does not have the maps.
-    ValueError
-        If the file is not one of lineas maps; see `lineas.load`.
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, FILE)):
-            raise FileNotFoundError(f"the folder {name!r} has no {FILE}")
-        return load(os.path.join(name, FILE))
-    if os.path.isfile(name):
-        raise ValueError(f"{name!r} is a file: read it by lineas.load")
-    hub = _library()
+def download(name: str, revision: str | None, **options: Any) -> str:
+    """The file with the maps of a repository on the hub, in the cache; options and errors as those of `load`."""
+    nothing = f"{name!r} is no file or folder"
+    if name.count("/") != 1:
+        raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")
+    hub = _library(f"{nothing} here, and asking the hub")
     if not _is_id(hub, name):
-        raise FileNotFoundError(f"{name!r} is no folder, nor a hub id such as 'user/name'")
+        raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")
     what = f"{name!r}" + (f" at revision {revision!r}" if revision is not None else "")
     try:
-        path = hub.hf_hub_download(
-            name,
-            FILE,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            library_name="lineas",
-        )
+        return hub.hf_hub_download(name, FILE, revision=revision, library_name="lineas", **options)
     except hub.errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{what} is no folder here, and not in the cache of huggingface_hub, and the hub was not asked or could "
-            "not be reached"
+            f"{what} is no file or folder here, and not in the cache of huggingface_hub, and the hub was not asked or "
+            "could not be reached"
         ) from error
     except hub.errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"the hub's {name!r} has no revision {revision!r}") from error
     except hub.errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is no folder here, and the hub has no such repository, or a private one (token=)"
+            f"{nothing} here, and the hub has no such repository, or a private one (token=)"
         ) from error
     except hub.errors.EntryNotFoundError as error:
         raise FileNotFoundError(f"the hub's {what} has no {FILE}: it holds no maps of lineas") from error
-    return load(path)

@@ -23,17 +23,21 @@ POOLINGS = ("mean", "min", "max", "last", "all")
 
 
 def describe(method: str, **facts: Any) -> dict[str, Any]:
-    """The metadata of maps made by `method`; `layers`, `loss_layers` and `tokens` among the facts are spelled out."""
+    """The metadata of maps made by `method`, spelled out; the only place that makes them."""
+    return {"method": method, "version": __version__, **spell(facts)}
+
+
+def spell(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as JSON can hold them: `layers`, `loss_layers` and `tokens` as users give them, or spelled out already."""
     spelled = {"layers": spell_layers, "loss_layers": spell_layers, "tokens": spell_tokens}
-    facts = {name: spelled.get(name, lambda fact: fact)(fact) for name, fact in facts.items()}
-    return {"method": method, "version": __version__, **facts}
+    return {name: spelled[name](fact) if name in spelled else fact for name, fact in facts.items()}
 
 
-def spell_layers(layers: Layers) -> str | list[str]:
-    """`layers` as something JSON can hold; a regular expression as its pattern."""
-    if isinstance(layers, str | re.Pattern):
-        return layers if isinstance(layers, str) else layers.pattern
-    return [layer if isinstance(layer, str) else layer.pattern for layer in layers]
+def spell_layers(layers: Any) -> Any:
+    """`layers` with regular expressions as their patterns."""
+    if isinstance(layers, list | tuple):
+        return [spell_layers(layer) for layer in layers]
+    return layers.pattern if isinstance(layers, re.Pattern) else layers
 
 
 def check_tokens(tokens: Any) -> Selection:
@@ -65,11 +69,11 @@ def check_tokens(tokens: Any) -> Selection:
     return tokens
 
 
-def spell_tokens(tokens: Selection) -> Any:
-    """`tokens` as something JSON can hold: a word, or a dict with "slice" or "callable"."""
+def spell_tokens(tokens: Any) -> Any:
+    """`tokens` with a slice or a callable as a dict that says so."""
     if isinstance(tokens, slice):
         return {"slice": [tokens.start, tokens.stop, tokens.step]}
-    return tokens if isinstance(tokens, str) else {"callable": name_of(tokens)}
+    return {"callable": name_of(tokens)} if callable(tokens) else tokens
 
 
 def name_of(function: Any) -> str:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_positive
+from .._checks import as_flag, as_int, as_positive, is_number
+from .._lazy import lazy_method
 from .._threads import get_num_threads
 from .affine import AffineMap
+from .records import Record
 from .steering import SteeringMaps
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from ..notebook.plot import path as plot
+
+
+def check_penalties(penalties: ArrayLike) -> NDArray[np.float64]:
+    """Penalties as float64 [K]; ValueError unless there are some, and they are finite, above 0 and falling."""
+    grid = np.array(penalties, dtype=np.float64)
+    if grid.ndim != 1 or not grid.size:
+        raise ValueError(f"penalties must be a non-empty list of numbers, got shape {grid.shape}")
+    if not np.isfinite(grid).all() or grid.min() <= 0 or (np.diff(grid) >= 0).any():
+        raise ValueError(f"penalties must be finite, above 0 and strictly falling, got {penalties!r}")
+    return grid
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparsePath:
+class SparsePath(Record):
     """Maps for falling penalties, of one module or of all modules of a model at one penalty for all.
 
     `lineas.sparse_path` makes one from arrays, `lineas.sparse_path_end_to_end` from a model. ``path.at(...)`` takes the
     maps of a point, by its penalty, its support, its index, or the one with the least held-out loss; ``len(path)`` is
-    the number of points and ``path[k]`` the same as ``path.at(index=k)``.
+    the number of points and ``path[k]`` the same as ``path.at(index=k)``. ``path.save(file)`` writes it for
+    `lineas.load`. Paths are equal if all but their metadata is.
 
     Attributes
     ----------
@@ -58,6 +70,17 @@ class SparsePath:
         on; `at` solves for penalties between its points from them.
     """
 
+    FORMAT = "lineas sparse path"
+    # K penalties, L modules, D neurons; of arrays that are not None.
+    _SHAPES: ClassVar[dict[str, str]] = {
+        "loss": "K",
+        "held_out_loss": "K",
+        "kkt_residual": "K",
+        "weight": "KD",
+        "bias": "KD",
+        "module_support": "KL",
+    }
+
     penalties: NDArray
     l1_ratio: float
     loss: NDArray
@@ -67,12 +90,23 @@ class SparsePath:
     weight: NDArray
     bias: NDArray
     kkt_residual: NDArray | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     moments: list[NDArray] | None = None
     module_support: NDArray = None  # type: ignore[assignment]  # counted where the caller has not done so
     support: NDArray = field(init=False)
 
     def __post_init__(self) -> None:
+        if np.shape(self.penalties) != (1,) or not np.isnan(self.penalties[0]):  # maps without a penalty are one point
+            check_penalties(self.penalties)
+        if not self.widths or min(self.widths) < 1 or len(self.modules or "1") != len(self.widths):
+            raise ValueError(f"widths must be a number above 0 for each module, got {self.widths}")
+        sizes = {"K": len(self.penalties), "L": len(self.widths), "D": self.d}
+        for name, letters in self._SHAPES.items():
+            shape, found = tuple(sizes[letter] for letter in letters), getattr(self, name)
+            if found is not None and np.shape(found) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {np.shape(found)}")
+        if self.moments is not None and [np.shape(one) for one in self.moments] != [(5, d) for d in self.widths]:
+            raise ValueError("moments must have shape [5, d] for each module")
         if self.module_support is None:
             changed = (self.weight != 1) | (self.bias != 0)
             starts = np.concatenate(([0], np.cumsum(self.widths)[:-1]))
@@ -122,21 +156,17 @@ class SparsePath:
         IndexError
             If `index` is out of range.
         """
-        given = [value is not None for value in (penalty, support, index)]
-        if not isinstance(best, bool | np.bool_):
-            raise TypeError(f"best must be True or False, got {type(best).__name__}")
-        if sum(given) + bool(best) != 1:
+        if sum(value is not None for value in (penalty, support, index)) + as_flag(best, "best") != 1:
             raise TypeError("exactly one of penalty, support, index and best=True must be given")
         if best:
             if self.held_out_loss is None:
                 raise ValueError("best: the path has no held-out loss; pass held_out when it is made")
             return int(np.argmin(self.held_out_loss))
         if index is not None:
-            if isinstance(index, bool) or not isinstance(index, Integral):
-                raise TypeError(f"index must be an integer, got {type(index).__name__}")
+            index = as_int(index, "index")
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index must be from {-len(self)} to {len(self) - 1}, got {index}")
-            return int(index) % len(self)
+            return index % len(self)
         if penalty is not None:
             return self._nearest(as_positive(penalty, "penalty"))
         count = self._count(support)
@@ -155,7 +185,7 @@ class SparsePath:
 
     def _count(self, support: Any) -> int:
         """`support` as a number of neurons."""
-        if isinstance(support, bool) or not isinstance(support, Real):
+        if not is_number(support):
             raise TypeError(f"support must be an int (neurons) or a float (share), got {type(support).__name__}")
         if isinstance(support, Integral):
             count = int(support)
@@ -268,8 +298,7 @@ class SparsePath:
             f"support {self.support[0]} to {self.support[-1]} of {self.d} neurons)"
         )
 
-    def plot(self, axes: Sequence[Axes] | None = None) -> NDArray:
-        """Draw loss and support against the penalty, and the support of every module; see `lineas.plot.path`."""
-        from ..notebook.plot import path
-
-        return path(self, axes=axes)
+    if TYPE_CHECKING:
+        plot = plot
+    else:
+        plot = lazy_method("notebook.plot", "path")

@@ -9,27 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._checks import as_strength
+from .._checks import as_strength, is_number
 from .._lazy import lazy_method
-from .._names import hint, matching
+from .._names import hint, in_execution_order, matching
 from .affine import AffineMap
+from .metadata import describe
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from ..export.fold import fold
     from ..export.lora import to_peft_lora
     from ..hooks.attach import attach
-    from .files import save
+    from .files import load, save
     from .hub import push_to_hub, save_pretrained
+    from .vectors import from_vector
 
 
 class SteeringMaps(Mapping[str, AffineMap]):
     """Maps of several modules: an immutable mapping from module name to `AffineMap`, in execution order.
 
-    ``second @ first`` composes module by module; where one side lacks a module it counts as the identity there.
     Two SteeringMaps are equal if they hold equal maps under the same names in the same order; metadata does not
     count.
+
+    They are combined module by module, as single maps are (see `AffineMap`): ``second @ first`` applies `first`, then
+    `second`; ``a + b`` adds the changes that both make, ``a - b`` takes the second off again; ``0.5 * a`` is half of
+    the change. A module that one side lacks counts as the identity there; the modules of both are put in one execution
+    order, by those that both have and by the numbers in the names of the others.
 
     Parameters
     ----------
@@ -37,8 +41,8 @@ class SteeringMaps(Mapping[str, AffineMap]):
         At least one module, in execution order.
     metadata : dict, optional
         Anything JSON can hold: where the maps come from. Kept in saved files. It is passed on by `rename` and
-        `select`; `inverse`, `scaled` and ``@`` put it into ``{"method": "inverse" | "scaled" | "composition",
-        "parts": [...]}``, with ``"strength"`` beside it for "scaled", parts in the order of application.
+        `select`; `inverse`, `scaled`, ``@`` and ``+`` put it into ``{"method": "inverse" | "scaled" | "composition" |
+        "sum", "version": ..., "parts": [...]}``, parts in the order of application; "scaled" ones have "strength" too.
 
     Raises
     ------
@@ -113,7 +117,8 @@ class SteeringMaps(Mapping[str, AffineMap]):
             return NotImplemented
         return list(self._maps.items()) == list(other._maps.items())
 
-    __hash__ = None  # type: ignore[assignment]  # as in AffineMap
+    __hash__ = None  # type: ignore[assignment]  # as in AffineMap, like the next
+    __array_ufunc__ = None
 
     def __reduce__(self) -> tuple:
         return SteeringMaps, (self._maps, self._metadata)
@@ -177,28 +182,32 @@ class SteeringMaps(Mapping[str, AffineMap]):
                 inverses[name] = one.inverse()
             except ValueError as error:
                 raise ValueError(f"module {name!r}: {error}") from None
-        return SteeringMaps(inverses, {"method": "inverse", "parts": [self._metadata]})
+        return SteeringMaps(inverses, describe("inverse", parts=[self._metadata]))
 
     def scaled(self, strength: float) -> SteeringMaps:
         """Return the maps that at strength 1 do what these do at `strength`."""
         s = as_strength(strength)
-        scaled = {name: one.with_strength(s) for name, one in self._maps.items()}
-        return SteeringMaps(scaled, {"method": "scaled", "strength": s, "parts": [self._metadata]})
+        scaled = {name: one.scaled(s) for name, one in self._maps.items()}
+        return SteeringMaps(scaled, describe("scaled", strength=s, parts=[self._metadata]))
+
+    def __mul__(self, strength: float) -> SteeringMaps:
+        return self.scaled(strength) if is_number(strength) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringMaps:
+        return self.scaled(-1)
 
     def __matmul__(self, first: SteeringMaps) -> SteeringMaps:
-        if not isinstance(first, SteeringMaps):
+        return _combined(first, self, lambda name: self[name] @ first[name], "composition")
+
+    def __add__(self, other: SteeringMaps) -> SteeringMaps:
+        return _combined(self, other, lambda name: self[name] + other[name], "sum")
+
+    def __sub__(self, other: SteeringMaps) -> SteeringMaps:
+        if not isinstance(other, SteeringMaps):
             return NotImplemented
-        composed = {}
-        # The order of `first`, then what only the second has: both lists are in execution order already.
-        for name in [*first._maps, *(name for name in self._maps if name not in first._maps)]:
-            if name in first._maps and name in self._maps:
-                try:
-                    composed[name] = self._maps[name] @ first._maps[name]
-                except ValueError as error:
-                    raise ValueError(f"module {name!r}: {error}") from None
-            else:
-                composed[name] = first._maps[name] if name in first._maps else self._maps[name]
-        return SteeringMaps(composed, {"method": "composition", "parts": [first._metadata, self._metadata]})
+        return _combined(self, -other, lambda name: self[name] - other[name], "sum")
 
     def rename(
         self, change: Callable[[str], str] | Mapping[str, str] | None = None, *, prefix: str | None = None
@@ -280,18 +289,13 @@ class SteeringMaps(Mapping[str, AffineMap]):
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
 
-    @staticmethod
-    def from_pretrained(name: str | PathLike[str], **options: Any) -> SteeringMaps:
-        """Read maps from a folder or the Hugging Face Hub; see `lineas.maps.hub.from_pretrained`."""
-        from .hub import from_pretrained
-
-        return from_pretrained(name, **options)
-
     if TYPE_CHECKING:
         attach = attach
         save = save
         save_pretrained = save_pretrained
         push_to_hub = push_to_hub
+        from_pretrained = staticmethod(load)
+        from_vector = staticmethod(from_vector)
         fold = fold
         to_peft_lora = to_peft_lora
     else:
@@ -299,5 +303,21 @@ class SteeringMaps(Mapping[str, AffineMap]):
         save = lazy_method("maps.files", "save")
         save_pretrained = lazy_method("maps.hub", "save_pretrained")
         push_to_hub = lazy_method("maps.hub", "push_to_hub")
+        from_pretrained = lazy_method("maps.files", "load", static=True)
+        from_vector = lazy_method("maps.vectors", "from_vector", static=True)
         fold = lazy_method("export.fold", "fold")
         to_peft_lora = lazy_method("export.lora", "to_peft_lora")
+
+
+def _combined(first: SteeringMaps, second: SteeringMaps, both: Callable[[str], AffineMap], method: str) -> SteeringMaps:
+    """`both` of the modules that both have, and the maps of the others as they are."""
+    if not (isinstance(first, SteeringMaps) and isinstance(second, SteeringMaps)):
+        return NotImplemented
+    combined = {}
+    for name in in_execution_order(list(first), list(second)):
+        try:
+            only = first if name not in second else second if name not in first else None
+            combined[name] = both(name) if only is None else only[name]
+        except ValueError as error:
+            raise ValueError(f"module {name!r}: {error}") from None
+    return SteeringMaps(combined, describe(method, parts=[first._metadata, second._metadata]))

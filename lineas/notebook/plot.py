@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import as_int
+from ..maps.affine import at_strength
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,8 +133,8 @@ def quantiles(
     width = map.weight.size
     before = _column(source, "source", width, neuron)
     wanted = _column(target, "target", width, neuron)
-    scale, shift = float(map.weight[neuron]), float(map.bias[neuron])
-    after = before + strength * ((scale - 1.0) * before + shift)
+    slope, shift = at_strength(float(map.weight[neuron]), float(map.bias[neuron]), strength)
+    after = slope * before + shift
     ax = _axes(ax)
     label = "source, mapped" if strength == 1.0 else f"source, mapped at strength {strength:g}"
     _quantile_line(ax, before, "source", color=GREY, linestyle="--")
@@ -185,7 +186,8 @@ def most_changed(
     if not 1 <= n <= width:
         raise ValueError(f"n: expected 1 <= n <= {width}, the map's width, got {n}")
     rows = _sample(source, "source", width).astype(np.float64)
-    moved = np.mean(((map.weight.astype(np.float64) - 1) * rows + map.bias) ** 2, axis=0)
+    slopes, shifts = at_strength(map.weight.astype(np.float64), map.bias, 1)
+    moved = np.mean((slopes * rows + shifts - rows) ** 2, axis=0)
     columns = min(n, 3)
     size = (2.6 * columns + 0.6, 2.4 * -(-n // columns) + 0.4)
     drawn = _panels(axes, n, "one a neuron", nrows=-(-n // columns), ncols=columns, figsize=size)

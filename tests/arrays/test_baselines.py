@@ -135,7 +135,7 @@ def test_bfloat16_is_that_of_its_values_in_float32(rng, method):
         ({"a": np.ones((3, 2))}, {"b": np.ones((3, 2))}, ValueError, "target must have the modules of source"),
         (np.ones((1, 2)), np.ones((3, 2)), ValueError, "source must have at least 2 rows and 1 column"),
         (np.ones((3, 2)), np.ones((3, 4)), ValueError, "source and target must have the same number of columns, got"),
-        (np.ones((3, 2), int), np.ones((3, 2)), TypeError, "source must be float16, bfloat16, float32 or float64, got"),
+        (np.ones((3, 2), bool), np.ones((3, 2)), TypeError, "source must be float16, bfloat16, float32, float64 or an"),
         (
             {"a": np.ones((3, 2))},
             {"a": np.array([[1, 2], [np.inf, 0], [np.nan, 0]])},

@@ -130,6 +130,31 @@ def test_dtypes(rng):
         assert one == lineas.fit(a.astype(expected), b.astype(expected))
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.uint16, ">i4"])
+def test_integers_are_taken_as_float64(rng, dtype):
+    u, v = rng.integers(0, 50, (6, 3)).astype(dtype), rng.integers(0, 90, (7, 3)).astype(dtype)
+    wide = u.astype(np.float64), v.astype(np.float64)
+    for use in (
+        lineas.fit,
+        lineas.wasserstein,
+        lambda u, v: lineas.fit(u, v.astype(np.float32), l1=0.1),
+        lambda u, v: lineas.sparse_path(u, v, n_penalties=3)[2],
+        lineas.baselines.aura,
+        lineas.baselines.mean,
+        lambda u, v: lineas.bures_map(u, v, ridge=0.1).matrix,
+        lambda u, v: lineas.covariance(u),
+        lambda u, v: lineas.moments(u).variance(),
+        lambda u, v: lineas.fit({"a": u}, {"a": v.tolist()})["a"],
+        lambda u, v: lineas.bures_map(u, v).transform(u),
+        lambda u, v: lineas.fit(u, v).transform(v),
+    ):
+        found, expected = use(u, v), use(*wide)
+        assert found.dtype == np.float64 and np.array_equal(found == expected, np.ones(np.shape(found == expected)))
+    torch = pytest.importorskip("torch")
+    tensors = torch.from_numpy(u.astype(np.int32)), torch.from_numpy(v.astype(np.uint8))
+    assert lineas.fit(*tensors) == lineas.fit(*wide)
+
+
 def test_tensors_and_memory_mapped_arrays(rng, tmp_path):
     u, v = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(7, 3)).astype(np.float32)
     expected = lineas.fit(u, v)
@@ -151,9 +176,9 @@ def test_tensors_and_memory_mapped_arrays(rng, tmp_path):
         ({"source": np.ones(3)}, ValueError, r"source must have shape \[n, d\], got shape \(3,\)"),
         ({"source": np.ones((2, 4))}, ValueError, r"source and target must have the same number of columns"),
         (
-            {"source": np.ones((2, 3), int)},
+            {"source": np.ones((2, 3), bool)},
             TypeError,
-            "source must be float16, bfloat16, float32 or float64, got dtype int64",
+            "source must be float16, bfloat16, float32, float64 or an integer type, got dtype bool",
         ),
         (
             {"source": {"a": np.ones((2, 3))}},
@@ -332,8 +357,8 @@ def test_gaussian_map_errors(rng):
     one = GaussianMap(np.eye(3), np.zeros(3))
     with pytest.raises(ValueError, match=r"z must have 3 channels on the last axis, got shape \(2, 4\)"):
         one.transform(np.ones((2, 4)))
-    with pytest.raises(TypeError, match=r"z must be float16, .* got dtype int64"):
-        one.transform(np.ones((2, 3), int))
+    with pytest.raises(TypeError, match=r"z must be float16, .* got dtype bool"):
+        one.transform(np.ones((2, 3), bool))
     with pytest.raises(ValueError, match=r"strength must be finite, got nan"):
         one.transform(np.ones((2, 3)), np.nan)
     with pytest.raises(

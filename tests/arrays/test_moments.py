@@ -147,8 +147,8 @@ def test_a_bad_batch_changes_nothing(rng):
         (np.ones(3), {}, ValueError, r"data must have shape \[n, d\], got shape \(3,\)"),
         (np.ones((0, 3)), {}, ValueError, r"data must have at least 1 row and 1 column, got shape \(0, 3\)"),
         (np.ones((3, 0)), {}, ValueError, r"data must have at least 1 row and 1 column, got shape \(3, 0\)"),
-        (np.ones((2, 3), int), {}, TypeError, "data must be float16, .* got dtype int64"),
-        ([np.ones((2, 3)), np.ones((2, 3), int)], {}, TypeError, "batch 1 must be float16, .* got dtype int64"),
+        (np.ones((2, 3), bool), {}, TypeError, "data must be float16, .* got dtype bool"),
+        ([np.ones((2, 3)), np.ones((2, 3), bool)], {}, TypeError, "batch 1 must be float16, .* got dtype bool"),
         (
             [np.ones((2, 3)), np.ones((2, 4))],
             {},

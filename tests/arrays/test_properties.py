@@ -154,6 +154,25 @@ def test_strength_goes_along_a_line(case, strength):
     np.testing.assert_allclose(one.transform(z, strength), expected, rtol=1e-12, atol=1e-10)
 
 
+@given(st.integers(1, 8).flatmap(lambda d: st.tuples(maps(d), maps(d), arrays(np.float64, (5, d), elements=grid))))
+def test_sums_add_changes(case):
+    a, b, z = case
+    assert a + b == b + a and SteeringMaps({"a": a}) + SteeringMaps({"a": b}) == SteeringMaps({"a": b + a})
+    assert a - a == AffineMap.identity(a.d) == b - b
+    changed = z + (a.transform(z) - z) + (b.transform(z) - z)
+    np.testing.assert_allclose((a + b).transform(z), changed, rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose((a + b - b).transform(z), a.transform(z), rtol=1e-12, atol=1e-10)
+    shifts = [AffineMap(np.ones(a.d), one.bias) for one in (a, b)]
+    assert shifts[0] + shifts[1] == shifts[1] @ shifts[0]
+
+
+@given(st.integers(1, 8).flatmap(lambda d: st.tuples(maps(d), arrays(np.float64, (5, d), elements=grid))), strengths)
+def test_a_number_times_a_map_is_the_map_at_that_strength(case, strength):
+    one, z = case
+    np.testing.assert_allclose((strength * one).transform(z), one.transform(z, strength), rtol=1e-12, atol=1e-10)
+    assert strength * one == one * strength == one.scaled(strength)
+
+
 @given(samples(), st.sampled_from(["mean", "gaussian", "linear"]))
 def test_a_fitted_map_matches_the_mean(pair, method):
     u, v = (np.concatenate([x, x[:1] + 1]).astype(np.float64) for x in pair)  # two rows at least

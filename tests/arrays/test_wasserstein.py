@@ -130,9 +130,12 @@ def test_read_only_and_memory_mapped(rng, tmp_path):
         ({"u": np.ones((0, 3))}, ValueError, r"u must have at least 1 row and 1 column, got shape \(0, 3\)"),
         ({"v": np.ones((2, 0))}, ValueError, r"v must have at least 1 row and 1 column, got shape \(2, 0\)"),
         ({"v": np.ones((2, 4))}, ValueError, r"u and v must have the same number of columns, got .*\(2, 3\).*\(2, 4\)"),
-        ({"u": np.ones((2, 3), int)}, TypeError, "u must be float16, bfloat16, float32 or float64, got dtype int64"),
+        (
+            {"u": np.ones((2, 3), bool)},
+            TypeError,
+            "u must be float16, bfloat16, float32, float64 or an integer type, got",
+        ),
         ({"v": np.ones((2, 3), bool)}, TypeError, "v must be .* got dtype bool"),
-        ({"u": np.ones((2, 3), np.uint16)}, TypeError, "u must be .* got dtype uint16"),
         ({"u": np.ones((2, 3), complex)}, TypeError, "u must be .* got dtype complex128"),
         ({"u": np.ma.ones((2, 3))}, TypeError, "u must be a plain array, got a masked array"),
         ({"u": "text"}, TypeError, "u must be .* got dtype <U4"),
@@ -156,8 +159,8 @@ def test_bad_input(function, change, error, text):
 def test_bad_tensors():
     torch = pytest.importorskip("torch")
     v = np.zeros((2, 3))
-    with pytest.raises(TypeError, match=r"u must be float16, .* got dtype torch.int64"):
-        lineas.wasserstein(torch.ones(2, 3, dtype=torch.int64), v)
+    with pytest.raises(TypeError, match=r"u must be float16, .* got dtype torch.bool"):
+        lineas.wasserstein(torch.ones(2, 3, dtype=torch.bool), v)
     with pytest.raises(TypeError, match=r"u must be a dense tensor, got layout torch.sparse_coo"):
         lineas.wasserstein(torch.ones(2, 3).to_sparse(), v)
 
@@ -190,7 +193,7 @@ def test_prox_of_nothing_is_nothing(rng):
         ({"x": np.ones((2, 2))}, ValueError, r"x must have shape \[d\] with d >= 1, got shape \(2, 2\)"),
         ({"x": np.ones(0)}, ValueError, r"x must have shape \[d\] with d >= 1, got shape \(0,\)"),
         ({"x": np.ones(2, np.float16)}, TypeError, "x must be float32 or float64, got dtype float16"),
-        ({"x": np.ones(2, int)}, TypeError, "x must be .* got dtype int64"),
+        ({"x": np.ones(2, bool)}, TypeError, "x must be .* got dtype bool"),
         ({"x": np.array([1.0, np.nan])}, ValueError, "x must be finite, got nan at entry 1"),
         ({"tau": -1.0}, ValueError, "tau must not be negative, got -1"),
         ({"l1": np.inf}, ValueError, "l1 must be finite, got inf"),

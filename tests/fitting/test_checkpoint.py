@@ -205,7 +205,7 @@ def test_what_is_no_checkpoint(fit, kept, tmp_path):
     SteeringMaps({"a": AffineMap.identity(3)}).save(maps)
     with pytest.raises(ValueError, match=r"maps\.safetensors is not the checkpoint of a fit: its format is 'lineas'"):
         fit(lr="auto", checkpoint=maps)
-    with pytest.raises(ValueError, match=r"is not a file of lineas maps: its header says format 'lineas checkpoint'"):
+    with pytest.raises(ValueError, match=r"holds the checkpoint of a fit: pass it as checkpoint= to go on"):
         lineas.load(kept)
     tensors, state = checkpoint.load(kept)
     monkey = checkpoint.VERSION

@@ -55,7 +55,7 @@ def test_the_maps_are_those_of_the_steps_held_back(llama):
     result = short_fit(llama, strengths=(0.5,), **settings)
     full = short_fit(llama, SOURCE, TARGET, lr="auto", steps=result.best_step)
     assert result.best_strength == 0.5 and "best_strength=0.5," in repr(result)
-    half = {name: found.with_strength(0.5) for name, found in full.maps.items()}
+    half = {name: found.scaled(0.5) for name, found in full.maps.items()}
     same_maps(result.maps, half, rtol=1e-15, atol=1e-15)
 
 

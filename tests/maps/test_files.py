@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import lineas
@@ -82,7 +83,7 @@ def test_module_names_round_trip(path, name):
 
 def test_a_name_that_is_no_unicode(path):
     maps = SteeringMaps({"bad\udc80": AffineMap.identity(2)})
-    with pytest.raises(ValueError, match=r"cannot save the module name 'bad\\udc80': it is not valid Unicode"):
+    with pytest.raises(ValueError, match=r"cannot save the tensor name 'bad\\udc80\.weight': it is not valid Unicode"):
         maps.save(path)
     assert not path.exists()
 
@@ -146,15 +147,17 @@ def test_save_to_bad_places(maps, tmp_path):
     with pytest.raises(OSError, match=r"directory"):
         maps.save(tmp_path)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(TypeError, match=r"maps must be a SteeringMaps, got AffineMap"):
+    with pytest.raises(TypeError, match=r"only SteeringMaps, paths, .* can be saved, got AffineMap"):
         files.save(maps["a.first"], tmp_path / "x")
 
 
 def test_load_from_bad_places(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing.safetensors"):
         lineas.load(tmp_path / "nothing.safetensors")
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+    with pytest.raises(FileNotFoundError, match=rf"the folder '{tmp_path}' has no maps\.safetensors"):
         lineas.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing' is no file or folder, nor a hub id such as 'user/name'"):
+        lineas.load(tmp_path / "nothing")
     with pytest.raises(TypeError, match=r"str, bytes or os.PathLike"):
         lineas.load(3)
 
@@ -168,9 +171,12 @@ def test_every_truncation_is_an_error(maps, path):
             lineas.load(path)
 
 
-def test_a_flipped_byte_is_an_error_or_other_numbers(maps, path):
-    """No byte of the file can crash the reader, whatever its value."""
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_flipped_byte_is_an_error(maps, path, checksum):
+    """No byte of the file can crash the reader, whatever its value; without a checksum there may be other numbers."""
     maps.save(path)
+    if not checksum:
+        save_file(tensors_of(maps), path, header_of(maps))
     data = path.read_bytes()
     errors = 0
     for at in range(0, len(data), 3):
@@ -178,11 +184,29 @@ def test_a_flipped_byte_is_an_error_or_other_numbers(maps, path):
         broken[at] ^= 0xFF
         path.write_bytes(broken)
         try:
-            assert isinstance(lineas.load(path), SteeringMaps)
+            assert isinstance(lineas.load(path), SteeringMaps) and not checksum
         except ValueError as error:
             assert "maps.safetensors" in str(error)
             errors += 1
     assert errors > len(data) // 10
+    assert errors == len(range(0, len(data), 3)) or not checksum
+
+
+def test_a_file_of_before_checksums(maps, path):
+    save_file(tensors_of(maps), path, header_of(maps))
+    assert lineas.load(path) == maps and lineas.load(path).metadata == maps.metadata
+
+
+@pytest.mark.parametrize("changes", [{"modules": '["a.first", "z.last"]'}, {"metadata": "{}"}, {"sha256": "0" * 64}])
+def test_a_header_that_was_changed(maps, path, changes):
+    maps.save(path)
+    with safe_open(path, "np") as file:
+        header = file.metadata()
+    save_file(tensors_of(maps), path, header)
+    assert lineas.load(path) == maps
+    save_file(tensors_of(maps), path, header | changes)
+    with pytest.raises(ValueError, match=r"maps\.safetensors is damaged: its content is not what was written"):
+        lineas.load(path)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +245,9 @@ def test_a_hostile_pickle_is_not_run(path, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"format": "pt"}, "is not a file of lineas maps: its header says format 'pt'"),
-        ({"format": None}, "is not a file of lineas maps: its header says format None"),
-        ({"version": "2"}, "has version 2 of the format; this lineas reads versions up to 1: update lineas"),
+        ({"format": "pt"}, "is not a file of lineas: its header says format 'pt'"),
+        ({"format": None}, "is not a file of lineas: its header says format None"),
+        ({"version": "2"}, "has version 2 of the format; this lineas reads versions 1 to 1: update lineas"),
         ({"version": "0"}, "has version 0 of the format"),
         ({"version": "one"}, "'version' in the header is not JSON"),
         ({"version": "1.5"}, "'version' in the header must be a JSON int, got float"),
@@ -257,7 +281,7 @@ def test_bad_headers(maps, path, changes, text):
 
 def test_a_file_without_header_metadata(maps, path):
     save_file(tensors_of(maps), path)
-    with pytest.raises(ValueError, match=r"is not a file of lineas maps: its header says format None"):
+    with pytest.raises(ValueError, match=r"is not a file of lineas: its header says format None"):
         lineas.load(path)
 
 
@@ -277,8 +301,11 @@ def test_a_file_without_modules(maps, path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"a.first.bias": np.zeros(3, np.float16)}, r"tensor 'a.first.bias' must be F32 or F64, got F16"),
-        ({"a.first.weight": np.zeros(3, np.int64)}, r"tensor 'a.first.weight' must be F32 or F64, got I64"),
+        (
+            {"a.first.bias": np.zeros(3, np.float16)},
+            r"module 'a.first': bias must be float32 or float64, got dtype",
+        ),
+        ({"a.first.weight": np.zeros(3, bool)}, r"module 'a.first': weight must be float16, .* got dtype bool"),
         ({"a.first.bias": np.zeros(4, np.float32)}, r"module 'a.first': weight and bias must have the same shape"),
         ({"a.first.weight": np.ones((3, 1), np.float32)}, r"module 'a.first': weight must have shape \[d\]"),
         ({"a.first.weight": np.ones(0, np.float32)}, r"module 'a.first': weight must have shape \[d\] with d >= 1"),
@@ -305,5 +332,82 @@ def test_a_bfloat16_tensor(path):
         }
     ).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(6))
-    with pytest.raises(ValueError, match=r"tensor 'a.weight' must be F32 or F64, got BF16"):
+    text = r"module 'a': weight must be float32 or float64, got dtype bfloat16|tensor 'a.weight' of dtype BF16 cannot"
+    with pytest.raises(ValueError, match=text):
         lineas.load(path)
+
+
+# ---- what other rooms write and read ---------------------------------------------------------------------------------
+
+CHECKPOINT = "lineas checkpoint"
+
+
+def test_arrays_of_every_type_pass_through(path):
+    arrays = {
+        "none": np.zeros((0, 3)),
+        "number": np.array(7, np.int64),
+        "bytes": np.arange(6, dtype=np.uint8).reshape(2, 3).T,
+        "flags": np.array([True, False]),
+        "swapped": np.arange(3, dtype=">f4"),
+        "half": np.ones(2, np.float16),
+    }
+    files.write(path, CHECKPOINT, arrays, {"state": {"step": 3}})
+    format, found, entries = files.read(path, CHECKPOINT)
+    assert format == CHECKPOINT and entries == {"state": {"step": 3}} and found.keys() == arrays.keys()
+    for name, x in arrays.items():
+        assert found[name].dtype == x.dtype.newbyteorder("=") and np.array_equal(found[name], x), name
+        assert found[name].shape == x.shape
+
+
+def test_tensors_pass_through(path):
+    torch = pytest.importorskip("torch")
+    memory = torch.arange(6, dtype=torch.float32)
+    tensors = {
+        "bfloat16": torch.tensor([1.5, -0.0], dtype=torch.bfloat16, requires_grad=True),
+        "random": torch.get_rng_state(),
+        "view": memory.view(2, 3).T,
+        "same memory": memory,
+        "number": torch.tensor(3),
+        "none": torch.zeros(0),
+        "flag": torch.tensor(True),
+    }
+    files.write(path, CHECKPOINT, tensors, {"state": {}})
+    found = files.read(path, CHECKPOINT, framework="pt")[1]
+    for name, x in tensors.items():
+        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
+    files.write(path, CHECKPOINT, {"random": tensors["random"], "bool": tensors["flag"]}, {"state": {}})
+    arrays = files.read(path)[1]  # the checksum is the same whoever reads
+    assert np.array_equal(arrays["random"], tensors["random"].numpy()) and arrays["bool"].dtype == bool
+
+
+def test_a_type_that_numpy_does_not_know(path):
+    torch = pytest.importorskip("torch")
+    files.write(path, CHECKPOINT, {"x": torch.ones(2).to(torch.float8_e4m3fn)}, {"state": {}})
+    with pytest.raises(ValueError, match=r"maps\.safetensors: tensor 'x' of dtype F8_E4M3 cannot be read"):
+        files.read(path, CHECKPOINT)
+
+
+def test_files_of_another_kind(maps, path):
+    files.write(path, CHECKPOINT, {}, {"state": {}})
+    with pytest.raises(ValueError, match=r"maps\.safetensors holds the checkpoint of a fit, not steering maps$"):
+        files.read(path, "lineas")
+    with pytest.raises(ValueError, match=r"holds the checkpoint of a fit, not a sparse path or the result of a fit$"):
+        files.read(path, "lineas sparse path", "lineas end-to-end path", "lineas fit")
+    with pytest.raises(ValueError, match=r"holds the checkpoint of a fit: pass it as checkpoint= to go on with that"):
+        lineas.load(path)
+    maps.save(path)
+    with pytest.raises(ValueError, match=r"holds steering maps, not the checkpoint of a fit$"):
+        files.read(path, CHECKPOINT)
+
+
+@pytest.mark.parametrize(("version", "text"), [(1, "reads versions 2 to 2$"), (3, "reads .* 2: update lineas$")])
+def test_versions_that_are_not_read(path, version, text):
+    save_file({}, path, {"format": CHECKPOINT, "version": str(version), "state": "{}"})
+    with pytest.raises(ValueError, match=rf"maps\.safetensors has version {version} of the format; this lineas {text}"):
+        files.read(path, CHECKPOINT)
+
+
+def test_entries_that_cannot_be_written(path):
+    with pytest.raises(TypeError, match=r"ndarray is not JSON serializable"):
+        files.write(path, CHECKPOINT, {}, {"state": np.ones(3)})
+    assert not path.exists()

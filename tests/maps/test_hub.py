@@ -62,8 +62,8 @@ def test_a_folder_gives_the_maps_back(tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {"maps.safetensors", "README.md"}
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not needed for this
     for place in (folder, str(folder)):
-        found = lineas.SteeringMaps.from_pretrained(place)
-        assert found == maps() and found.metadata == maps().metadata
+        for read in (lineas.load, lineas.SteeringMaps.from_pretrained):
+            assert read(place) == maps() and read(place).metadata == maps().metadata
     assert lineas.load(folder / "maps.safetensors") == maps()
 
 
@@ -97,9 +97,9 @@ def test_push_and_pull(tmp_path, monkeypatch):
             {"repo_id": "user/name", "commit_message": "Add steering maps", "revision": None, "create_pr": False},
         ),
     ]
-    assert 'from_pretrained("name")' in (tmp_path / "README.md").read_text()
+    assert 'lineas.load("user/name")' in (tmp_path / "README.md").read_text()
     hub.calls.clear()
-    assert lineas.SteeringMaps.from_pretrained("user/name", revision="v1", token="t", cache_dir="c") == maps()
+    assert lineas.load("user/name", revision="v1", token="t", cache_dir="c") == maps()
     settings = {"revision": "v1", "token": "t", "cache_dir": "c", "local_files_only": False, "library_name": "lineas"}
     assert hub.calls == [("download", ("user/name", "maps.safetensors"), settings)]
 
@@ -110,7 +110,7 @@ def test_a_card_that_is_there_stays(tmp_path, monkeypatch):
     made = maps().push_to_hub("user/name", commit_message="Better", revision="b", create_pr=True)
     assert made == "https://hub/pr" and (tmp_path / "README.md").read_text() == "by hand"
     assert hub.calls[2][2]["revision"] == "b" and hub.calls[2][2]["commit_message"] == "Better"
-    assert lineas.SteeringMaps.from_pretrained("user/name") == maps()
+    assert lineas.load("user/name") == maps()
 
 
 def test_a_token_reaches_the_hub(tmp_path, monkeypatch):
@@ -122,13 +122,17 @@ def test_a_token_reaches_the_hub(tmp_path, monkeypatch):
     assert seen == [{"token": "secret", "library_name": "lineas"}]
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "spaces are wrong", "-a/b"])
+@pytest.mark.parametrize("name", ["a/b/c", "spaces are/wrong", "-a/b"])
 def test_what_is_no_id_never_reaches_the_hub(name, tmp_path, monkeypatch):
     hub = Hub(monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="repo_id must be a hub id such as 'user/name', got"):
         maps().push_to_hub(name)
-    with pytest.raises(FileNotFoundError, match="is no folder, nor a hub id such as 'user/name'"):
-        lineas.SteeringMaps.from_pretrained(name)
+    with pytest.raises(FileNotFoundError, match="is no file or folder, nor a hub id such as 'user/name'"):
+        lineas.load(name)
+    with pytest.raises(FileNotFoundError, match="'detox' is no file or folder, nor a hub id such as 'user/name'"):
+        lineas.load("detox")  # a name alone would be no user's
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: 'user/maps\.safetensors'"):
+        lineas.load("user/maps.safetensors")
     with pytest.raises(TypeError, match="repo_id must be a string, got int"):
         maps().push_to_hub(3)
     assert hub.calls == []
@@ -137,7 +141,7 @@ def test_what_is_no_id_never_reaches_the_hub(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "raised", "message"),
     [
-        ("RepositoryNotFoundError", FileNotFoundError, "'user/name' is no folder here, and the hub has no such repos"),
+        ("RepositoryNotFoundError", FileNotFoundError, "'user/name' is no file or folder here, and the hub has"),
         ("RevisionNotFoundError", FileNotFoundError, "the hub's 'user/name' has no revision 'v1'"),
         (
             "RemoteEntryNotFoundError",
@@ -153,7 +157,7 @@ def test_answers_of_the_hub_are_told_plainly(kind, raised, message, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(raised, match=message):
-        lineas.SteeringMaps.from_pretrained("user/name", revision="v1")
+        lineas.load("user/name", revision="v1")
 
 
 @pytest.mark.parametrize("way", ["offline", "local_files_only"])
@@ -161,8 +165,8 @@ def test_without_the_hub_the_error_says_so(way, tmp_path, monkeypatch):
     """Through the real library, which is told not to go online."""
     if way == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="'user/name' is no folder here, and not in the cache of huggingface_hub"):
-        lineas.SteeringMaps.from_pretrained("user/name", cache_dir=tmp_path, local_files_only=way != "offline")
+    with pytest.raises(ConnectionError, match="'user/name' is no file or folder here, and not in the cache of"):
+        lineas.load("user/name", cache_dir=tmp_path, local_files_only=way != "offline")
 
 
 def test_a_push_in_offline_mode_says_so(monkeypatch):
@@ -175,8 +179,7 @@ def test_folders_and_files_that_are_no_maps(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the folder .* has no maps.safetensors"):
         lineas.SteeringMaps.from_pretrained(tmp_path)
     maps().save(tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match=r"is a file: read it by lineas\.load"):
-        lineas.SteeringMaps.from_pretrained(tmp_path / "one.safetensors")
+    assert lineas.SteeringMaps.from_pretrained(tmp_path / "one.safetensors") == maps()
     (tmp_path / "maps.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="is not a sound safetensors file"):
         lineas.SteeringMaps.from_pretrained(tmp_path)
@@ -187,8 +190,10 @@ def test_the_library_is_asked_for_by_name(tmp_path, monkeypatch):
     for use in (
         lambda: maps().save_pretrained(tmp_path / "x"),
         lambda: maps().push_to_hub("user/name"),
-        lambda: lineas.SteeringMaps.from_pretrained("user/name"),
+        lambda: lineas.load("user/name"),
     ):
         with pytest.raises(ImportError, match=r'pip install "lineas\[hub\]"'):
             use()
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ImportError, match=r"^'user/name' is no file or folder here, and asking the hub needs hugg"):
+        lineas.load("user/name")

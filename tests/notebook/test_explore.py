@@ -326,7 +326,7 @@ except ImportError as error:
         ({"generate": str}, TypeError, r"generate needs a model, got model=None"),
         ({"generate": 3, "model": 1}, TypeError, r"generate must be a function from prompt to text, got int"),
         ({"index": 12}, IndexError, r"index must be from -12 to 11, got 12"),
-        ({"index": 1.0}, TypeError, r"index must be an integer, got float"),
+        ({"index": 1.0}, TypeError, r"index must be an int, got float"),
         ({"strength": "1"}, TypeError, r"strength must be a real number, got str"),
         ({"strength": float("nan")}, ValueError, r"strength must be finite, got nan"),
         ({"max_strength": 0}, ValueError, r"max_strength must be above 0, got 0"),

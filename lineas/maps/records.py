@@ -1,0 +1,157 @@
+"""Records: dataclasses of arrays, maps and numbers that are compared field by field, and taken apart for files."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._lazy import lazy_method
+from .affine import AffineMap
+from .steering import SteeringMaps
+
+if TYPE_CHECKING:
+    from .files import save
+
+
+class Record:
+    """Base of dataclasses that hold what a fit found.
+
+    A subclass is ``@dataclass(frozen=True, eq=False)`` and names its format, one of `lineas.maps.files.FORMATS`. Its
+    fields may be arrays, `SteeringMaps`, numbers and text, lists, tuples and dicts of these, and what is annotated as
+    Any and JSON can hold; all but the arrays' dtypes is checked when a file is read. Two records are equal if their
+    fields are, but for those that are made with ``compare=False``.
+    """
+
+    FORMAT: ClassVar[str]
+
+    if TYPE_CHECKING:
+        save = save
+    else:
+        save = lazy_method("maps.files", "save")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in _fields(type(self)) if f.compare)
+
+    __hash__ = None  # type: ignore[assignment]  # as in AffineMap
+
+
+def _fields(cls: Any) -> list[dataclasses.Field]:
+    """The fields that are given when an object is made."""
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values of a field are equal; NaN equals itself."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b, equal_nan=True)
+    return bool(a == b or (a != a and b != b))
+
+
+def to_tensors(value: SteeringMaps | Record) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """The arrays of maps or a record by name, and the rest of it as something JSON can hold."""
+    tensors: dict[str, NDArray] = {}
+    if isinstance(value, SteeringMaps):
+        return tensors, _put(value, SteeringMaps, "", tensors)
+    hints = get_type_hints(type(value))
+    names = [field.name for field in _fields(type(value))]
+    return tensors, {"fields": {name: _put(getattr(value, name), hints[name], name, tensors) for name in names}}
+
+
+def from_tensors(cls: type, tensors: dict[str, NDArray], entries: dict[str, Any]) -> Any:
+    """The maps or the record that `to_tensors` took apart.
+
+    TypeError, ValueError, OverflowError or RecursionError if something is missing, unknown, of another type, or does
+    not hold together.
+    """
+    if cls is SteeringMaps:
+        found = _take(entries, SteeringMaps, "", tensors)
+    else:
+        hints, names = get_type_hints(cls), [field.name for field in _fields(cls)]
+        for name in entries["fields"]:
+            if name not in names:
+                raise ValueError(f"the header has the unknown field {name!r}")
+        found = cls(**{name: _take(value, hints[name], name, tensors) for name, value in entries["fields"].items()})
+    if tensors:
+        raise ValueError(f"it has the unexpected tensor {min(tensors)!r}")
+    return found
+
+
+def _kind(hint: Any) -> tuple[Any, Any]:
+    """The type that a hint names, apart from None, and that of its entries."""
+    options = get_args(hint)
+    if NoneType in options:
+        return _kind(next(option for option in options if option is not NoneType))
+    kind = get_origin(hint) or hint
+    return kind, options[1 if kind is dict else 0] if options else Any
+
+
+def _put(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
+    """`value` for JSON; its arrays go into `tensors`, under `name` and what tells them apart."""
+    kind, inner = _kind(hint)
+    if value is None or kind is Any:
+        return value
+    if kind is np.ndarray:
+        tensors[name] = value
+        return name
+    if kind is SteeringMaps:
+        for module, one in value.items():
+            tensors |= {_at(name, f"{module}.weight"): one.weight, _at(name, f"{module}.bias"): one.bias}
+        return {"modules": list(value), "metadata": value.metadata}
+    if kind is dict:
+        return {key: _put(one, inner, _at(name, key), tensors) for key, one in value.items()}
+    if kind in (list, tuple):
+        return [_put(one, inner, _at(name, k), tensors) for k, one in enumerate(value)]
+    return kind(value)
+
+
+def _take(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
+    """What `_put` made `value` of, checked; its arrays leave `tensors`."""
+    kind, inner = _kind(hint)
+    if kind is Any or (value is None and NoneType in get_args(hint)):
+        return value
+    json = {np.ndarray: str, SteeringMaps: dict, tuple: list, float: float | int}.get(kind, kind)
+    if not isinstance(value, json) or isinstance(value, bool) is not (kind is bool):
+        raise ValueError(f"{name!r} in the header must be of type {kind.__name__}, got {str(value)[:40]!r}")
+    if kind is np.ndarray:
+        return _pop(tensors, name)
+    if kind is SteeringMaps:
+        return _maps(value.get("modules"), value.get("metadata"), name, tensors)
+    if kind is dict:
+        return {key: _take(one, inner, _at(name, key), tensors) for key, one in value.items()}
+    if kind in (list, tuple):
+        return kind(_take(one, inner, _at(name, k), tensors) for k, one in enumerate(value))
+    return kind(value)
+
+
+def _at(name: str, part: Any) -> str:
+    return f"{name}.{part}" if name else str(part)
+
+
+def _pop(tensors: dict[str, NDArray], name: str) -> NDArray:
+    if name not in tensors:
+        raise ValueError(f"it lacks tensor {name!r}")
+    return tensors.pop(name)
+
+
+def _maps(modules: Any, metadata: Any, name: str, tensors: dict[str, NDArray]) -> SteeringMaps:
+    sound = isinstance(modules, list) and all(isinstance(module, str) and module for module in modules)
+    if not sound or len(set(modules)) != len(modules):
+        raise ValueError("'modules' in the header must be different names that are not empty")
+    maps = {}
+    for module in modules:
+        bias, weight = (_pop(tensors, _at(name, f"{module}.{part}")) for part in ("bias", "weight"))
+        try:
+            maps[module] = AffineMap(weight, bias)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"module {module!r}: {error}") from None
+    return SteeringMaps(maps, metadata)
