@@ -3,6 +3,7 @@
 torch is never imported here: a tensor can only exist once somebody else has imported torch.
 """
 
+import itertools
 import math
 import numbers
 import operator
@@ -260,6 +261,19 @@ def as_choice(value: Any, name: str, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def as_falling(values: Any, name: str) -> NDArray[np.float64]:
+    """`values` as float64 [K]; TypeError if they are no real numbers, ValueError unless they fall and stay above 0."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or np.shape(values) == ():
+        raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}")
+    numbers = [as_positive(value, f"{name}[{k}]") for k, value in enumerate(values)]
+    if not numbers:
+        raise ValueError(f"{name} is empty")
+    for k, (before, after) in enumerate(itertools.pairwise(numbers), start=1):
+        if after >= before:
+            raise ValueError(f"{name} must fall, got {before:g} and then {after:g} at index {k}")
+    return np.array(numbers)
 
 
 def as_pair(value: Any, name: str) -> tuple[Any, Any]:

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import lineas
-
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _core
-from .._checks import as_int, as_pair, as_positive, as_share
+from .._checks import as_falling, as_int, as_pair, as_positive, as_share
 from .._threads import get_num_threads
 from .._warn import warn
 from ..maps.metadata import describe
-from ..maps.path import SparsePath, check_penalties
+from ..maps.path import SparsePath
 from .activations import origin
 from .samples import Samples, Weights, check_modules, moments_of, paired_samples
 
@@ -123,7 +123,7 @@ def sparse_path(
             raise ValueError(f"min_ratio must be below 1, got {min_ratio}")
         grid = np.geomspace(largest, largest * min_ratio, n_penalties)
     else:
-        grid = check_penalties(penalties)
+        grid = as_falling(penalties, "penalties")
     is_double = any(pair.u.dtype == np.float64 for pair in pairs.values())
     weight, bias, loss, held_out_loss, distance, support = _core.sparse_path(
         moments, trial, grid, l1_ratio, is_double, largest, get_num_threads()

@@ -6,7 +6,6 @@ A file is written as a whole or not at all: whenever the process dies, the one b
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from os import PathLike
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs.frozen import RandomState
-from ..maps.files import write_atomically
+from ..maps.files import read, write
 
 if TYPE_CHECKING:
     from .loop import History
     from .step_sizes import AutomaticSteps, ScheduledSteps
 
 FORMAT = "lineas checkpoint"
-VERSION = 2
 # What a checkpoint keeps of a history, beside the maps.
 _PROGRESS = ("records", "best_step", "best_strength", "best_loss", "held_out_passes")
 
@@ -87,59 +85,22 @@ class Checkpoint:
         random.restore()
 
 
-def save(path: str | PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; the one that was there before is untouched. The message says so.
-    """
-    from safetensors.torch import save as to_bytes
-
-    # Clones: safetensors refuses tensors that share memory.
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(state)
-    header = {"format": FORMAT, "version": str(VERSION), "state": text, "digest": digest(copies, text)}
-    data = to_bytes(copies, header)
+def save(path: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; OSError if it cannot be written, which leaves the one that was there before."""
     try:
-        write_atomically(os.fspath(path), data)
+        write(path, FORMAT, tensors, {"state": state})
     except OSError as error:
         kept = "the last checkpoint is untouched" if os.path.exists(path) else "there is no checkpoint yet"
-        raise OSError(error.errno, f"cannot write the checkpoint ({error.strerror}; {kept})", os.fspath(path)) from None
+        raise OSError(error.errno, f"cannot write the checkpoint ({error.strerror}; {kept})", path) from None
 
 
 def load(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint: its arrays and its state.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    ValueError
-        If it is no checkpoint of a fit, from a later version, or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = os.fspath(path)
-    with open(path, "rb"):
-        pass  # for the operating system's own exact error
+    """Tensors and state of a checkpoint; OSError if it cannot be read, ValueError if it is none or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                seen = header.get("format")
-                raise ValueError(f"checkpoint: {path} is not the checkpoint of a fit: its format is {seen!r}")
-            if header.get("version") != str(VERSION):
-                raise ValueError(
-                    f"checkpoint: {path} is of version {header.get('version')}, this lineas reads version {VERSION}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if digest(tensors, header["state"]) != header["digest"]:
-                raise ValueError(f"checkpoint: {path} is damaged: its content is not what was written")
-            return tensors, json.loads(header["state"])
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged: {error}") from None
+        _, tensors, entries = read(path, FORMAT, framework="pt")
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from None
+    return tensors, entries["state"]
 
 
 def digest(*values: Any) -> str:

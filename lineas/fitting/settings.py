@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, cas
 
 import numpy as np
 
-from .._checks import as_choice, as_finite, as_flag, as_int, as_not_negative, as_positive, as_share
+from .._checks import as_choice, as_falling, as_finite, as_flag, as_int, as_not_negative, as_positive, as_share
 from .._names import near_names
 from ..arrays.closed_form import METHODS
 from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
@@ -285,7 +284,7 @@ class PathSettings(ObjectiveSettings):
             n_penalties=as_int(self.n_penalties, "n_penalties", low=2),
             min_ratio=as_positive(self.min_ratio, "min_ratio"),
             l1_ratio=as_share(self.l1_ratio, "l1_ratio"),
-            penalties=None if self.penalties is None else _falling(self.penalties),
+            penalties=_optional(as_falling, self.penalties, "penalties"),
             steps=as_int(self.steps, "steps", low=1),
             refit_steps=as_int(self.refit_steps, "refit_steps", low=0),
             refit_support=as_share(self.refit_support, "refit_support"),
@@ -325,18 +324,6 @@ def _betas(betas: Any) -> tuple[float, float]:
     if max(first, second) >= 1:
         raise ValueError(f"betas must be < 1, got {betas!r}")
     return first, second
-
-
-def _falling(penalties: Any) -> tuple[float, ...]:
-    if isinstance(penalties, str) or not isinstance(penalties, Sequence | np.ndarray):
-        raise TypeError(f"penalties must be a sequence of numbers, got {type(penalties).__name__}")
-    values = tuple(as_positive(value, f"penalties[{k}]") for k, value in enumerate(penalties))
-    if not values:
-        raise ValueError("penalties is empty")
-    for k, (before, after) in enumerate(itertools.pairwise(values)):
-        if after >= before:
-            raise ValueError(f"penalties must fall, got {before:g} and then {after:g} at index {k + 1}")
-    return values
 
 
 # --- from keyword arguments to settings -------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
         except NonFinite as error:
             raise ValueError(f"the loss is not finite before any step: {error}") from None
         steps.passes += 1 + len(held_out)  # those that took the targets
-        penalties = list(settings.penalties or _grid(steps.iterate, maps, settings))
+        penalties = _grid(steps.iterate, maps, settings) if settings.penalties is None else list(settings.penalties)
         points = _walk(steps, held_out, penalties, settings)
     metadata = describe("sparse path end to end", **facts, settings=settings.record())
     return _path(points, maps, penalties, settings, steps.passes, metadata)

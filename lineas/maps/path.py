@@ -7,10 +7,10 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .. import _core
-from .._checks import as_flag, as_int, as_positive, is_number
+from .._checks import as_falling, as_flag, as_int, as_positive, is_number
 from .._lazy import lazy_method
 from .._threads import get_num_threads
 from .affine import AffineMap
@@ -19,16 +19,6 @@ from .steering import SteeringMaps
 
 if TYPE_CHECKING:
     from ..notebook.plot import path as plot
-
-
-def check_penalties(penalties: ArrayLike) -> NDArray[np.float64]:
-    """Penalties as float64 [K]; ValueError unless there are some, and they are finite, above 0 and falling."""
-    grid = np.array(penalties, dtype=np.float64)
-    if grid.ndim != 1 or not grid.size:
-        raise ValueError(f"penalties must be a non-empty list of numbers, got shape {grid.shape}")
-    if not np.isfinite(grid).all() or grid.min() <= 0 or (np.diff(grid) >= 0).any():
-        raise ValueError(f"penalties must be finite, above 0 and strictly falling, got {penalties!r}")
-    return grid
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,7 +87,7 @@ class SparsePath(Record):
 
     def __post_init__(self) -> None:
         if np.shape(self.penalties) != (1,) or not np.isnan(self.penalties[0]):  # maps without a penalty are one point
-            check_penalties(self.penalties)
+            as_falling(self.penalties, "penalties")
         if not self.widths or min(self.widths) < 1 or len(self.modules or "1") != len(self.widths):
             raise ValueError(f"widths must be a number above 0 for each module, got {self.widths}")
         sizes = {"K": len(self.penalties), "L": len(self.widths), "D": self.d}

@@ -17,6 +17,7 @@ from fits import Trouble, interrupt, prompts, same_maps, short_fit, snapshot
 import lineas
 from lineas import AffineMap, SteeringMaps, fit_end_to_end
 from lineas.fitting import checkpoint
+from lineas.maps import files
 
 HELD_OUT = (prompts(6, 3), prompts(6, 4))
 KINDS = {
@@ -189,7 +190,7 @@ def test_damaged_checkpoints(fit, kept):
     data = kept.read_bytes()
     for part in (b"", data[:7], data[: len(data) // 2], data[:-1], b"\xff" * 100):
         kept.write_bytes(part)
-        with pytest.raises(ValueError, match=r"fit\.safetensors is damaged: "):
+        with pytest.raises(ValueError, match=r"^checkpoint: .*fit\.safetensors is not a sound safetensors file"):
             fit(lr="auto", checkpoint=kept)
         assert kept.read_bytes() == part
     for place in (-1, -1000, 300):
@@ -200,21 +201,21 @@ def test_damaged_checkpoints(fit, kept):
             fit(lr="auto", checkpoint=kept)
 
 
-def test_what_is_no_checkpoint(fit, kept, tmp_path):
+def test_what_is_no_checkpoint(fit, kept, tmp_path, monkeypatch):
     maps = tmp_path / "maps.safetensors"
     SteeringMaps({"a": AffineMap.identity(3)}).save(maps)
-    with pytest.raises(ValueError, match=r"maps\.safetensors is not the checkpoint of a fit: its format is 'lineas'"):
+    with pytest.raises(ValueError, match=r"maps\.safetensors holds steering maps, not the checkpoint of a fit"):
         fit(lr="auto", checkpoint=maps)
     with pytest.raises(ValueError, match=r"holds the checkpoint of a fit: pass it as checkpoint= to go on"):
         lineas.load(kept)
     tensors, state = checkpoint.load(kept)
-    monkey = checkpoint.VERSION
-    try:
-        checkpoint.VERSION = monkey + 1
+    newer = files.FORMATS[checkpoint.FORMAT]._replace(version=3)
+    with monkeypatch.context() as later:
+        later.setitem(files.FORMATS, checkpoint.FORMAT, newer)
         checkpoint.save(kept, tensors, state)
-    finally:
-        checkpoint.VERSION = monkey
-    with pytest.raises(ValueError, match="is of version 3, this lineas reads version 2"):
+    with pytest.raises(
+        ValueError, match="has version 3 of the format; this lineas reads versions 2 to 2"
+    ):
         fit(lr="auto", checkpoint=kept)
 
 
