@@ -1,6 +1,7 @@
 """Maps into a model: forward hooks with a live strength, on all tokens or some."""
 
 import itertools
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from ..maps.affine import AffineMap
 from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
 from . import outputs
 from .affine import apply, blend, parameters, slopes_at, working_dtype
-from .compile import forget
 from .forward_state import Tracker
 from .modules import get_module, output_width
 from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
@@ -179,6 +179,16 @@ def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dty
     return torch.device("cpu"), torch.float32
 
 
+def _forget_compiled() -> None:
+    """Let everything that was compiled be compiled again when it is called next.
+
+    torch leaves out guards for hooks that a module did not have (``skip_nnmodule_hook_guards``), so a model that ran
+    before maps were attached would go on without them. Which compiled code holds a module, a module does not tell.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class _Begin:
     """The tracker's hook before the model's forward."""
 
@@ -255,7 +265,7 @@ class Handle:
             self._prepare(strength)
             for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
-            forget()
+            _forget_compiled()
         except BaseException:
             self.remove()
             raise
@@ -280,7 +290,7 @@ class Handle:
                 self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
                 self._removable.append(self._root.register_forward_hook(end, always_call=True))
                 self._following = True
-                forget()
+                _forget_compiled()
 
     @property
     def maps(self) -> Mapping[str, AffineMap]:

@@ -1,21 +1,63 @@
-"""Find modules by name, and take the hidden state out of a module's output and put it back."""
+"""The modules of a model: found by the names that they have in the innermost model, whatever wraps it or parts of it.
+
+Below all of lineas.hooks: what needs outputs, tokens or maps is elsewhere.
+"""
+
+from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from .._names import hint, matching
+from ..inputs.call import WRAPPED, unwrap
 from ..maps.metadata import Layers
-from .compile import check_hooks_run
 
+# What wrappers of a whole model put before the names of its modules, beside WRAPPED, which is anywhere in a name.
+_PREFIXES = ("module.", "base_model.model.", "base_model.")
 # Where modules tell how many channels their output has; `nf` is transformers' Conv1D (GPT-2).
 _WIDTH_ATTRIBUTES = ("out_features", "out_channels", "num_channels", "num_features", "embedding_dim", "nf")
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules below `model` by name, in the order of ``model.named_modules()``, each once.
+
+    Names are those of the innermost model: wrappers (PEFT, torch.compile, parallel and checkpointing ones, of the whole
+    or of parts) have none, and what they wrap stands in their place. A layer with an adapter is no wrapper.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> None:
+        module = unwrap(module)
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+            for part, child in module._modules.items():
+                if child is not None:
+                    walk(child, f"{name}.{part}" if name else part)
+
+    walk(model, "")
+    del found[""]
+    return found
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A name, or a glob, and what is left of it without the parts that wrappers put in."""
+    yield name
+    plain = ".".join(part for part in name.split(".") if part not in WRAPPED)
+    if plain != name:
+        yield from _spellings(plain)
+    for prefix in _PREFIXES:
+        if plain.startswith(prefix):
+            yield from _spellings(plain.removeprefix(prefix))
+
+
 def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> list[str]:
-    """Names of the modules that `layers` matches, in the order of ``model.named_modules()``.
+    """Names of the modules that `layers` matches, in the order of `named_modules`.
 
     Parameters
     ----------
@@ -38,11 +80,11 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
         raise TypeError(f"{argument} must be a glob, a compiled regular expression or a list of them, got {layers!r}")
     if not patterns:
         raise ValueError(f"{argument} is empty")
-    names = [name for name, _ in model.named_modules() if name]
+    names = list(named_modules(model))
     chosen: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, str):
-            text, hits = pattern, matching(pattern, names)
+            text, hits = pattern, next(filter(None, (matching(glob, names) for glob in _spellings(pattern))), [])
         else:
             text, hits = pattern.pattern, [name for name in names if pattern.fullmatch(name)]
         if not hits:
@@ -51,22 +93,50 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
     return [name for name in names if name in chosen]
 
 
-def get_module(model: nn.Module, name: str) -> nn.Module:
-    """Module `name` of `model`.
+def find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """A module of `model`, and its name among `named_modules`, which may differ from `name` in parts of wrappers.
 
     Raises
     ------
     ValueError
-        Where there is none, with names that look alike, or its hooks would not be called (`check_hooks_run`).
+        Where there is none, with names that look alike, or its hooks would not be called, or not be taken: torch takes
+        hooks on modules that only stand for a part of a traced or exported model, and passes over them.
     """
-    if name:
-        check_hooks_run(model, name)
-        try:
-            return model.get_submodule(name)
-        except AttributeError:
-            pass
-    names = [other for other, _ in model.named_modules() if other]
-    raise ValueError(f"{type(model).__name__} has no module {name!r}{hint(name, names)}")
+    for spelling in _spellings(name):
+        module: nn.Module | None = unwrap(model)
+        path = spelling.split(".")
+        for k, part in enumerate(path):
+            if module is not None:
+                _check_calls_parts(module, ".".join(path[k:]), name)
+                module = module._modules[part] if part in module._modules else None
+                module = None if module is None else unwrap(module)
+        if module is not None:
+            if isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule):
+                raise ValueError(
+                    f"module {name!r} cannot call hooks: it is a {type(module).__name__}; attach before "
+                    "torch.jit.script"
+                )
+            return spelling, module
+    raise ValueError(f"{type(unwrap(model)).__name__} has no module {name!r}{hint(name, list(named_modules(model)))}")
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """Module `name` of `model`; see `find`."""
+    return find(model, name)[1]
+
+
+def _check_calls_parts(module: nn.Module, part: str, name: str) -> None:
+    """ValueError where a module is one graph that does not call its `part`, which is module `name` of the model."""
+    if isinstance(module, fx.GraphModule):
+        targets = (str(node.target) for node in module.graph.nodes if node.op == "call_module")
+        if any(part == target or part.startswith(f"{target}.") for target in targets):
+            return
+    elif not isinstance(module, torch.jit.ScriptModule):
+        return
+    raise ValueError(
+        f"module {name!r} would not call hooks: it is a part of a {type(module).__name__}, which runs as one graph; "
+        "attach to the model that was traced or exported, before that is done"
+    )
 
 
 def output_width(module: nn.Module) -> int | None:
@@ -102,4 +172,4 @@ def block_names(model: nn.Module) -> list[str]:
 
 def model_name(model: nn.Module) -> str | None:
     """The name or folder that a transformers model was loaded by, if any."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return getattr(getattr(unwrap(model), "config", None), "_name_or_path", None) or None

@@ -11,11 +11,11 @@ from torch import nn
 
 from .._names import matching
 from ..inputs.batches import Batch
-from ..inputs.call import Forward, call
+from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
 from . import outputs
-from .modules import output_width
+from .modules import named_modules, output_width
 
 # Norms between attention and feed-forward, where their name does not say "post"; with a number before them, in a block.
 _AFTER_ATTENTION = re.compile(
@@ -180,7 +180,7 @@ def sites(
             f"model must be a torch.nn.Module, got {type(model).__name__} (of a pipeline, pass the model in it, such "
             "as its unet or transformer)"
         )
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = named_modules(model)
     found = {name: module for name, module in modules.items() if _is_candidate(module)}
     ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
     if data is not None:
@@ -200,7 +200,7 @@ def sites(
     if ran:
         order = list(ran)
         rows.sort(key=lambda row: order.index(row.names[0]))
-    return Sites(rows, _layers([row for row in rows if row.suggested], modules), type(model).__name__)
+    return Sites(rows, _layers([row for row in rows if row.suggested], modules), type(unwrap(model)).__name__)
 
 
 def choose_layers(model: nn.Module, layers: Any, *, say: bool) -> tuple[list[str], Any]:

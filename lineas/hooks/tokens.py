@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs.batches import Batch
+from ..inputs.call import unwrap
 from ..maps.metadata import Selection, check_tokens, name_of, show_tokens
 from . import outputs
 
@@ -63,9 +64,10 @@ def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
     chosen = check_tokens(tokens)
     if isinstance(chosen, str) and chosen == "generated":
         raise ValueError("tokens='generated' selects nothing in a fit, where every token is of a prompt")
-    if chosen != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+    inner = unwrap(model)
+    if chosen != "all" and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) is True:
         raise ValueError(
-            f"{show_tokens(chosen)} needs a model with one text, {type(model).__name__} has an encoder and a decoder: "
+            f"{show_tokens(chosen)} needs a model with one text, {type(inner).__name__} has an encoder and a decoder: "
             "only tokens='all' works there"
         )
     return chosen

@@ -11,6 +11,9 @@ from .batches import Batch
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and torch's checkpoint wrapper call the module in them."""
+
 
 def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     """Call `model` on `batch`, its tensors moved to the device of the model's first parameter.
@@ -61,20 +64,20 @@ def _to(data: Any, device: torch.device | None) -> Any:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that PEFT, compiled and data-parallel wrappers call in the end, whichever of their methods are used.
+    """The module that PEFT, compiled, parallel and checkpointing wrappers call in the end, whichever method is used.
 
     ``generate`` of a PEFT or a compiled model goes past the forward of the wrapper.
     """
     while True:
+        marks: tuple[str, ...] = WRAPPED
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        elif hasattr(model, "_orig_mod"):
-            inner = model._orig_mod
-        elif callable(getattr(model, "get_base_model", None)):
+            marks = ("module",)
+        elif type(model).__module__.startswith("peft."):  # those without get_base_model
+            marks = ("base_model", "model")
+        inner = next((model._modules[mark] for mark in marks if mark in model._modules), None)
+        if callable(getattr(model, "get_base_model", None)):
             # mypy takes every further attribute of a Module, and so PEFT's method, for a Tensor or a Module.
             inner = model.get_base_model()  # type: ignore[operator]
-        else:
-            return model
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner

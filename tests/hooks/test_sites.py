@@ -130,10 +130,7 @@ def test_weights_on_the_meta_device_and_wrapped_models():
             for name, part in parts.items():
                 setattr(self, name, part)
 
-    # Names as of compiled and of PEFT models.
-    tiny = zoo.llama()
-    assert lineas.sites(Wrapper(_orig_mod=tiny)).suggested == ["_orig_mod." + POST]
-    assert lineas.sites(Wrapper(base_model=Wrapper(model=tiny))).suggested == ["base_model.model." + POST]
+    assert lineas.sites(Wrapper(encoder=zoo.llama())).suggested == ["encoder." + POST]
 
 
 def test_models_without_norms_have_no_suggestion():

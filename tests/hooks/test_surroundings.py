@@ -31,10 +31,10 @@ def known():
     return maps, plain, steered, acts, short_fit(model).maps
 
 
-def same_acts(found, expected, prefix=""):
-    assert list(found) == [prefix + name for name in expected]
+def same_acts(found, expected):
+    assert list(found) == list(expected)
     for name, rows in expected.items():
-        np.testing.assert_array_equal(found[prefix + name], rows)
+        np.testing.assert_array_equal(found[name], rows)
 
 
 def test_the_page_has_the_table_of_the_tests():
@@ -192,7 +192,7 @@ def test_checkpointing_gives_the_gradients_of_training_without_it(reentrant, kno
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@row("`DistributedDataParallel` (gloo, one process)", "works", "names begin with `module.`")
+@row("`DistributedDataParallel` (gloo, one process)", "works", "names are those of the model inside")
 def test_data_parallel_models(known):
     import torch.distributed as dist
 
@@ -201,15 +201,15 @@ def test_data_parallel_models(known):
     try:
         model = zoo.llama()
         parallel = nn.parallel.DistributedDataParallel(model)
-        for root, prefix in ((parallel, "module."), (model, "")):
-            with maps.rename(prefix=prefix).attach(root):
+        for root in (parallel, model):
+            with maps.attach(root):
                 assert torch.equal(logits(parallel), steered)
-        same_acts(lineas.collect(parallel, prompts(6, 1), layers=f"module.{LAYERS}"), acts, "module.")
-        same_maps(short_fit(parallel, layers=f"module.{LAYERS}").maps, fitted.rename(prefix="module."), atol=1e-6)
+        same_acts(lineas.collect(parallel, prompts(6, 1), layers=LAYERS), acts)
+        same_maps(short_fit(parallel).maps, fitted, atol=1e-6)
         texts, settings = zoo.texts(3), {"tokenizer": zoo.tokenizer(padding_side="left"), "layers": "**.h.*.ln_2"}
         inner = lineas.collect(zoo.gpt2(), texts, **settings)
         outer = lineas.collect(nn.parallel.DistributedDataParallel(zoo.gpt2()), texts, **settings)
-        same_acts(outer, inner, "module.")  # GPT-2 needs positions, which its own forward asks for
+        same_acts(outer, inner)  # GPT-2 needs positions, which its own forward asks for
     finally:
         dist.destroy_process_group()
 

@@ -11,8 +11,6 @@ from torch import nn
 
 import lineas
 
-PREFIX = "_orig_mod."
-
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
@@ -33,18 +31,18 @@ class Backend:
 
 
 def whole(model, backend):
-    return torch.compile(model, backend=backend, fullgraph=True), PREFIX
+    return torch.compile(model, backend=backend, fullgraph=True)
 
 
 def in_place(model, backend):
     model.compile(backend=backend, fullgraph=True)
-    return model, ""
+    return model
 
 
 def by_part(model, backend):
     for part in model.layers:
         part.compile(backend=backend, fullgraph=True)
-    return model, ""
+    return model
 
 
 class Block(nn.Module):
@@ -92,7 +90,7 @@ def known():
     return {strength: steered(strength) for strength in STRENGTHS}, steered(1.0, OTHERS)
 
 
-def check_live(model, handle, backend, known, others=OTHERS):
+def check_live(model, handle, backend, known):
     """Every strength and other maps hold at once, and nothing is compiled again for them."""
     at, exchanged = known
     close = dict(atol=1e-6, rtol=1e-6)
@@ -101,7 +99,7 @@ def check_live(model, handle, backend, known, others=OTHERS):
     for strength in (*STRENGTHS, 1.0):
         handle.strength = strength
         torch.testing.assert_close(model(X), at[strength], **close)
-    handle.maps = others
+    handle.maps = OTHERS
     torch.testing.assert_close(model(X), exchanged, **close)
     assert backend.graphs == graphs
     handle.remove()
@@ -118,7 +116,7 @@ def test_maps_attached_before_a_model_is_compiled(compiled, known):
     model, backend = net(), Backend()
     with torch.no_grad():
         handle = MAPS.attach(model)
-        model, _ = compiled(model, backend)
+        model = compiled(model, backend)
         check_live(model, handle, backend, known)
 
 
@@ -127,20 +125,19 @@ def test_maps_attached_before_a_model_is_compiled(compiled, known):
 @pytest.mark.parametrize("compiled", [whole, in_place, by_part])
 def test_maps_attached_after_a_model_ran_compiled(compiled, inner, known):
     original, backend = net(), Backend()
-    model, prefix = compiled(original, backend)
-    root, prefix = (original, "") if inner else (model, prefix)
+    model = compiled(original, backend)
     with torch.no_grad():
         for _ in range(2):  # and taken off, and on again
             assert torch.equal(model(X), known[0][0.0])
-            handle = MAPS.rename(prefix=prefix).attach(root)
-            check_live(model, handle, backend, known, OTHERS.rename(prefix=prefix))
+            handle = MAPS.attach(original if inner else model)
+            check_live(model, handle, backend, known)
 
 
 def test_a_compiled_language_model_takes_maps_and_gradients_go_through_them():
     model, maps = language_model("llama")
     batch = prompts(3, 1)
     with torch.no_grad():
-        compiled, _ = whole(model, Backend())
+        compiled = whole(model, Backend())
         plain = compiled(**batch).logits
     with maps.attach(model, strength=0.7):
         loss = model(**batch).logits.square().mean()
@@ -153,13 +150,13 @@ def test_a_compiled_language_model_takes_maps_and_gradients_go_through_them():
 @row(
     "compiled models: `collect` and fits",
     "works",
-    "they run eagerly there; names as in the compiled model: `_orig_mod.`",
+    "they run eagerly there; names are those of the model inside",
 )
 @pytest.mark.parametrize("kind", ["whole", "in place", "layers"])
 def test_compiled_models_are_collected_from_and_fitted(kind):
-    model, backend, prefix = zoo.llama(), Backend(), ""
+    model, backend = zoo.llama(), Backend()
     if kind == "whole":
-        model, prefix = whole(model, backend)
+        model = whole(model, backend)
     elif kind == "in place":
         model.compile(backend=backend)
     else:
@@ -169,11 +166,10 @@ def test_compiled_models_are_collected_from_and_fitted(kind):
     with torch.no_grad():
         before, graphs = model(**batch).logits, backend.graphs
     texts = dict(data=zoo.texts(4), tokenizer=zoo.tokenizer(padding_side="left"))
-    found = lineas.collect(model, layers=prefix + layers, **texts)
+    found = lineas.collect(model, layers=layers, **texts)
     for name, rows in lineas.collect(zoo.llama(), layers=layers, **texts).items():
-        np.testing.assert_array_equal(found[prefix + name], rows)
-    fitted = short_fit(model, layers=prefix + layers, steps=2).maps
-    same_maps(fitted, short_fit(zoo.llama(), steps=2).maps.rename(prefix=prefix))
+        np.testing.assert_array_equal(found[name], rows)
+    same_maps(short_fit(model, steps=2).maps, short_fit(zoo.llama(), steps=2).maps)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
     assert backend.graphs == graphs  # what was compiled is still there
