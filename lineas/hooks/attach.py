@@ -1,6 +1,7 @@
 """Maps into a model: forward hooks with a live strength, on all tokens or some."""
 
 import itertools
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._warn import warn
 from ..inputs.call import unwrap
 from ..maps.affine import AffineMap
 from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
 from . import outputs
 from .affine import apply, blend, parameters, slopes_at, working_dtype
 from .forward_state import Tracker
-from .modules import get_module, output_width
+from .modules import get_module, model_name, output_width
 from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
 
 # Parameters of a hook at strengths other than the latest, for threads that have their own.
@@ -421,6 +423,11 @@ def attach(
     ValueError
         If the model lacks a module, a module has another width, or the tokens are not given and the maps were
         fitted for those that a callable selects; nothing is attached then.
+
+    Warns
+    -----
+    UserWarning
+        If the metadata name another model than this one, with modules of the same names and widths.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -432,4 +439,33 @@ def attach(
         width = output_width(modules[name])
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
+    _warn_of_another_model(getattr(maps, "metadata", {}), model)
     return Handle(maps, modules, model, level, chosen)
+
+
+def _warn_of_another_model(metadata: Mapping[str, Any], model: nn.Module) -> None:
+    """Warn where maps that were fitted to models of other names than this one happen to have its names and widths."""
+    here = model_name(model)
+    others = [name for name in _fitted_models(metadata) if here and _last_part(name) != _last_part(here)]
+    if others:
+        warn(
+            f"these maps were fitted to {others[0]!r}, not to {here!r}: its modules have these names and widths, but "
+            "they may do something else",
+            UserWarning,
+        )
+
+
+def _fitted_models(metadata: Mapping[str, Any]) -> list[str]:
+    """The models that maps, or those that they are composed of, were fitted to, as far as that is known."""
+    model, parts = metadata.get("model"), metadata.get("parts")
+    if isinstance(model, str) and model:
+        return [model]
+    parts = parts if isinstance(parts, list) else []
+    return [name for part in parts if isinstance(part, dict) for name in _fitted_models(part)]
+
+
+def _last_part(name: str) -> str:
+    """What a hub id and a folder with the same model have in common."""
+    # A hub's cache has it under a hash: models--owner--name/snapshots/hash.
+    name = re.sub(r"models--(?:.*--)?([^/\\]+)[/\\]snapshots[/\\].*", r"\1", name)
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold()
