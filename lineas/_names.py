@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
@@ -10,9 +11,9 @@ from collections.abc import Iterable, Sequence
 def compile_glob(glob: str) -> re.Pattern[str]:
     """A regular expression for the full dotted names that a glob matches.
 
-    ``*`` stands for a part of a name between dots or a piece of one, ``?`` for a character of it and ``[...]`` for one
-    of several; ``**`` for any number of parts: ``model.**`` is all that is below ``model``, and ``**.norm`` every
-    ``norm``, also at the top.
+    ``*`` stands for a part of a name between dots or a piece of one, ``?`` for a character of it, ``[...]`` for one of
+    several and ``[!...]`` for any other; ``**`` for any number of parts: ``model.**`` is all that is below ``model``,
+    and ``**.norm`` every ``norm``, also at the top.
     """
     out, k = [], 0
     while k < len(glob):
@@ -24,11 +25,11 @@ def compile_glob(glob: str) -> re.Pattern[str]:
             else:
                 out.append(".*")
             continue
-        end = glob.find("]", k + 2) if glob[k] == "[" else -1
-        if end > 0:
-            inside = glob[k + 1 : end].replace("\\", r"\\").replace("[", r"\[")
-            out.append(f"[^{inside[1:]}]" if inside[0] == "!" else f"[{inside}]")
-            k = end + 1
+        others = glob.startswith("[!", k)
+        end = glob.find("]", k + 2 + others) + 1 if glob[k] == "[" else 0
+        if end:  # without its anchor
+            out.append((r"(?!\.)" if others else "") + fnmatch.translate(glob[k:end])[:-2])
+            k = end
             continue
         out.append({"*": "[^.]*", "?": "[^.]"}.get(glob[k], re.escape(glob[k])))
         k += 1
