@@ -15,8 +15,8 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import read
 from ..maps.metadata import Layers, Selection
 from .capture import Capture
-from .modules import resolve
 from .pooling import check_pooling, pool_output
+from .sites import choose_layers
 from .tokens import Choice, check_fit_tokens
 
 
@@ -24,7 +24,7 @@ def collect(
     model: nn.Module,
     data: Any,
     *,
-    layers: Layers,
+    layers: Layers | None = None,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int | None = None,
     batch_size: int | None = 32,
@@ -45,9 +45,10 @@ def collect(
     data : list[str], batch or list of batches
         Texts (these need `tokenizer`), one batch, or a list of batches. A batch that is a dict is passed as
         ``model(**batch)``, a tensor as ``model(batch)``, a tuple as ``model(*batch)``.
-    layers : str, list[str] or re.Pattern
-        Modules by glob on their full dotted name, a list of globs, or a compiled regular expression that must match
-        the whole name.
+    layers : str, list[str] or re.Pattern, optional
+        Modules by glob on their full dotted name, a list of globs, or a compiled regular expression that must match the
+        whole name; see `lineas.sites`. ``*`` stops at dots, ``**`` does not. One that matches more than 100 modules, or
+        modules inside one another, must be in a list. Default: what `lineas.sites` suggests.
     tokenizer : transformers tokenizer, optional
         For texts. One without a pad token is left as it is; the padding is done here.
     max_length : int, optional
@@ -74,13 +75,13 @@ def collect(
     TypeError
         If an argument is of a wrong type, texts come without a tokenizer, or a module's output holds no tensor.
     ValueError
-        If no module matches `layers` (near names are listed), a matched module is not run, there is no prompt, or a
-        mask does not fit the activation it belongs to.
+        If no module matches `layers` (near names are listed) or none is suggested, a matched module is not run, there
+        is no prompt, or a mask does not fit the activation it belongs to.
     """
     check_pooling(pooling)
     tokens = check_fit_tokens(tokens, model)
     batches = read(data, "data", tokenizer=tokenizer, max_length=max_length).parts(batch_size)
-    names = resolve(model, layers)
+    names, _ = choose_layers(model, layers, say=progress)
     with frozen(model, gradients=False):
         shown = tqdm(batches, "collect", disable=not progress)
         return collect_batches(model, shown, names, forward=forward, pooling=pooling, tokens=tokens)

@@ -16,6 +16,8 @@ from .._names import hint, matching
 from ..inputs.call import WRAPPED, unwrap
 from ..maps.metadata import Layers
 
+# Modules that one glob may match; a fit of more is more likely a slip than meant.
+_MOST = 100
 # What wrappers of a whole model put before the names of its modules, beside WRAPPED, which is anywhere in a name.
 _PREFIXES = ("module.", "base_model.model.", "base_model.")
 # Where modules tell how many channels their output has; `nf` is transformers' Conv1D (GPT-2).
@@ -64,7 +66,7 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
     model : torch.nn.Module
     layers : str, compiled regular expression, or a sequence of them
         A string is a glob for the full dotted name (see `lineas._names.compile_glob`); a compiled regular expression
-        must match the full name.
+        must match the full name. What is in a list is taken as meant.
     argument : str, default "layers"
         What to call `layers` in error messages.
 
@@ -73,7 +75,8 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
     TypeError
         When `layers` is something else.
     ValueError
-        When nothing, or one entry of a sequence, matches no module; names that look alike are listed.
+        When nothing, or one entry of a sequence, matches no module, with names that look alike; or one that is not in a
+        sequence matches more than 100, or modules inside one another.
     """
     patterns = [layers] if isinstance(layers, str | re.Pattern) else layers
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str | re.Pattern) for p in patterns):
@@ -89,8 +92,22 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
             text, hits = pattern.pattern, [name for name in names if pattern.fullmatch(name)]
         if not hits:
             raise ValueError(f"{argument}: no module matches {text!r}{hint(text, names)}")
+        slip = likely_slip(hits)
+        if slip and patterns is not layers:
+            raise ValueError(f"{argument}: {text!r} matches {slip}; where all are meant, give a list: [{pattern!r}]")
         chosen.update(hits)
     return [name for name in names if name in chosen]
+
+
+def likely_slip(names: Sequence[str]) -> str | None:
+    """What makes one glob for all these modules look like a slip: too many, or some in others; None if nothing."""
+    if len(names) > _MOST:
+        return f"{len(names)} modules"
+    for name in names:
+        outer = next((other for other in names if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            return f"modules inside one another, {outer!r} and {name!r}"
+    return None
 
 
 def find(model: nn.Module, name: str) -> tuple[str, nn.Module]:

@@ -3,19 +3,22 @@
 import glob
 import html
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from .._names import matching
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
+from ..maps.metadata import Layers
 from . import outputs
-from .modules import named_modules, output_width
+from .modules import likely_slip, named_modules, output_width, resolve
 
 # Norms between attention and feed-forward, where their name does not say "post"; with a number before them, in a block.
 _AFTER_ATTENTION = re.compile(
@@ -100,8 +103,9 @@ class Sites(Sequence[Site]):
     def _summary(self) -> str:
         if not self.suggested:
             return "nothing is suggested: no module is a norm"
-        layers = self.suggested[0] if len(self.suggested) == 1 else self.suggested
-        return f"suggested: layers={layers!r}"
+        names = [name for row in self if row.suggested for name in row.names]
+        alone = len(self.suggested) == 1 and not likely_slip(names)
+        return f"suggested: layers={self.suggested[0] if alone else self.suggested!r}"
 
     def __str__(self) -> str:
         table = self._cells()
@@ -203,11 +207,34 @@ def sites(
     return Sites(rows, _layers([row for row in rows if row.suggested], modules), type(unwrap(model)).__name__)
 
 
-def choose_layers(model: nn.Module, layers: Any, *, say: bool) -> tuple[list[str], Any]:
-    """To be replaced."""
-    from .modules import resolve
+def choose_layers(model: nn.Module, layers: Layers | None, *, say: bool) -> tuple[list[str], Layers]:
+    """Names of the modules that a user chose, or of those that `sites` suggests, and what to note as "layers".
 
-    return resolve(model, layers), layers
+    Parameters
+    ----------
+    model : torch.nn.Module
+    layers : str, compiled regular expression, a sequence of them, or None
+        As in `resolve`; None for what is suggested.
+    say : bool
+        Whether a line on stderr says what that is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `resolve` and `sites`; ValueError also where nothing is suggested.
+    """
+    if layers is not None:
+        return resolve(model, layers), layers
+    found = sites(model).suggested
+    if not found:
+        raise ValueError(
+            f"layers: none are suggested for {type(unwrap(model)).__name__}, which has no norms: choose some of those "
+            "that lineas.sites(model) lists"
+        )
+    names = resolve(model, found)
+    if say:
+        tqdm.write(f"layers={found}, as lineas.sites suggests: {len(names)} modules", file=sys.stderr)
+    return names, found
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -300,30 +327,18 @@ def _template(name: str) -> str:
 def _patterns(names: Sequence[str], everything: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Globs that together match `names`, all of one template, and each of them none but its own of `everything`.
 
-    As few as are found: ``*`` for numbers wherever that does; it also crosses dots, so for blocks, which have names
-    below them, ``?`` or ``*[0-9]`` are tried, and then `names` are divided.
+    As few as are found: ``*`` for every number, or for those that differ; else `names` are divided by the number that
+    differs least.
     """
     split = [name.split(".") for name in names]
     numbers = [k for k, part in enumerate(split[0]) if part.isdigit()]
-    varied = [k for k in numbers if len({parts[k] for parts in split}) > 1]
-
-    def spelled(mark: str, places: Sequence[int]) -> str:
-        marks = {k: mark * len(split[0][k]) if mark == "?" else mark for k in places}
-        return ".".join(marks.get(k, glob.escape(part)) for k, part in enumerate(split[0]))
-
-    wanted = set(names)
-    for pattern in (spelled("*", numbers), *(spelled(mark, varied) for mark in ("*", "?", "*[0-9]"))):
-        if set(matching(pattern, everything)) == wanted:
+    differing = [k for k in numbers if len({parts[k] for parts in split}) > 1]
+    for places in (numbers, differing):
+        pattern = ".".join("*" if k in places else glob.escape(part) for k, part in enumerate(split[0]))
+        if set(matching(pattern, everything)) == set(names):
             return [(pattern, list(names))]
-    # By the number of digits, or by the number itself, in whichever place makes the fewest parts.
-    divisions = []
-    keys: tuple[Callable[[str], Any], ...] = (len, str)
-    for place in varied:
-        for key in keys:
-            parts: dict[Any, list[str]] = {}
-            for name, words in zip(names, split, strict=True):
-                parts.setdefault(key(words[place]), []).append(name)
-            if len(parts) > 1:
-                divisions.append(parts)
-    fewest = min(divisions, key=len)
-    return [pair for members in fewest.values() for pair in _patterns(members, everything)]
+    place = min(differing, key=lambda k: len({parts[k] for parts in split}))
+    divided: dict[str, list[str]] = {}
+    for name, parts in zip(names, split, strict=True):
+        divided.setdefault(parts[place], []).append(name)
+    return [pair for members in divided.values() for pair in _patterns(members, everything)]

@@ -62,6 +62,26 @@ def test_no_match_names_the_glob_of_a_list_that_failed_and_some_modules_where_no
         modules.resolve(nn.Linear(2, 2), "*")
 
 
+def test_one_glob_for_too_many_modules_is_refused_and_a_list_of_it_is_not():
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(101)))
+    for layers in ("*", re.compile(".*")):
+        with pytest.raises(ValueError, match=r"^layers: '\.?\*' matches 101 modules; where all are meant, give a li"):
+            modules.resolve(model, layers)
+        assert len(modules.resolve(model, [layers])) == 101
+        assert len(modules.resolve(model[1:], layers)) == 100
+    with pytest.raises(ValueError, match=r"give a list: \[re\.compile\('\.\*'\)\]$"):
+        modules.resolve(model, re.compile(".*"))
+
+
+def test_one_glob_for_modules_inside_one_another_is_refused_and_a_list_of_it_is_not(llama):
+    message = r"^loss_layers: '\*\*.1\*\*' matches modules inside one another, 'model\.layers\.1' and"
+    with pytest.raises(ValueError, match=message):
+        modules.resolve(llama, "**.1**", argument="loss_layers")
+    assert len(modules.resolve(llama, ["**.1**"])) > 10
+    assert modules.resolve(llama, ["model.norm", "model"]) == ["model", "model.norm"]
+    assert modules.resolve(llama, "model.norm*") == ["model.norm"]
+
+
 @pytest.mark.parametrize("layers", [3, None, [1], {"a": 1}, b"model"])
 def test_layers_of_another_type_are_refused(llama, layers):
     with pytest.raises(

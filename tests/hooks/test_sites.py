@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lineas
-from lineas.hooks import modules
+from lineas.hooks import modules, sites
 
 POST = "model.layers.*.post_attention_layernorm"
 
@@ -61,7 +61,7 @@ def test_every_glob_matches_its_modules_and_no_other(layers):
     model = Stack()
     found = lineas.sites(model)
     for row in found:
-        assert set(modules.resolve(model, row.glob)) == set(row.names)
+        assert set(modules.resolve(model, [row.glob])) == set(row.names)
     names = [name for row in found for name in row.names]
     assert sorted(names) == sorted(name for name, module in model.named_modules() if name and name != "h")
     assert found.suggested == ["h.*.ln_2"]
@@ -137,6 +137,28 @@ def test_models_without_norms_have_no_suggestion():
     found = lineas.sites(zoo.mlp())
     assert found.suggested == [] and len(found) > 0
     assert str(found).endswith("nothing is suggested: no module is a norm")
+
+
+def test_nothing_chosen_is_what_is_suggested_and_one_line_says_so(capfd):
+    model = zoo.cnn()
+    assert sites.choose_layers(model, None, say=False) == (["bn", "gn"], ["bn", "gn"])
+    assert capfd.readouterr() == ("", "")
+    model = zoo.llama()
+    names, noted = sites.choose_layers(model, None, say=True)
+    assert names == modules.resolve(model, POST) and noted == [POST]
+    assert capfd.readouterr() == ("", f"layers=['{POST}'], as lineas.sites suggests: {zoo.LAYERS} modules\n")
+    assert sites.choose_layers(model, "lm_head", say=True) == (["lm_head"], "lm_head")
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ValueError, match=r"^layers: none are suggested for Sequential, .* lineas\.sites\(model\) li"):
+        sites.choose_layers(zoo.mlp(), None, say=True)
+    with pytest.raises(TypeError, match=r"^layers must be a glob"):
+        sites.choose_layers(model, 3, say=True)
+
+
+def test_one_glob_that_would_be_refused_is_printed_as_a_list():
+    many = nn.Sequential(*(nn.LayerNorm(2) for _ in range(101)))
+    assert str(lineas.sites(many)).endswith("\nsuggested: layers=['*']")
+    assert str(lineas.sites(many[1:])).endswith("\nsuggested: layers='*'")
 
 
 def test_the_table_is_aligned_and_marks_what_is_suggested():
