@@ -156,6 +156,36 @@ def _check_calls_parts(module: nn.Module, part: str, name: str) -> None:
     )
 
 
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the blocks of a transformer, its decoder layers, in order: the longest list of modules of one class.
+
+    Lists inside of blocks, such as those of experts, and lists of lists do not count.
+
+    Raises
+    ------
+    ValueError
+        Where there is no such list, or two are equally long, as in models with an encoder and a decoder.
+    """
+    lists: dict[str, list[str]] = {}
+    for name, module in {"": unwrap(model), **named_modules(model)}.items():
+        parts = (
+            [unwrap(part) for part in module.children()] if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        )
+        within = any(name.startswith(f"{block}.") or name == block for blocks in lists.values() for block in blocks)
+        kinds = {type(part) for part in parts}
+        if len(kinds) == 1 and kinds.pop().forward is not nn.Module.forward and not within:
+            lists[name] = [f"{name}.{part}".removeprefix(".") for part in module._modules]
+    label, longest = type(unwrap(model)).__name__, max(map(len, lists.values()), default=0)
+    found = [name for name, blocks in lists.items() if len(blocks) == longest]
+    if not found:
+        raise ValueError(f"{label} has no list of modules of one class: name the modules instead of numbering blocks")
+    if len(found) > 1:
+        raise ValueError(
+            f"{label} has {longest} blocks in each of {', '.join(found)}: name the modules instead of numbering blocks"
+        )
+    return lists[found[0]]
+
+
 def output_width(module: nn.Module) -> int | None:
     """Number of channels of the output of `module`, or None where only a forward pass can tell."""
     leaf = next(module.children(), None) is None
@@ -176,15 +206,6 @@ def output_width(module: nn.Module) -> int | None:
     # Those of diffusion transformers scale and shift what a norm inside of them gives.
     inner = [child for child in module.children() if "norm" in type(child).__name__.lower()]
     return output_width(inner[0]) if len(inner) == 1 else None
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """Names of the blocks (decoder layers) of a transformer, in order: the entries of its longest list of modules."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of blocks")
-    longest = max(lists, key=lambda name: len(lists[name]))
-    return [f"{longest}.{k}" for k in range(len(lists[longest]))]
 
 
 def model_name(model: nn.Module) -> str | None:

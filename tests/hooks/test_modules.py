@@ -6,6 +6,7 @@ from collections import namedtuple
 import models_zoo
 import pytest
 import torch
+from families import FAMILIES, LANGUAGE_MODELS, LAYERS
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
@@ -109,6 +110,62 @@ def test_spell_writes_a_choice_of_modules_as_text():
     assert metadata.spell_layers("a.*") == "a.*"
     assert metadata.spell_layers(re.compile(r"a\.\d")) == r"a\.\d"
     assert metadata.spell_layers(("a", re.compile("b+"))) == ["a", "b+"]
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+BLOCKS = {
+    **{family.name: "model.layers" for family in LANGUAGE_MODELS},
+    "GPT-2": "transformer.h",
+    "GPT-NeoX": "gpt_neox.layers",
+    "OPT": "model.decoder.layers",
+    "BERT": "encoder.layer",
+    "ViT": "layers",
+    "DiT": "transformer_blocks",
+}
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_blocks_of_a_transformer_are_its_longest_list(name):
+    model = next(family.model for family in FAMILIES if family.name == name)
+    assert modules.block_names(model) == [f"{BLOCKS[name]}.{k}" for k in range(LAYERS)]
+    wrapped = nn.DataParallel(model)
+    assert modules.block_names(wrapped) == modules.block_names(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("T5", r"^T5ForConditionalGeneration has 2 blocks in each of encoder\.block, decoder\.block: name the modules"),
+        (
+            "Flux",
+            r"^FluxTransformer2DModel has 2 blocks in each of transformer_blocks, single_transformer_blocks: name",
+        ),
+        ("plain CNN", r"^CNN has no list of modules of one class: name the modules instead of numbering blocks$"),
+        ("x-transformers", r"^TransformerWrapper has 3 blocks in each of attn_layers"),
+    ],
+)
+def test_blocks_that_cannot_be_told_are_an_error(name, message):
+    model = next(family.model for family in FAMILIES if family.name == name)
+    with pytest.raises(ValueError, match=message):
+        modules.block_names(model)
+
+
+def test_lists_inside_of_blocks_are_none_and_compiled_blocks_are_alike():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(8))
+
+        def forward(self, x):
+            return self.experts[0](x)
+
+    model = nn.Sequential(Experts(), torch.compile(Experts(), backend="eager"))
+    assert modules.block_names(model) == ["0", "1"]
+    assert modules.block_names(nn.ModuleDict({"encoder": model, "few": nn.ModuleList([Experts()])})) == [
+        "encoder.0",
+        "encoder.1",
+    ]
 
 
 def test_model_name_is_what_the_model_was_loaded_by():
