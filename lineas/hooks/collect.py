@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arrays.activations import Activations
 from ..inputs.batches import Batch
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
-from ..maps.metadata import Layers, Selection
+from ..maps.metadata import Layers, Selection, spell_layers, spell_tokens
 from .capture import Capture
+from .modules import model_name
 from .pooling import check_pooling, pool_output
 from .sites import choose_layers
 from .tokens import Choice, check_fit_tokens
@@ -27,12 +29,12 @@ def collect(
     layers: Layers | None = None,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int | None = None,
-    batch_size: int | None = 32,
+    batch_size: int | None = None,
     forward: Forward | None = None,
     pooling: str = "mean",
     tokens: Selection = "all",
-    progress: bool = False,
-) -> dict[str, NDArray[np.float32]]:
+    progress: bool = True,
+) -> Activations:
     """Take pooled activations out of a model: one row a prompt, one array a module.
 
     The model is called as it is, in eval mode, without gradients, and left early once the last of the modules has
@@ -53,8 +55,8 @@ def collect(
         For texts. One without a pad token is left as it is; the padding is done here.
     max_length : int, optional
         Longest text in tokens; longer ones are cut. Default: no limit.
-    batch_size : int, default 32
-        Texts a forward pass.
+    batch_size : int, optional
+        Prompts in a forward pass. Default: 32 texts, and batches as they are.
     forward : callable, optional
         ``forward(model, batch)`` calls the model where the two ways above do not fit.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
@@ -62,13 +64,14 @@ def collect(
     tokens : "all", "last", "prompt", slice or callable, default "all"
         The tokens that are pooled: all of them ("all" and "prompt"), the last of each prompt, those at the positions of
         a slice, where padding is not counted, or those for which a callable returns True; see `SteeringMaps.attach`.
-    progress : bool, default False
-        Show a progress bar.
+    progress : bool, default True
+        Show a progress bar where there is more than one batch, and which layers were taken where none are given.
 
     Returns
     -------
-    dict[str, ndarray]
-        float32 [n, d] by module name, in execution order.
+    Activations
+        A dict: float32 arrays [n, d] by module name, in execution order, with ``metadata`` that say what they were
+        collected from, which `lineas.fit` hands on to the maps.
 
     Raises
     ------
@@ -81,10 +84,12 @@ def collect(
     check_pooling(pooling)
     tokens = check_fit_tokens(tokens, model)
     batches = read(data, "data", tokenizer=tokenizer, max_length=max_length).parts(batch_size)
-    names, _ = choose_layers(model, layers, say=progress)
+    names, noted = choose_layers(model, layers, say=progress)
     with frozen(model, gradients=False):
-        shown = tqdm(batches, "collect", disable=not progress)
-        return collect_batches(model, shown, names, forward=forward, pooling=pooling, tokens=tokens)
+        shown = tqdm(batches, "collect", disable=not progress or len(batches) == 1)
+        arrays = collect_batches(model, shown, names, forward=forward, pooling=pooling, tokens=tokens)
+    facts = {"layers": spell_layers(noted), "pooling": pooling, "tokens": spell_tokens(tokens)}
+    return Activations(arrays, {"model": model_name(model), **facts})
 
 
 def collect_batches(

@@ -1,6 +1,7 @@
 """Pooled activations out of a model."""
 
 import gc
+import re
 
 import models_zoo
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import lineas
+from lineas.arrays.activations import Activations
 from lineas.hooks import modules, pooling
 
 FAMILIES = list(models_zoo.LANGUAGE_MODELS)
@@ -193,12 +195,44 @@ def test_a_model_called_in_its_own_way():
     np.testing.assert_array_equal(found["part"], expected)
 
 
-def test_progress_is_shown_when_asked(capfd):
+def test_progress_is_shown_for_several_batches_unless_told_otherwise(capfd):
     settings = {"layers": "model.norm", "tokenizer": models_zoo.tokenizer(), "batch_size": 2}
-    lineas.collect(models_zoo.llama(), TEXTS, **settings)
+    lineas.collect(models_zoo.llama(), TEXTS, progress=False, **settings)
+    lineas.collect(models_zoo.llama(), TEXTS[:2], **settings)
     assert capfd.readouterr().err == ""
-    lineas.collect(models_zoo.llama(), TEXTS, progress=True, **settings)
+    lineas.collect(models_zoo.llama(), TEXTS, **settings)
     assert "4/4" in capfd.readouterr().err
+
+
+def test_texts_run_in_parts_of_32_and_batches_as_they_are():
+    model, texts = models_zoo.llama(), models_zoo.texts(70)
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    settings = {"layers": "model.norm", "tokenizer": models_zoo.tokenizer(), "progress": False}
+    found = lineas.collect(model, texts, **settings)["model.norm"]
+    assert sizes == [32, 32, 6]
+    batch = dict(settings["tokenizer"](texts, return_tensors="pt", padding=True))
+    np.testing.assert_allclose(lineas.collect(model, batch, **settings)["model.norm"], found, atol=1e-5)
+    lineas.collect(model, batch, **settings, batch_size=40)
+    assert sizes[3:] == [70, 40, 30]
+
+
+def test_metadata_say_what_was_collected():
+    model = models_zoo.llama()
+    model.config._name_or_path = "some/model"
+    settings = {"tokenizer": models_zoo.tokenizer(), "progress": False}
+    found = lineas.collect(
+        model, TEXTS, layers=re.compile("model.norm"), tokens=slice(1, None), pooling="max", **settings
+    )
+    assert isinstance(found, dict) and type(found) is Activations
+    tokens = {"slice": [1, None, None]}
+    assert found.metadata == {"model": "some/model", "layers": "model.norm", "pooling": "max", "tokens": tokens}
+    found = lineas.collect(model, TEXTS, **settings)
+    suggested = lineas.sites(model).suggested
+    assert list(found) == modules.resolve(model, suggested) == names_of(model, "llama")
+    assert found.metadata == {"model": "some/model", "layers": suggested, "pooling": "mean", "tokens": "all"}
 
 
 def test_an_unknown_pooling_is_refused_before_the_model_runs():
