@@ -16,7 +16,7 @@ from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
-from ..maps.affine import AffineMap
+from ..maps.affine import AffineMap, at_strength
 from ..maps.steering import SteeringMaps
 from .bias_settings import Setting, check_conversion, find_bias_settings, switch_on, to_llama
 from .fold_module import fold_into_module
@@ -132,8 +132,8 @@ def fold(
 
 def parameters_of(affine: AffineMap, strength: float) -> tuple[Tensor, Tensor]:
     """Slopes and shifts [d] at `strength`, float64 on the CPU."""
-    wide = AffineMap(affine.weight.astype(np.float64), affine.bias.astype(np.float64)).scaled(strength)
-    return torch.tensor(wide.weight), torch.tensor(wide.bias)
+    weight, bias = at_strength(affine.weight.astype(np.float64), affine.bias.astype(np.float64), strength)
+    return torch.tensor(weight), torch.tensor(bias)
 
 
 def refuse(refused: Mapping[str, str], total: int, what: str) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _core
 from .._threads import get_num_threads
-from ..hooks.affine import on_engine, slopes_at
-from ..maps.affine import AffineMap
+from ..hooks.affine import on_engine
+from ..maps.affine import AffineMap, at_strength
 from .objective import NonFinite
 
 ADAM_EPS = 1e-8
@@ -87,7 +87,7 @@ class MapParameters:
 
     def at(self, strength: float) -> tuple[Tensor, Tensor]:
         """Slopes and shifts [D] that do at strength 1 what the maps do at `strength`: copies."""
-        return slopes_at(self.weight, strength), strength * self.bias
+        return at_strength(self.weight, self.bias, strength, torch.where)
 
     def snapshot(self) -> dict[str, AffineMap]:
         """The maps as they stand, copied."""

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .. import _core
-from ..maps.affine import AffineMap
+from ..maps.affine import AffineMap, at_strength
 
 # Hooks run between torch's own parallel kernels, on data too small to pay for starting threads.
 _HOOK_THREADS = 1
@@ -94,20 +94,6 @@ def _blocks(shape: torch.Size, axis: int) -> tuple[int, int, int]:
     return int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :]))
 
 
-def _torch_affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float, channel_axis: int = -1) -> Tensor:
-    """Twin of `affine` in torch operations: ``weight`` and ``bias`` in the working dtype of ``z``."""
-    shape = [1] * z.ndim
-    shape[channel_axis] = -1
-    # (1 - s) + s w, not 1 + s (w - 1): strength 1 gives w to the last bit, however small it is.
-    slope, shift = (1 - strength) + strength * weight, strength * bias
-    return torch.addcmul(shift.view(shape), z.to(weight.dtype), slope.view(shape)).to(z.dtype)
-
-
-def slopes_at(weight: Tensor, strengths: Tensor | float) -> Tensor:
-    """Slopes at strengths as in AffineMap.with_strength: strength 1 gives them to the last bit, and 1 stays 1."""
-    return torch.where(weight == 1, weight, (1 - strengths) + strengths * weight)
-
-
 def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, channel_axis: int = -1) -> Tensor:
     """Apply the map at a strength: z + strength ((weight - 1) z + bias), channel by channel.
 
@@ -136,15 +122,22 @@ def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, chann
     return _torch_affine(z, weight, bias, float(strength), channel_axis)
 
 
+def _torch_affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float, axis: int) -> Tensor:
+    """Twin of `affine` in torch operations: ``weight`` and ``bias`` in the working dtype of ``z``."""
+    return apply(z, *at_strength(weight, bias, strength, _where), axis)
+
+
+def _where(condition: Tensor, value: float, slopes: Tensor) -> Tensor:
+    """``torch.where`` with the gradient of `slopes` on both sides: fits start from slopes of 1, and must get away."""
+    return torch.where(condition, value + (slopes - slopes.detach()) if slopes.requires_grad else value, slopes)
+
+
 def parameters(affine: AffineMap, strength: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Slopes and shifts [d] of `affine` at `strength`."""
-    # As AffineMap.with_strength, in float64 and without its checks.
-    slopes, shifts = affine.weight.astype(np.float64), affine.bias.astype(np.float64)
-    if strength != 1:
-        slopes, shifts = np.where(slopes == 1, 1, (1 - strength) + strength * slopes), strength * shifts
+    """Slopes and shifts [d] of `affine` at `strength`, worked out in float64."""
+    arrays = at_strength(affine.weight.astype(np.float64), affine.bias.astype(np.float64), strength)
     # Outside of inference mode: a tensor made inside it could not take part in a later forward that records gradients.
     with torch.inference_mode(False):
-        weight, bias = (torch.tensor(array, dtype=dtype, device=device) for array in (slopes, shifts))
+        weight, bias = (torch.tensor(array, dtype=dtype, device=device) for array in arrays)
     return weight, bias
 
 
@@ -155,15 +148,18 @@ def apply(tensor: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
     """
     # Along the last axis as they are, and as a plan has them: checkpointing compares the shapes of what is saved.
     if axis != -1:
-        shape = [1] * tensor.ndim
-        shape[axis] = -1
-        weight, bias = weight.view(shape), bias.view(shape)
+        weight, bias = _along(axis, tensor, weight, bias)
     return torch.addcmul(bias, tensor.to(weight.dtype), weight).to(tensor.dtype)
 
 
 def blend(tensor: Tensor, weight: Tensor, bias: Tensor, strengths: Tensor, axis: int) -> Tensor:
     """`apply` at strengths that can be multiplied with `tensor`: a number for each row or token."""
+    weight, bias = at_strength(*_along(axis, tensor, weight, bias), strengths, torch.where)
+    return torch.addcmul(bias, tensor.to(weight.dtype), weight).to(tensor.dtype)
+
+
+def _along(axis: int, tensor: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes and shifts [d] in the shape in which they spread over `tensor` along `axis`."""
     shape = [1] * tensor.ndim
     shape[axis] = -1
-    weight, bias = weight.view(shape), bias.view(shape)
-    return torch.addcmul(strengths * bias, tensor.to(weight.dtype), slopes_at(weight, strengths)).to(tensor.dtype)
+    return weight.view(shape), bias.view(shape)
