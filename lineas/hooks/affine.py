@@ -36,6 +36,11 @@ def on_engine(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor on a device in a dtype; never in float64 on a device that need not know it, such as Apple's MPS."""
+    return tensor.to(device).to(dtype) if dtype == torch.float64 else tensor.to(dtype).to(device)
+
+
 def _array(tensor: Tensor) -> NDArray:
     """View the memory of a CPU tensor as the C-contiguous array the engine wants (bfloat16 as its uint16 bits)."""
     tensor = tensor.detach().contiguous().resolve_neg()
@@ -116,7 +121,7 @@ def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, chann
         A new tensor with the shape, dtype and device of ``z``; differentiable in ``z``, ``weight`` and ``bias``.
     """
     work = working_dtype(z.dtype)
-    weight, bias = weight.to(z.device, work), bias.to(z.device, work)
+    weight, bias = moved(weight, z.device, work), moved(bias, z.device, work)
     if on_engine(z):
         return _Affine.apply(z, weight, bias, float(strength), channel_axis)
     return _torch_affine(z, weight, bias, float(strength), channel_axis)
@@ -137,7 +142,7 @@ def parameters(affine: AffineMap, strength: float, device: torch.device, dtype: 
     arrays = at_strength(affine.weight.astype(np.float64), affine.bias.astype(np.float64), strength)
     # Outside of inference mode: a tensor made inside it could not take part in a later forward that records gradients.
     with torch.inference_mode(False):
-        weight, bias = (torch.tensor(array, dtype=dtype, device=device) for array in arrays)
+        weight, bias = (torch.tensor(array, dtype=dtype).to(device) for array in arrays)
     return weight, bias
 
 

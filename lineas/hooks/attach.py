@@ -17,7 +17,7 @@ from ..inputs.call import unwrap
 from ..maps.affine import AffineMap, at_strength
 from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
 from . import outputs
-from .affine import apply, blend, parameters, working_dtype
+from .affine import apply, blend, moved, parameters, working_dtype
 from .forward_state import Tracker
 from .modules import get_module, model_name, output_width
 from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
@@ -100,7 +100,7 @@ class _Hook:
     def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
         if torch.compiler.is_compiling():
-            weight, bias = (part.to(tensor.device, working_dtype(tensor.dtype)) for part in self._whole)
+            weight, bias = (moved(part, tensor.device, working_dtype(tensor.dtype)) for part in self._whole)
             return at_strength(weight, bias, strength, torch.where)
         return self._ready(tensor, strength)[2:]
 

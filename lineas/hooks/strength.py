@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._checks import as_strength
 from ..maps.metadata import name_of
+from .affine import moved
 from .tokens import Tokens
 
 Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
@@ -48,7 +49,7 @@ class Levels:
         found = self._moved.get(key)
         if found is None:
             with torch.inference_mode(False):  # as in attach.parameters
-                found = self._moved[key] = self.values.to(device, dtype)
+                found = self._moved[key] = moved(self.values, device, dtype)
         return found
 
     def at(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -132,7 +133,7 @@ def as_level(value: Any) -> Level:
 def as_set(level: Level) -> float | NDArray | Callable[[Tokens], Any]:
     """A level as the user knows it; arrays as a copy."""
     if isinstance(level, Levels):
-        return level.values.to("cpu", torch.float64).numpy().copy()
+        return level.values.cpu().double().numpy().copy()
     return level.function if isinstance(level, Schedule) else level
 
 
@@ -163,7 +164,7 @@ class Dial:
     def set(self, value: Level) -> None:
         """Let `value` hold from the next pass on."""
         with torch.inference_mode(False):  # as in attach.parameters
-            self.scalar = torch.tensor(value) if isinstance(value, float) else None
+            self.scalar = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else None
         self.value = value
 
     def now(self) -> Level:

@@ -123,7 +123,7 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
         raise TypeError(
             f"tokens: {name_of(function)} must return a boolean tensor or array, got {type(value).__name__}"
         )
-    chosen = torch.as_tensor(value, device=positions.device)
+    chosen = torch.as_tensor(value)
     if chosen.dtype != torch.bool:
         raise TypeError(
             f"tokens: {name_of(function)} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a "
@@ -134,7 +134,7 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
             f"tokens: {name_of(function)} must return the shape {list(positions.shape)} of the tokens of this pass, "
             f"got {list(chosen.shape)}"
         )
-    return chosen
+    return chosen.to(positions.device)
 
 
 # --- in fits ----------------------------------------------------------------------------------------------------------
