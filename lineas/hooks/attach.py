@@ -151,25 +151,25 @@ class _Hook:
 
     def _strengths(self, levels: Levels, module: nn.Module, tensor: Tensor) -> Tensor:
         """Strengths as a tensor that can be multiplied with `tensor`."""
-        shape = levels.values.shape
-        where = tensor.device, working_dtype(tensor.dtype)
-        if levels.by_token:
-            if not levels.of_pass:
-                here = self.tracker.current(self.name)
-                here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
-            if shape[0] != tensor.shape[0] or (levels.of_pass and (tensor.ndim != 3 or shape[1] != tensor.shape[1])):
-                raise ValueError(self._misfit(shape, tensor))
-            if levels.of_pass:
-                return levels.moved(*where)[:, :, None]
+        shape, where = levels.values.shape, (tensor.device, working_dtype(tensor.dtype))
+        positions = None
+        if levels.by_token and not levels.of_pass:
+            here = self.tracker.current(self.name)
+            here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
             positions = here.tokens().positions
-            assert positions is not None
-            return levels.at(positions, *where)[:, :, None]
-        if tensor.ndim < 2 or shape[0] != tensor.shape[0]:
-            raise ValueError(self._misfit(shape, tensor))
-        return levels.moved(*where).view(-1, *[1] * (tensor.ndim - 1))
-
-    def _misfit(self, shape: torch.Size, tensor: Tensor) -> str:
-        return f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}"
+        copies = 1 if levels.of_pass else self.tracker.copies(shape[0], tensor.shape[0])
+        by_token_of_pass = levels.by_token and levels.of_pass
+        if (
+            tensor.ndim < 2
+            or shape[0] * copies != tensor.shape[0]
+            or (by_token_of_pass and (tensor.ndim != 3 or shape[1] != tensor.shape[1]))
+        ):
+            raise ValueError(
+                f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}; a prompt may "
+                "have several rows where generate made them, and the maps were on from its first pass"
+            )
+        values = levels.moved(*where, copies) if positions is None else levels.at(positions, *where, copies)
+        return values.view(*values.shape, *[1] * (tensor.ndim - values.ndim))
 
 
 def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -197,8 +197,12 @@ class _Begin:
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.tracker.places or not torch.compiler.is_compiling():  # a graph is broken only where it must be
+            self._note(args, kwargs)
+
+    @torch.compiler.disable
+    def _note(self, args: Any, kwargs: Any) -> None:
         self.tracker.begin(args, kwargs)
 
 
@@ -208,8 +212,12 @@ class _End:
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.tracker.places or not torch.compiler.is_compiling():
+            self._note(output)
+
+    @torch.compiler.disable
+    def _note(self, output: Any) -> None:
         self.tracker.end(output)
 
 
@@ -231,6 +239,7 @@ class Handle:
     strength : float, array or callable
         0 leaves every output as it is, 1 applies the maps; any finite number will do. An array [B] has one for each row
         of a batch, [B, T] one for each row and position: tokens past its end take the last column, padding takes none.
+        Where ``generate`` makes several rows of a prompt (beams, ``num_return_sequences``), all of them take its own.
         A callable is a schedule: at every forward pass it gets the `lineas.Tokens` of the pass and
         returns a number, an array [B], or [B, T] for the tokens of this pass. Rows, tokens and passes at 0 keep their
         bits. Any of these may be set at any time and holds from the next forward pass on; an array that does not fit a
@@ -278,15 +287,21 @@ class Handle:
             self._follow(None)
         elif isinstance(strength, Levels) and strength.by_token:
             self._follow(f"a strength of the shape {list(strength.values.shape)}")
+        elif isinstance(strength, Levels):
+            self._follow(None, places=False)
 
-    def _follow(self, what: str | None) -> None:
-        """Follow the model's passes from now on; `what` it is that needs to know their tokens."""
+    def _follow(self, what: str | None, *, places: bool = True) -> None:
+        """Follow the model's passes from now on; `what` it is that needs to know their tokens.
+
+        Where the tokens stand is worked out only with `places`.
+        """
         if what is not None and self._tracker.two_texts:
             raise ValueError(
                 f"{self._hooks[0].name}: {what} needs a model with one text, {self._tracker.label} has an encoder "
                 "and a decoder: only tokens='all' and a strength without an axis of tokens work there"
             )
         with self._lock:
+            self._tracker.places |= places
             if not self._following:
                 begin, end = _Begin(self._tracker), _End(self._tracker)
                 self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
@@ -401,9 +416,9 @@ def attach(
     model : torch.nn.Module
         A loaded model with modules of these names. Only forward hooks are added.
     strength : float, array or callable, default 1.0
-        0 is off, 1 the maps; an array has a number for each row [B], or each row and position [B, T]; a callable
-        is asked at every forward pass. ``handle.strength`` changes it later, ``handle.at(strength=...)`` for one
-        thread. See `lineas.Handle`.
+        0 is off, 1 the maps; an array has a number for each prompt [B], or each prompt and position [B, T], also where
+        ``generate`` makes several rows of a prompt; a callable is asked at every forward pass. ``handle.strength``
+        changes it later, ``handle.at(strength=...)`` for one thread. See `lineas.Handle`.
     tokens : "all", "last", "prompt", "generated", slice or callable, optional
         The tokens that the maps act on, with and without a key-value cache, on whatever side the padding is.
         "last" are those whose output a token is predicted from: the last of the prompt and the generated ones. A

@@ -45,9 +45,11 @@ class _Sequence:
         The prompt itself, where there is no cache to know the text by.
     length : int
         Columns after the last pass, likewise.
+    copied : dict of int to bool
+        Whether the rows are those of so many prompts, each several times.
     """
 
-    __slots__ = ("__weakref__", "length", "open", "prompt", "real", "split", "start", "step")
+    __slots__ = ("__weakref__", "copied", "length", "open", "prompt", "real", "split", "start", "step")
 
     def __init__(self) -> None:
         self.prompt: int | Tensor = 0
@@ -56,6 +58,7 @@ class _Sequence:
         self.real: Tensor | None = None
         self.start: Tensor | None = None
         self.length = 0
+        self.copied: dict[int, bool] = {}
 
 
 class Pass:
@@ -65,6 +68,7 @@ class Pass:
         self.text, self.args, self.named = text, args, named
         self.shape = None if text is None else (text.shape[0], text.shape[1])
         self.sequence: _Sequence | None = None
+        self.begins = False
         self.step = 0
         self.grad, self.used = torch.is_grad_enabled(), False
         self.generated = False
@@ -74,6 +78,7 @@ class Pass:
         self._tokens: Tokens | None = None
         self._chosen: dict[Any, Tensor] = {}
         self._levels: dict[Schedule, Level] = {}
+        self.copied: dict[int, bool] = {}
 
     def end(self) -> None:
         """Let go of what the model was called with, a cache among it."""
@@ -166,9 +171,15 @@ class Tracker:
     root : torch.nn.Module
         The model whose calls are passes.
     dial : Dial
+
+    Attributes
+    ----------
+    places : bool
+        Whether to work out where the tokens of every pass stand; else passes are noted, and looked at when asked for.
     """
 
     def __init__(self, root: nn.Module, dial: Dial) -> None:
+        self.places = False
         # Not the module itself: a copy of a part of the model must not bring the whole.
         parameters = inspect.signature(root.forward).parameters.values()
         known = {p.name for p in parameters}
@@ -222,6 +233,33 @@ class Tracker:
             "attached to, or attach them to the part that is called"
         )
 
+    def copies(self, prompts: int, rows: int) -> int:
+        """How many of the `rows` of an output each of `prompts` prompts has; 1 where it is not known to have more.
+
+        Beams and several sequences of a prompt are rows of it side by side, alike when a text begins, as ``generate``
+        makes them. That is looked at once a text, and where it goes on with several tokens: both wait for the device.
+        """
+        here = self._local.current
+        if rows == prompts or rows % prompts or here is None or here.shape is None or here.shape[0] != rows:
+            return 1
+        if prompts not in here.copied:
+            here.copied[prompts] = self._are_copied(here, prompts)
+        return rows // prompts if here.copied[prompts] else 1
+
+    def _are_copied(self, here: Pass, prompts: int) -> bool:
+        text, named = here.text, here.named
+        assert text is not None
+        if here.sequence is None:
+            cache, length = _cache_of(named), text.shape[1]
+            past = self._past(cache, named, named.get("attention_mask"), length)
+            here.sequence, here.begins = self._sequence(cache, past, text, named)
+        known = here.sequence.copied
+        if here.begins or (text.shape[1] > 1 and here.sequence.start is None):
+            mask = named.get("attention_mask")
+            parts = [text, mask] if isinstance(mask, Tensor) and len(mask) == len(text) else [text]
+            known[prompts] = (here.begins or known.get(prompts, False)) and all(_alike(part, prompts) for part in parts)
+        return known.get(prompts, False)
+
     # --- a pass begins ------------------------------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -231,7 +269,9 @@ class Tracker:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         text = None if self.two_texts else self._text(args, named)
         here = Pass(text, args, named)
-        if text is None:
+        if not self.places:
+            pass
+        elif text is None:
             level = self.dial.now()
             if local.level is not level:
                 local.level, local.steps = level, 0
@@ -261,10 +301,11 @@ class Tracker:
                 "tokens work there"
             )
         rows, length = text.shape[:2]
-        cache = next((named[key] for key in CACHES if named.get(key) is not None), None)
+        cache = _cache_of(named)
         mask = named.get("attention_mask")
         past = self._past(cache, named, mask, length)
-        sequence, begins = self._sequence(cache, past, text, named)
+        sequence, here.begins = self._sequence(cache, past, text, named)
+        begins = here.begins or sequence.step < 0  # what began before places were asked for begins now
         total: int | Tensor
         if isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[0] != rows or mask.shape[1] < past + length:
@@ -388,19 +429,30 @@ class Tracker:
             return
         if torch._C._current_graph_task_id() == -1:
             local.last = self._latest = here
-        if output is not None and here.shape is not None and not any(here.named.get(key) is not None for key in CACHES):
-            self._learn_cache(here, output)
+        if output is not None and here.sequence is not None and _cache_of(here.named) is None:
+            self._learn_cache(here.sequence, output)
         here.end()
 
-    def _learn_cache(self, here: Pass, output: Any) -> None:
+    def _learn_cache(self, sequence: _Sequence, output: Any) -> None:
         """Where the model made the cache itself, later passes will bring it."""
         if isinstance(output, Mapping):
-            found = next((output[key] for key in CACHES if output.get(key) is not None), None)
+            found = _cache_of(output)
         else:
             entries = output if isinstance(output, tuple | list) else ()
             found = next((entry for entry in entries if hasattr(entry, "get_seq_length")), None)
-        if found is not None and here.sequence is not None:
-            self._bind(found, here.sequence)
+        if found is not None:
+            self._bind(found, sequence)
+
+
+def _cache_of(named: Mapping[str, Any]) -> Any:
+    """The cache among arguments or outputs, if there is one."""
+    return next((named[key] for key in CACHES if named.get(key) is not None), None)
+
+
+def _alike(rows: Tensor, groups: int) -> bool:
+    """Whether rows are so many groups of equal ones, side by side."""
+    grouped = rows.unflatten(0, (groups, -1))
+    return bool((grouped == grouped[:, :1]).all())
 
 
 def _checkpointed() -> bool:

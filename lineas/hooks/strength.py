@@ -37,25 +37,25 @@ class Levels:
 
     def __init__(self, values: Tensor, *, of_pass: bool = False) -> None:
         self.values, self.of_pass = values, of_pass
-        self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._moved: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     @property
     def by_token(self) -> bool:
         return self.values.ndim == 2
 
-    def moved(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The values where and in what they are needed."""
-        key = device, dtype
+    def moved(self, device: torch.device, dtype: torch.dtype, copies: int = 1) -> Tensor:
+        """The values where and in what they are needed, each row `copies` times."""
+        key = device, dtype, copies
         found = self._moved.get(key)
         if found is None:
-            with torch.inference_mode(False):  # as in attach.parameters
-                found = self._moved[key] = moved(self.values, device, dtype)
+            with torch.inference_mode(False):  # as in affine.parameters
+                found = self._moved[key] = moved(self.values, device, dtype).repeat_interleave(copies, dim=0)
         return found
 
-    def at(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The strengths [B, T] of tokens at positions [B, T]; 0 at padding."""
+    def at(self, positions: Tensor, device: torch.device, dtype: torch.dtype, copies: int = 1) -> Tensor:
+        """The strengths [B copies, T] of tokens at positions [B copies, T]; 0 at padding."""
         positions = positions.to(device)
-        found = self.moved(device, dtype).gather(1, positions.clamp(min=0, max=self.values.shape[1] - 1))
+        found = self.moved(device, dtype, copies).gather(1, positions.clamp(min=0, max=self.values.shape[1] - 1))
         return found.masked_fill(positions < 0, 0)
 
     def __repr__(self) -> str:
