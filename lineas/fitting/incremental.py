@@ -18,7 +18,7 @@ from ..hooks.collect import collect_batches, to_numpy
 from ..hooks.modules import model_name
 from ..hooks.pooling import pool_output
 from ..hooks.sites import choose_layers
-from ..hooks.tokens import Choice, check_fit_tokens
+from ..hooks.tokens import BatchTokens, check_fit_tokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import frozen
 from ..maps.affine import AffineMap
@@ -110,10 +110,10 @@ class _Walk:
         Capture().run(self.model, batch, names, on_output, last=names[-1], forward=self.settings.forward)
         return found[0]
 
-    def _choice(self, batch: Batch) -> Choice:
-        return Choice(self.settings.tokens, self.model, batch, self.settings.pooling)
+    def _choice(self, batch: Batch) -> BatchTokens:
+        return BatchTokens(self.settings.tokens, self.model, batch, self.settings.pooling)
 
-    def _rows(self, name: str, module: nn.Module, tensor: Tensor, choice: Choice) -> NDArray[np.float32]:
+    def _rows(self, name: str, module: nn.Module, tensor: Tensor, choice: BatchTokens) -> NDArray[np.float32]:
         mask = choice.mask(name, module, tensor)
         return to_numpy(pool_output(name, module, tensor, mask, self.settings.pooling, choice.size(name)))
 
@@ -121,7 +121,7 @@ class _Walk:
         # As a mapping of one, so that errors name the module.
         self.maps[name] = fit({name: rows}, {name: self.wanted[name]}, method=self.settings.method)[name]
 
-    def _mapped(self, name: str, module: nn.Module, tensor: Tensor, choice: Choice) -> Tensor:
+    def _mapped(self, name: str, module: nn.Module, tensor: Tensor, choice: BatchTokens) -> Tensor:
         weight, bias = parameters(self.maps[name], 1.0, tensor.device, working_dtype(tensor.dtype))
         mapped = apply(tensor, weight, bias, outputs.channel_axis(module, tensor, name))
         return choice.only(name, module, tensor, mapped)

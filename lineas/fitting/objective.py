@@ -14,7 +14,7 @@ from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
 from ..hooks.capture import Capture, OnOutput
 from ..hooks.pooling import pool_output
-from ..hooks.tokens import Choice
+from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
 from ..inputs.prompts import Sampler
@@ -122,7 +122,7 @@ class Objective:
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
         pooling = self.settings.pooling
-        choice = Choice(self.settings.tokens, self.model, batch, pooling)
+        choice = BatchTokens(self.settings.tokens, self.model, batch, pooling)
         pooled: dict[str, Tensor] = {}
         differentiated = torch.is_grad_enabled()
 

@@ -1,4 +1,7 @@
-"""Maps on tensors: the C engine on the CPU, the same mathematics in torch on every other device."""
+"""Maps on tensors: the C engine on the CPU, the same mathematics in torch on every other device.
+
+Tensors alone, no modules; and how tensors and the engine's arrays share memory, which pooling and fits use as well.
+"""
 
 from __future__ import annotations
 

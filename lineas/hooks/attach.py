@@ -1,4 +1,7 @@
-"""Maps into a model: forward hooks with a live strength, on all tokens or some."""
+"""Maps into a model: the hook that applies one, the `Handle` on all of them, and `attach`.
+
+The top of lineas.hooks: it may use all of it, and `collect` and `capture` do not know it.
+"""
 
 import itertools
 import re
@@ -20,7 +23,7 @@ from . import outputs
 from .affine import apply, blend, moved, parameters, working_dtype
 from .forward_state import Tracker
 from .modules import get_module, model_name, output_width
-from .strength import Dial, Level, Levels, Schedule, Strength, as_level, as_set
+from .strength import Schedule, Strength, StrengthArray, StrengthSetting, StrengthValue, as_given, read_strength
 
 # Parameters of a hook at strengths other than the latest, for threads that have their own.
 _KEPT = 32
@@ -34,30 +37,36 @@ class _Hook:
     """
 
     def __init__(
-        self, name: str, affine: AffineMap, dial: Dial, tokens: Selection, tracker: Tracker, place: tuple[Any, Any]
+        self,
+        name: str,
+        affine: AffineMap,
+        setting: StrengthSetting,
+        tokens: Selection,
+        tracker: Tracker,
+        likely: tuple[torch.device, torch.dtype],
     ) -> None:
-        self.name, self.dial, self.tokens, self.tracker, self.place = name, dial, tokens, tracker, place
+        self.name, self.setting, self.tokens, self.tracker, self.likely = name, setting, tokens, tracker, likely
         self.set_map(affine)
 
     def set_map(self, affine: AffineMap) -> None:
-        # At strength 1, where the output is likely to be.
-        self._whole = parameters(affine, 1.0, *self.place)
+        # For compiled graphs, which must not make any: at strength 1, where and in what the output is likely to be.
+        self._constants = parameters(affine, 1.0, *self.likely)
         self.map = affine
-        self._cached: tuple[Any, AffineMap, Tensor, Tensor] | None = None
-        self._others: dict[Any, tuple[Any, AffineMap, Tensor, Tensor]] = {}
-        self._plan: tuple[Any, ...] | None = None
+        # By strength, device and dtype.
+        self._parameters: dict[Any, tuple[AffineMap, Tensor, Tensor]] = {}
+        self._last_call: tuple[Any, ...] | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._compiled(module, output)
-        dial = self.dial
+        setting = self.setting
         # What was done to the last output is done to the next one in as few steps as can be, mostly one token later.
-        plan = self._plan
-        if plan is not None and not dial.busy and type(output) is Tensor:
-            strength, affine, dtype, device, axes, width, weight, bias = plan
+        last = self._last_call
+        if last is not None and setting.uniform and type(output) is Tensor:
+            strength, affine, dtype, device, axes, width, weight, bias = last
             shape = output.shape
             if (
-                strength is dial.value
+                strength is setting.value
                 and affine is self.map
                 and output.dtype is dtype
                 and len(shape) == axes
@@ -65,24 +74,24 @@ class _Hook:
                 and output.device == device
             ):
                 return torch.addcmul(bias, output, weight)
-        strength = dial.value
-        if dial.busy or type(strength) is not float:
+        strength = setting.value
+        if not setting.uniform or type(strength) is not float:
             return self._in_general(module, output)
         if strength == 0:
             return None
         tensor = outputs.take(output, self.name)
         axis = self._axis(module, tensor)
-        _, affine, weight, bias = self._ready(tensor, strength)
+        affine, weight, bias = self._ready(tensor, strength)
         # Not for images, where only the shape tells the axis.
         if axis == -1 and tensor.ndim < 4 and weight.dtype == tensor.dtype and type(weight) is Tensor:
             size = tensor.ndim, tensor.shape[-1]
-            self._plan = (strength, affine, tensor.dtype, tensor.device, *size, weight, bias)
+            self._last_call = (strength, affine, tensor.dtype, tensor.device, *size, weight, bias)
         return outputs.put(output, apply(tensor, weight, bias, axis))
 
     def _compiled(self, module: nn.Module, output: Any) -> Any:
         """The map in a graph that holds for every strength that is a number: it is a tensor there, and no constant."""
-        strength = self.dial.scalar
-        if strength is None or self.dial.busy:
+        strength = self.setting.scalar
+        if strength is None or not self.setting.uniform:
             return self._in_general(module, output)
         tensor = outputs.take(output, self.name)
         axis = self._axis(module, tensor)
@@ -100,31 +109,27 @@ class _Hook:
     def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
         if torch.compiler.is_compiling():
-            weight, bias = (moved(part, tensor.device, working_dtype(tensor.dtype)) for part in self._whole)
+            weight, bias = (moved(part, tensor.device, working_dtype(tensor.dtype)) for part in self._constants)
             return at_strength(weight, bias, strength, torch.where)
-        return self._ready(tensor, strength)[2:]
+        return self._ready(tensor, strength)[1:]
 
-    def _ready(self, tensor: Tensor, strength: float) -> tuple[Any, AffineMap, Tensor, Tensor]:
-        """What `_at_strength` gives, behind what it holds for and the map that it is of."""
+    def _ready(self, tensor: Tensor, strength: float) -> tuple[AffineMap, Tensor, Tensor]:
+        """What `_at_strength` gives, behind the map that it is of."""
         key = (strength, tensor.device, working_dtype(tensor.dtype))
         # Read once, and with its map: another thread may exchange either at any time.
-        cached, affine = self._cached, self.map
-        if cached is None or cached[0] != key or cached[1] is not affine:
-            cached = self._others.get(key)
-            if cached is None or cached[1] is not affine:
-                cached = (key, affine, *parameters(affine, *key))
-                if type(cached[2]) is not Tensor:
-                    return cached  # a fake one, of which nothing may be left behind
-                if len(self._others) >= _KEPT:
-                    self._others = {}
-                self._others[key] = cached
-            self._cached = cached
-        return cached
+        affine, found = self.map, self._parameters.get(key)
+        if found is None or found[0] is not affine:
+            found = affine, *parameters(affine, *key)
+            if type(found[1]) is Tensor:  # nothing may be left behind of a fake one
+                if len(self._parameters) >= _KEPT:
+                    self._parameters = {}
+                self._parameters[key] = found
+        return found
 
     def _in_general(self, module: nn.Module, output: Any) -> Any:
         """The map where tokens are selected, threads differ, or the strength is no number."""
-        level: Level = self.dial.now()
-        if isinstance(level, float) and level == 0:
+        strength = self.setting.now()
+        if isinstance(strength, float) and strength == 0:
             return None
         tensor = outputs.take(output, self.name)
         axis = self._axis(module, tensor)
@@ -134,31 +139,31 @@ class _Hook:
             if chosen is None:
                 return None
             chosen = chosen[:, :, None]
-        if isinstance(level, Schedule):
-            level = self.tracker.current(self.name).scheduled(level)
-            if isinstance(level, float) and level == 0:
+        if isinstance(strength, Schedule):
+            strength = self.tracker.current(self.name).scheduled(strength)
+            if isinstance(strength, float) and strength == 0:
                 return None
-        if isinstance(level, Levels):
-            strengths = self._strengths(level, module, tensor)
+        if isinstance(strength, StrengthArray):
+            strengths = self._strengths(strength, module, tensor)
             acts = strengths != 0
             chosen = acts if chosen is None else chosen & acts
             mapped = blend(tensor, *self._at_strength(tensor, 1.0), strengths, axis)
         else:
-            assert isinstance(level, float)
-            mapped = apply(tensor, *self._at_strength(tensor, level), axis)
+            assert isinstance(strength, float)
+            mapped = apply(tensor, *self._at_strength(tensor, strength), axis)
         # Not a product: what is not selected keeps its bits, a NaN among them.
         return outputs.put(output, mapped if chosen is None else torch.where(chosen, mapped, tensor))
 
-    def _strengths(self, levels: Levels, module: nn.Module, tensor: Tensor) -> Tensor:
+    def _strengths(self, strengths: StrengthArray, module: nn.Module, tensor: Tensor) -> Tensor:
         """Strengths as a tensor that can be multiplied with `tensor`."""
-        shape, where = levels.values.shape, (tensor.device, working_dtype(tensor.dtype))
+        shape, where = strengths.values.shape, (tensor.device, working_dtype(tensor.dtype))
         positions = None
-        if levels.by_token and not levels.of_pass:
+        if strengths.by_token and not strengths.of_pass:
             here = self.tracker.current(self.name)
             here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
             positions = here.tokens().positions
-        copies = 1 if levels.of_pass else self.tracker.copies(shape[0], tensor.shape[0])
-        by_token_of_pass = levels.by_token and levels.of_pass
+        copies = 1 if strengths.of_pass else self.tracker.copies(shape[0], tensor.shape[0])
+        by_token_of_pass = strengths.by_token and strengths.of_pass
         if (
             tensor.ndim < 2
             or shape[0] * copies != tensor.shape[0]
@@ -168,12 +173,12 @@ class _Hook:
                 f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}; a prompt may "
                 "have several rows where generate made them, and the maps were on from its first pass"
             )
-        values = levels.moved(*where, copies) if positions is None else levels.at(positions, *where, copies)
+        values = strengths.moved(*where, copies) if positions is None else strengths.at(positions, *where, copies)
         return values.view(*values.shape, *[1] * (tensor.ndim - values.ndim))
 
 
-def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the output of a module is likely to be, and in what maps of it are computed."""
+def _likely_output(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device on which the output of a module is likely to be, and the dtype in which maps of it are computed."""
     for parameter in (*module.parameters(), *module.buffers(), *itertools.islice(model.parameters(), 1)):
         if parameter.is_floating_point():
             device = torch.device("cpu") if parameter.is_meta else parameter.device
@@ -191,34 +196,19 @@ def _forget_compiled() -> None:
         torch.compiler.reset()
 
 
-class _Begin:
-    """The tracker's hook before the model's forward."""
+class _PassHook:
+    """A hook on the model itself that tells the tracker that a pass begins, or that it ends."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker, what: str) -> None:
+        self.tracker, self.what = tracker, what
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.tracker.places or not torch.compiler.is_compiling():  # a graph is broken only where it must be
-            self._note(args, kwargs)
-
-    @torch.compiler.disable
-    def _note(self, args: Any, kwargs: Any) -> None:
-        self.tracker.begin(args, kwargs)
-
-
-class _End:
-    """The tracker's hook after the model's forward."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.tracker.places or not torch.compiler.is_compiling():
-            self._note(output)
+    def __call__(self, module: nn.Module, args: Any, given: Any) -> None:
+        if self.tracker.needs_positions or not torch.compiler.is_compiling():  # a graph is broken only where it must be
+            self._tell(args, given)
 
     @torch.compiler.disable
-    def _note(self, output: Any) -> None:
-        self.tracker.end(output)
+    def _tell(self, args: Any, given: Any) -> None:
+        getattr(self.tracker, self.what)(args, given)
 
 
 class Handle:
@@ -255,16 +245,16 @@ class Handle:
         maps: Mapping[str, AffineMap],
         modules: Mapping[str, nn.Module],
         model: nn.Module,
-        strength: Level,
+        strength: StrengthValue,
         tokens: Selection,
     ) -> None:
         self._maps = maps
         self._tokens = tokens
         self._root = unwrap(model)
-        self._dial = Dial(strength, selective=tokens != "all")
-        self._tracker = Tracker(self._root, self._dial)
+        self._setting = StrengthSetting(strength, selective=tokens != "all")
+        self._tracker = Tracker(self._root, self._setting)
         self._hooks = [
-            _Hook(name, maps[name], self._dial, tokens, self._tracker, _place(module, model))
+            _Hook(name, maps[name], self._setting, tokens, self._tracker, _likely_output(module, model))
             for name, module in modules.items()
         ]
         self._removable: list[RemovableHandle] = []
@@ -281,19 +271,19 @@ class Handle:
             self.remove()
             raise
 
-    def _prepare(self, strength: Level) -> None:
+    def _prepare(self, strength: StrengthValue) -> None:
         """Follow the model's passes where a strength asks for it."""
         if isinstance(strength, Schedule):
             self._follow(None)
-        elif isinstance(strength, Levels) and strength.by_token:
+        elif isinstance(strength, StrengthArray) and strength.by_token:
             self._follow(f"a strength of the shape {list(strength.values.shape)}")
-        elif isinstance(strength, Levels):
-            self._follow(None, places=False)
+        elif isinstance(strength, StrengthArray):
+            self._follow(None, positions=False)
 
-    def _follow(self, what: str | None, *, places: bool = True) -> None:
+    def _follow(self, what: str | None, *, positions: bool = True) -> None:
         """Follow the model's passes from now on; `what` it is that needs to know their tokens.
 
-        Where the tokens stand is worked out only with `places`.
+        Where the tokens stand is worked out only with `positions`.
         """
         if what is not None and self._tracker.two_texts:
             raise ValueError(
@@ -301,9 +291,9 @@ class Handle:
                 "and a decoder: only tokens='all' and a strength without an axis of tokens work there"
             )
         with self._lock:
-            self._tracker.places |= places
+            self._tracker.needs_positions |= positions
             if not self._following:
-                begin, end = _Begin(self._tracker), _End(self._tracker)
+                begin, end = (_PassHook(self._tracker, what) for what in ("begin", "end"))
                 self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
                 self._removable.append(self._root.register_forward_hook(end, always_call=True))
                 self._following = True
@@ -336,14 +326,14 @@ class Handle:
 
     @property
     def strength(self) -> Any:
-        return as_set(self._dial.value)
+        return as_given(self._setting.value)
 
     @strength.setter
     def strength(self, value: Strength) -> None:
-        level = as_level(value)
+        given = read_strength(value)
         if self.attached:
-            self._prepare(level)
-        self._dial.set(level)
+            self._prepare(given)
+        self._setting.set(given)
 
     @property
     def tokens(self) -> Selection:
@@ -373,10 +363,10 @@ class Handle:
         RuntimeError
             When the maps are off the model.
         """
-        level = as_level(strength)
+        given = read_strength(strength)
         self._check_attached()
-        self._prepare(level)
-        with self._dial.override(level):
+        self._prepare(given)
+        with self._setting.in_context(given):
             yield self
 
     @property
@@ -403,7 +393,7 @@ class Handle:
         if not self.attached:
             return f"Handle({len(self.maps)} modules, removed)"
         chosen = "" if self._tokens == "all" else f", {show_tokens(self._tokens)}"
-        return f"Handle({len(self.maps)} modules, strength={self._dial.value}{chosen})"
+        return f"Handle({len(self.maps)} modules, strength={self._setting.value}{chosen})"
 
 
 def attach(
@@ -446,7 +436,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    level = as_level(strength)
+    given = read_strength(strength)
     chosen = fitted_tokens(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
     modules = {}
     for name, affine in maps.items():
@@ -455,7 +445,7 @@ def attach(
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
     _warn_of_another_model(getattr(maps, "metadata", {}), model)
-    return Handle(maps, modules, model, level, chosen)
+    return Handle(maps, modules, model, given, chosen)
 
 
 def _warn_of_another_model(metadata: Mapping[str, Any], model: nn.Module) -> None:

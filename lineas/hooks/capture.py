@@ -1,4 +1,8 @@
-"""Run a model with hooks on named modules, and no further than needed."""
+"""Run a model with hooks on named modules, and no further than needed.
+
+Once the last module of interest was called, its hook raises a private exception, so neither later layers nor a
+language-model head run, whatever wraps the model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooled activations out of a model."""
+"""Pooled activations out of a model: what users call, and its loop over batches, which fits use as well."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,17 +9,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._checks import as_choice
 from ..arrays.activations import Activations
 from ..inputs.batches import Batch
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
-from ..maps.metadata import Layers, Selection, spell_layers, spell_tokens
+from ..maps.metadata import POOLINGS, Layers, Selection, spell_layers, spell_tokens
 from .capture import Capture
 from .modules import model_name
-from .pooling import check_pooling, pool_output
+from .pooling import pool_output
 from .sites import choose_layers
-from .tokens import Choice, check_fit_tokens
+from .tokens import BatchTokens, check_fit_tokens
 
 
 def collect(
@@ -81,7 +82,7 @@ def collect(
         If no module matches `layers` (near names are listed) or none is suggested, a matched module is not run, there
         is no prompt, or a mask does not fit the activation it belongs to.
     """
-    check_pooling(pooling)
+    as_choice(pooling, "pooling", POOLINGS)
     tokens = check_fit_tokens(tokens, model)
     batches = read(data, "data", tokenizer=tokenizer, max_length=max_length).parts(batch_size)
     names, noted = choose_layers(model, layers, say=progress)
@@ -117,13 +118,13 @@ def _pooled(
     pooling: str,
     tokens: Selection,
 ) -> dict[str, NDArray[np.float32]]:
-    choice = Choice(tokens, model, batch, pooling)
+    selected = BatchTokens(tokens, model, batch, pooling)
     found: dict[str, NDArray[np.float32]] = {}
 
     def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
         if name not in found:  # a module called twice counts with its first call
-            mask = choice.mask(name, module, tensor)
-            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, choice.size(name)))
+            mask = selected.mask(name, module, tensor)
+            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, selected.size(name)))
 
     Capture().run(model, batch, names, on_output, forward=forward)
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maps.metadata import Selection, show_tokens
-from .strength import Dial, Level, Schedule
+from .strength import Schedule, StrengthSetting, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
 
 # The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24.
@@ -77,7 +77,7 @@ class Pass:
         self.mask: Tensor | None = None  # None: all are real
         self._tokens: Tokens | None = None
         self._chosen: dict[Any, Tensor] = {}
-        self._levels: dict[Schedule, Level] = {}
+        self._strengths: dict[Schedule, StrengthValue] = {}
         self.copied: dict[int, bool] = {}
 
     def end(self) -> None:
@@ -141,11 +141,11 @@ class Pass:
                 f"called with, got the shape {list(tensor.shape)}"
             )
 
-    def scheduled(self, schedule: Schedule) -> Level:
+    def scheduled(self, schedule: Schedule) -> StrengthValue:
         """What a schedule gives for this pass."""
-        if schedule not in self._levels:
-            self._levels[schedule] = schedule.at(self.tokens())
-        return self._levels[schedule]
+        if schedule not in self._strengths:
+            self._strengths[schedule] = schedule.at(self.tokens())
+        return self._strengths[schedule]
 
 
 # What a tracker has seen, and a copy of it has not.
@@ -159,8 +159,8 @@ class _Local(threading.local):
     last: Pass | None = None  # the one before, for layers that are run again on the way back
     growing: _Sequence | None = None  # the text of a generation without cache
     loose: _Sequence | None = None  # the text of a cache that is no object of its own
-    level: Level | None = None
-    steps: int = 0  # passes under `level`
+    strength: StrengthValue | None = None
+    steps: int = 0  # passes under `strength`
 
 
 class Tracker:
@@ -170,16 +170,16 @@ class Tracker:
     ----------
     root : torch.nn.Module
         The model whose calls are passes.
-    dial : Dial
+    setting : StrengthSetting
 
     Attributes
     ----------
-    places : bool
+    needs_positions : bool
         Whether to work out where the tokens of every pass stand; else passes are noted, and looked at when asked for.
     """
 
-    def __init__(self, root: nn.Module, dial: Dial) -> None:
-        self.places = False
+    def __init__(self, root: nn.Module, setting: StrengthSetting) -> None:
+        self.needs_positions = False
         # Not the module itself: a copy of a part of the model must not bring the whole.
         parameters = inspect.signature(root.forward).parameters.values()
         known = {p.name for p in parameters}
@@ -188,7 +188,7 @@ class Tracker:
         self.tells_candidates = "logits_to_keep" in known
         self.label = type(root).__name__
         self.two_texts = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
-        self.dial = dial
+        self.setting = setting
         self._forget()
 
     def _forget(self) -> None:
@@ -269,16 +269,16 @@ class Tracker:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         text = None if self.two_texts else self._text(args, named)
         here = Pass(text, args, named)
-        if not self.places:
+        if not self.needs_positions:
             pass
         elif text is None:
-            level = self.dial.now()
-            if local.level is not level:
-                local.level, local.steps = level, 0
+            strength = self.setting.now()
+            if local.strength is not strength:
+                local.strength, local.steps = strength, 0
             here.step = local.steps
             local.steps += 1
         else:
-            self._place(here, text, named)
+            self._locate(here, text, named)
         local.current = here
 
     def _text(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
@@ -292,7 +292,7 @@ class Tracker:
             return first
         return None
 
-    def _place(self, here: Pass, text: Tensor, named: Mapping[str, Any]) -> None:
+    def _locate(self, here: Pass, text: Tensor, named: Mapping[str, Any]) -> None:
         """Find out which sequence a pass belongs to, and where its tokens stand."""
         packed = [key for key in PACKED if named.get(key) is not None]
         if packed:
@@ -305,7 +305,7 @@ class Tracker:
         mask = named.get("attention_mask")
         past = self._past(cache, named, mask, length)
         sequence, here.begins = self._sequence(cache, past, text, named)
-        begins = here.begins or sequence.step < 0  # what began before places were asked for begins now
+        begins = here.begins or sequence.step < 0  # what began before it was followed begins now
         total: int | Tensor
         if isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[0] != rows or mask.shape[1] < past + length:
@@ -421,7 +421,7 @@ class Tracker:
 
     # --- a pass ends --------------------------------------------------------------------------------------------------
 
-    def end(self, output: Any) -> None:
+    def end(self, args: tuple[Any, ...], output: Any) -> None:
         """Note that the pass is over, with what it gave: None after an error."""
         local = self._local
         here, local.current = local.current, None

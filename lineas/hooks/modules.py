@@ -1,6 +1,6 @@
 """The modules of a model: found by the names that they have in the innermost model, whatever wraps it or parts of it.
 
-Below all of lineas.hooks: what needs outputs, tokens or maps is elsewhere.
+Names, lists of blocks, widths of outputs. The bottom of lineas.hooks: it knows nothing of outputs, tokens and maps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The hidden state in a module's output: take it out, put it back, and find its channels."""
+"""The hidden state in a module's output: take it out, put it back, and find its channels.
+
+Of lineas.hooks it knows the modules alone; everything that reads or maps outputs uses it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Pooling over tokens: the C engine on the CPU, the same mathematics in torch on every other device."""
+"""Pooling over tokens: the C engine on the CPU, the same mathematics in torch on every other device.
+
+Uses outputs, and what affine has of the engine.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .. import _core
+from .._checks import as_choice
+from ..maps.metadata import POOLINGS
 from . import outputs
 from .affine import _HOOK_THREADS, _array, on_engine, working_dtype
-
-POOLINGS = ("mean", "min", "max", "last", "all")
 
 
 class _Pool(Function):
@@ -100,8 +103,7 @@ def pool(x: Tensor, mask: Tensor | None = None, mode: str = "mean") -> Tensor:
     ValueError
         If ``mode`` is unknown, ``mask`` is not [B, T], or a row has no real token.
     """
-    if mode not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {mode!r}")
+    as_choice(mode, "pooling", POOLINGS)
     working_dtype(x.dtype)
     if mask is not None:
         if mask.shape != x.shape[:2]:
@@ -161,9 +163,3 @@ def pool_output(
             f"got {list(mask.shape)}"
         )
     return pool(tokens, mask if tensor.ndim == 3 else None, pooling)
-
-
-def check_pooling(pooling: str) -> None:
-    """ValueError where `pooling` is none of the engine's."""
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")

@@ -1,4 +1,7 @@
-"""The modules of a model that maps can sit on, as a table, and those that suit best."""
+"""The modules of a model that maps can sit on, as a table, and those that suit best.
+
+Uses modules and outputs; `choose_layers` is what `collect` and fits read their layers by.
+"""
 
 import glob
 import html

@@ -1,4 +1,7 @@
-"""How strongly maps act: one number, one for each row or token, or a schedule, and other values for a thread."""
+"""How strongly maps act: a number, an array for rows or tokens, or a schedule, and other strengths for a thread.
+
+What a user sets is read here, and kept for all hooks of a handle. What rows and tokens there are, forward_state knows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
 """What a user may set."""
 
 
-class Levels:
+class StrengthArray:
     """Strengths by row, [B], or by row and token, [B, T].
 
     Parameters
@@ -68,7 +71,7 @@ class Schedule:
     def __init__(self, function: Callable[[Tokens], Any]) -> None:
         self.function = function
 
-    def at(self, tokens: Tokens) -> float | Levels:
+    def at(self, tokens: Tokens) -> float | StrengthArray:
         """The strength of a pass.
 
         Raises
@@ -80,25 +83,25 @@ class Schedule:
         if callable(value):
             raise TypeError(f"strength: {self} must return a number or an array, got {type(value).__name__}")
         try:
-            level = as_level(value)
+            strength = read_strength(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}, from {self}") from None
-        assert not isinstance(level, Schedule)
-        if isinstance(level, Levels):
-            level.of_pass = True
-            if level.by_token and tokens.mask is not None and level.values.shape == tokens.mask.shape:
-                level.values = level.values.masked_fill(~tokens.mask.to(level.values.device), 0)
-        return level
+        assert not isinstance(strength, Schedule)
+        if isinstance(strength, StrengthArray):
+            strength.of_pass = True
+            if strength.by_token and tokens.mask is not None and strength.values.shape == tokens.mask.shape:
+                strength.values = strength.values.masked_fill(~tokens.mask.to(strength.values.device), 0)
+        return strength
 
     def __repr__(self) -> str:
         return name_of(self.function)
 
 
-Level: TypeAlias = float | Levels | Schedule
+StrengthValue: TypeAlias = float | StrengthArray | Schedule
 
 
-def as_level(value: Any) -> Level:
-    """What a user set, checked.
+def read_strength(value: Any) -> StrengthValue:
+    """What a user set, checked, and in a form of one's own.
 
     Raises
     ------
@@ -125,67 +128,69 @@ def as_level(value: Any) -> Level:
         raise ValueError(f"strength must be a number, [rows] or [rows, tokens], got the shape {list(values.shape)}")
     if not values.isfinite().all():
         raise ValueError("strength must be finite")
-    # A tensor of its own, and none of inference mode: see attach.parameters.
+    # A tensor of its own, and none of inference mode: see affine.parameters.
     with torch.inference_mode(False):
-        return Levels(values.clone())
+        return StrengthArray(values.clone())
 
 
-def as_set(level: Level) -> float | NDArray | Callable[[Tokens], Any]:
-    """A level as the user knows it; arrays as a copy."""
-    if isinstance(level, Levels):
-        return level.values.cpu().double().numpy().copy()
-    return level.function if isinstance(level, Schedule) else level
+def as_given(strength: StrengthValue) -> float | NDArray | Callable[[Tokens], Any]:
+    """A strength as the user knows it; arrays as a copy."""
+    if isinstance(strength, StrengthArray):
+        return strength.values.cpu().double().numpy().copy()
+    return strength.function if isinstance(strength, Schedule) else strength
 
 
-# By dial: what holds in this thread, or task, instead.
-_OVERRIDES: ContextVar[Mapping[Dial, Level]] = ContextVar("lineas strengths", default=MappingProxyType({}))
+# What holds in this thread, or task, instead.
+_IN_CONTEXT: ContextVar[Mapping[StrengthSetting, StrengthValue]] = ContextVar(
+    "lineas strengths", default=MappingProxyType({})
+)
 
 
-class Dial:
-    """The strength that all hooks of a handle read.
+class StrengthSetting:
+    """The strength that all hooks of a handle read: one for all, and others for some threads or tasks.
 
     Attributes
     ----------
-    value : float, Levels or Schedule
+    value : float, StrengthArray or Schedule
         What holds where no block says otherwise.
-    busy : bool
-        Whether more than `value` must be looked at: tokens are selected, or a block is open in some thread.
+    uniform : bool
+        Whether `value` holds for all tokens and threads: none are selected, and no block is open in any thread.
     scalar : Tensor [] or None
         `value` as a tensor where it is a number: what compiled graphs read, in which numbers would be constants.
     """
 
-    def __init__(self, value: Level, *, selective: bool = False) -> None:
+    def __init__(self, value: StrengthValue, *, selective: bool = False) -> None:
         self.selective = selective
         self.set(value)
-        self.busy = selective
+        self.uniform = not selective
         self._blocks = 0
         self._lock = threading.Lock()
 
-    def set(self, value: Level) -> None:
+    def set(self, value: StrengthValue) -> None:
         """Let `value` hold from the next pass on."""
-        with torch.inference_mode(False):  # as in attach.parameters
+        with torch.inference_mode(False):  # as in affine.parameters
             self.scalar = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else None
         self.value = value
 
-    def now(self) -> Level:
+    def now(self) -> StrengthValue:
         """What holds here and now."""
-        return _OVERRIDES.get().get(self, self.value) if self.busy else self.value
+        return self.value if self.uniform else _IN_CONTEXT.get().get(self, self.value)
 
     @contextmanager
-    def override(self, value: Level) -> Iterator[None]:
+    def in_context(self, value: StrengthValue) -> Iterator[None]:
         """Let `value` hold in this thread, or task, until the block ends."""
         self._count(1)
-        token = _OVERRIDES.set({**_OVERRIDES.get(), self: value})
+        token = _IN_CONTEXT.set({**_IN_CONTEXT.get(), self: value})
         try:
             yield
         finally:
-            _OVERRIDES.reset(token)
+            _IN_CONTEXT.reset(token)
             self._count(-1)
 
     def _count(self, change: int) -> None:
         with self._lock:
             self._blocks += change
-            self.busy = self.selective or self._blocks > 0
+            self.uniform = not self.selective and not self._blocks
 
     # A copy of a model has the strength that its handle was set to.
     def __getstate__(self) -> dict[str, Any]:

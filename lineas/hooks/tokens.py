@@ -1,4 +1,4 @@
-"""Which tokens maps act on: what a selection may be, how it is written into metadata, and what it selects.
+"""Which tokens maps act on: what selections and schedules are told, and what is selected, also of the batch of a fit.
 
 A selection speaks of the positions of tokens in their rows, not of columns of a batch: padding has none, on whatever
 side it is, and positions go on through a key-value cache. docs/decisions/0015 says why it is so.
@@ -140,7 +140,7 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
 # --- in fits ----------------------------------------------------------------------------------------------------------
 
 
-class Choice:
+class BatchTokens:
     """The tokens of one batch that count in a fit: which maps act on, and which are pooled.
 
     Parameters
