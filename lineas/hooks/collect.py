@@ -45,15 +45,16 @@ def collect(
     ----------
     model : torch.nn.Module
         A loaded model.
-    data : list[str], batch or list of batches
-        Texts (these need `tokenizer`), one batch, or a list of batches. A batch that is a dict is passed as
+    data : texts, conversations, token ids, batch or list of batches
+        A list of texts, of conversations (lists of messages with "role" and "content", rendered by the chat template),
+        or of lists of token ids; one batch, or a list of batches. A batch that is a dict is passed as
         ``model(**batch)``, a tensor as ``model(batch)``, a tuple as ``model(*batch)``.
     layers : str, list[str] or re.Pattern, optional
         Modules by glob on their full dotted name, a list of globs, or a compiled regular expression that must match the
         whole name; see `lineas.sites`. ``*`` stops at dots, ``**`` does not. One that matches more than 100 modules, or
         modules inside one another, must be in a list. Default: what `lineas.sites` suggests.
     tokenizer : transformers tokenizer, optional
-        For texts. One without a pad token is left as it is; the padding is done here.
+        For texts and conversations. One without a pad token is left as it is; the padding is done here.
     max_length : int, optional
         Longest text in tokens; longer ones are cut. Default: no limit.
     batch_size : int, optional
@@ -62,9 +63,10 @@ def collect(
         ``forward(model, batch)`` calls the model where the two ways above do not fit.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
         Over the tokens under the attention mask. "all" keeps each real token as a row of its own.
-    tokens : "all", "last", "prompt", slice or callable, default "all"
-        The tokens that are pooled: all of them ("all" and "prompt"), the last of each prompt, those at the positions of
-        a slice, where padding is not counted, or those for which a callable returns True; see `SteeringMaps.attach`.
+    tokens : "all", "last", "prompt", "generated", slice or callable, default "all"
+        The tokens that are pooled: all of them, the last of each prompt and those after it, the answers that
+        conversations end with ("generated") or what stands before them ("prompt"), those at the positions of a slice,
+        where padding is not counted, or those for which a callable returns True; see `SteeringMaps.attach`.
     progress : bool, default True
         Show a progress bar where there is more than one batch, and which layers were taken where none are given.
 

@@ -155,7 +155,7 @@ def sites(
     ----------
     model : torch.nn.Module
         A model. Without `data` nothing is run: its weights may be on any device, also on "meta".
-    data : list[str], batch or list of batches, optional
+    data : texts, conversations, token ids, batch or list of batches, optional
         As in `collect`. The first batch (of texts, the first two) is run once. Then rows come in the order of their
         first calls and tell widths and shapes that only a run can, and modules that were not called or whose output
         can take no map are left out.

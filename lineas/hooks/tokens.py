@@ -54,17 +54,14 @@ class Tokens:
 
 
 def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
-    """`check_tokens` for fits, where nothing is generated.
+    """`check_tokens` for fits and `collect`.
 
     Raises
     ------
     TypeError, ValueError
-        As `check_tokens`; for ``"generated"``, and for anything but ``"all"`` in a model with two texts.
+        As `check_tokens`; and for anything but ``"all"`` in a model with two texts.
     """
-    chosen = check_tokens(tokens)
-    if isinstance(chosen, str) and chosen == "generated":
-        raise ValueError("tokens='generated' selects nothing in a fit, where every token is of a prompt")
-    inner = unwrap(model)
+    chosen, inner = check_tokens(tokens), unwrap(model)
     if chosen != "all" and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) is True:
         raise ValueError(
             f"{show_tokens(chosen)} needs a model with one text, {type(inner).__name__} has an encoder and a decoder: "
@@ -150,9 +147,19 @@ class BatchTokens:
     model : torch.nn.Module
     batch : Batch
     pooling : str
+
+    Raises
+    ------
+    ValueError
+        When the generated tokens are asked for, and the batch has prompts alone.
     """
 
     def __init__(self, tokens: Selection, model: nn.Module, batch: Batch, pooling: str) -> None:
+        if isinstance(tokens, str) and tokens == "generated" and batch.prompt_length is None:
+            raise ValueError(
+                "tokens='generated' selects nothing where every token is of a prompt: it needs conversations that end "
+                "with an answer of the assistant"
+            )
         self.tokens, self.model, self.batch, self.pooling = tokens, model, batch, pooling
         self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
@@ -197,10 +204,11 @@ class BatchTokens:
         else:
             real = mask.to(tensor.device) != 0
         positions = (real.long().cumsum(dim=1) - 1).masked_fill(~real, -1)
+        length = self.batch.prompt_length
         here = Tokens(
             ids=self._ids(shape),
             positions=positions,
-            prompt_length=real.sum(dim=1),
+            prompt_length=real.sum(dim=1) if length is None else length.to(tensor.device),
             mask=real,
             args=self.batch.args,
             kwargs=self.batch.kwargs,
