@@ -212,13 +212,16 @@ class _PassHook:
 
 
 class Handle:
-    """Maps that are on in a model; see `lineas.SteeringMaps.attach`.
+    """Maps that act on the outputs of a model's modules, as `lineas.SteeringMaps.attach` returns them.
 
-    The maps act from the start. As a with-block they are taken off at its end, also after an error::
+    They act from the start, until `remove`, or the end of a with-block, also after an error; the model and its weights
+    stay as they are. Several handles may be on one model, and are taken off in any order. What is set in one holds for
+    all threads; `at` sets a strength for one of them::
 
         with maps.attach(model, strength=0.8) as handle:
-            model.generate(...)
-            handle.strength = 0.3
+            model.generate(**batch)
+            handle.strength = [0.0, 0.5, 1.0]  # one for each prompt of the batch
+            model.generate(**batch)
 
     Attributes
     ----------
@@ -230,10 +233,10 @@ class Handle:
         0 leaves every output as it is, 1 applies the maps; any finite number will do. An array [B] has one for each row
         of a batch, [B, T] one for each row and position: tokens past its end take the last column, padding takes none.
         Where ``generate`` makes several rows of a prompt (beams, ``num_return_sequences``), all of them take its own.
-        A callable is a schedule: at every forward pass it gets the `lineas.Tokens` of the pass and
-        returns a number, an array [B], or [B, T] for the tokens of this pass. Rows, tokens and passes at 0 keep their
-        bits. Any of these may be set at any time and holds from the next forward pass on; an array that does not fit a
-        batch is a ValueError there. Arrays are copied. Reading it gives what was set, not what `at` sets for a thread.
+        A callable is a schedule: at every forward pass it gets the `lineas.Tokens` of the pass and returns a number, an
+        array [B], or [B, T] for the tokens of this pass. Rows, tokens and passes at 0 keep their bits. Any of these may
+        be set at any time and holds from the next forward pass on; an array that does not fit a batch is a ValueError
+        there. Arrays are copied. Reading it gives what was set, float64 if an array, not what `at` sets for a thread.
     tokens : "all", "last", "prompt", "generated", slice or callable
         The tokens that the maps act on.
     attached : bool

@@ -42,25 +42,7 @@ _OF_HEADS = re.compile(r"(^|\.)((q|k|query|key)_?(layer)?_?norm|norm_(added_)?[q
 
 @dataclass(frozen=True)
 class Site:
-    """A row of `Sites`: modules of one kind with names alike.
-
-    Attributes
-    ----------
-    glob : str
-        What to pass as ``layers=``; it matches these modules and no other.
-    kind : str
-        Their class.
-    width : int, tuple of int, or None
-        Neurons of their outputs, ascending where they differ; None where only a run tells (see ``data``).
-    count : int
-        How many there are.
-    suggested : bool
-        Whether maps are suggested for them.
-    names : tuple of str
-        Their names.
-    shape : tuple of int, or None
-        Of the output of the first of them when the model ran; None without ``data``.
-    """
+    """A row of `Sites`: modules of one class with names alike; several widths are ascending."""
 
     glob: str
     kind: str
@@ -72,12 +54,22 @@ class Site:
 
 
 class Sites(Sequence[Site]):
-    """What `lineas.sites` found: a sequence of `Site`, printed as a table.
+    """The modules of a model that maps can sit on, as `lineas.sites` returns them: printed as a table.
+
+    A sequence of rows, each for modules of one class whose names differ in numbers only, with ``glob`` (what to pass as
+    ``layers=``; it matches these modules and no other), ``kind`` (their class), ``width`` (neurons of their outputs: a
+    number, several, or None where only a run tells), ``count``, ``suggested``, ``names`` and ``shape`` (of the output
+    of the first of them, where the model ran)::
+
+        found = lineas.sites(model)
+        maps = lineas.fit_incremental(model, source, target, layers=found.suggested, tokenizer=tokenizer)
+        wide = [row.glob for row in found if row.kind == "Linear" and row.width == 4096]
 
     Attributes
     ----------
     suggested : list of str
-        Globs of the suggested modules, to be passed as ``layers=``; empty where nothing is suggested.
+        Globs of the modules that suit best, which fits and `lineas.collect` take where no layers are given; empty where
+        no module is a norm.
     """
 
     def __init__(self, rows: Iterable[Site], suggested: Sequence[str], model: str) -> None:
@@ -165,10 +157,7 @@ def sites(
     Returns
     -------
     lineas.Sites
-        A sequence of rows, printed as a table, in notebooks too. A row has ``glob`` (for ``layers=``; it matches its
-        modules and no other), ``kind`` (the class), ``width`` (neurons: a number, several, or None where only a run
-        tells), ``count``, ``suggested``, ``names`` and, with `data`, ``shape``. ``suggested`` of the whole are globs
-        for all suggested modules.
+        A sequence of rows, printed as a table, in notebooks too; its ``suggested`` are globs for all suggested modules.
 
     Raises
     ------

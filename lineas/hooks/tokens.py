@@ -22,7 +22,14 @@ from . import outputs
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The tokens of one forward pass, as selections and schedules that are callables get them.
+    """The tokens of one forward pass of a model: B rows of T tokens.
+
+    A callable that is given to `lineas.SteeringMaps.attach` gets one at every pass: as ``tokens=`` it returns which
+    tokens the maps act on, bool [B, T]; as ``strength=`` how strongly they do. Positions count the real tokens of a row
+    from 0 and go on through the key-value cache, on whatever side the padding is::
+
+        maps.attach(model, tokens=lambda tokens: tokens.ids == 42)
+        maps.attach(model, strength=lambda tokens: 0.9**tokens.positions)
 
     Attributes
     ----------
