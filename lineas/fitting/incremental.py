@@ -16,7 +16,6 @@ from ..hooks.affine import apply, parameters, working_dtype
 from ..hooks.capture import Capture
 from ..hooks.collect import collect_batches, to_numpy
 from ..hooks.modules import model_name
-from ..hooks.pooling import pool_output
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import BatchTokens, check_fit_tokens
 from ..inputs.batches import Batch
@@ -83,7 +82,7 @@ class _Walk:
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
             if name not in self.maps:
-                self._fit(name, self._rows(name, module, tensor, choice))
+                self._fit(name, to_numpy(choice.pool(name, module, tensor)))
                 bar.update()
             return self._mapped(name, module, tensor, choice)
 
@@ -104,7 +103,7 @@ class _Walk:
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
             if name in self.maps:
                 return self._mapped(name, module, tensor, choice)
-            found.append(self._rows(name, module, tensor, choice))
+            found.append(to_numpy(choice.pool(name, module, tensor)))
             return None
 
         Capture().run(self.model, batch, names, on_output, last=names[-1], forward=self.settings.forward)
@@ -112,10 +111,6 @@ class _Walk:
 
     def _choice(self, batch: Batch) -> BatchTokens:
         return BatchTokens(self.settings.tokens, self.model, batch, self.settings.pooling)
-
-    def _rows(self, name: str, module: nn.Module, tensor: Tensor, choice: BatchTokens) -> NDArray[np.float32]:
-        mask = choice.mask(name, module, tensor)
-        return to_numpy(pool_output(name, module, tensor, mask, self.settings.pooling, choice.size(name)))
 
     def _fit(self, name: str, rows: NDArray[np.float32]) -> None:
         # As a mapping of one, so that errors name the module.

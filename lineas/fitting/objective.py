@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
 from ..hooks.capture import Capture, OnOutput
-from ..hooks.pooling import pool_output
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
@@ -121,8 +120,7 @@ class Objective:
         """
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
-        pooling = self.settings.pooling
-        choice = BatchTokens(self.settings.tokens, self.model, batch, pooling)
+        choice = BatchTokens(self.settings.tokens, self.model, batch, self.settings.pooling)
         pooled: dict[str, Tensor] = {}
         differentiated = torch.is_grad_enabled()
 
@@ -138,9 +136,7 @@ class Objective:
             if replaced is not None:
                 replaced = choice.only(name, module, tensor, replaced)
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
-                seen = tensor if replaced is None else replaced
-                mask = choice.mask(name, module, tensor)
-                pooled[name] = pool_output(name, module, seen, mask, pooling, choice.size(name))
+                pooled[name] = choice.pool(name, module, tensor, replaced)
             return replaced
 
         last = self.loss_names[-1] if self._ordered else None  # the first run goes on until every module was called

@@ -18,7 +18,6 @@ from ..inputs.prompts import read
 from ..maps.metadata import POOLINGS, Layers, Selection, spell_layers, spell_tokens
 from .capture import Capture
 from .modules import model_name
-from .pooling import pool_output
 from .sites import choose_layers
 from .tokens import BatchTokens, check_fit_tokens
 
@@ -105,31 +104,22 @@ def collect_batches(
     tokens: Selection,
 ) -> dict[str, NDArray[np.float32]]:
     """Pooled activations [n, d] of the modules `names`, in execution order, over `batches`; the model is frozen."""
+
+    def pooled(batch: Batch) -> dict[str, NDArray[np.float32]]:
+        selected, found = BatchTokens(tokens, model, batch, pooling), {}
+
+        def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
+            if name not in found:  # a module called twice counts with its first call
+                found[name] = to_numpy(selected.pool(name, module, tensor))
+
+        Capture().run(model, batch, names, on_output, forward=forward)
+        return found
+
     parts: dict[str, list[NDArray[np.float32]]] = {}
     for batch in batches:
-        for name, rows in _pooled(model, batch, names, forward, pooling, tokens).items():
+        for name, rows in pooled(batch).items():
             parts.setdefault(name, []).append(rows)
     return {name: np.concatenate(rows) for name, rows in parts.items()}
-
-
-def _pooled(
-    model: nn.Module,
-    batch: Batch,
-    names: Sequence[str],
-    forward: Forward | None,
-    pooling: str,
-    tokens: Selection,
-) -> dict[str, NDArray[np.float32]]:
-    selected = BatchTokens(tokens, model, batch, pooling)
-    found: dict[str, NDArray[np.float32]] = {}
-
-    def on_output(name: str, module: nn.Module, tensor: Tensor) -> None:
-        if name not in found:  # a module called twice counts with its first call
-            mask = selected.mask(name, module, tensor)
-            found[name] = to_numpy(pool_output(name, module, tensor, mask, pooling, selected.size(name)))
-
-    Capture().run(model, batch, names, on_output, forward=forward)
-    return found
 
 
 def to_numpy(pooled: Tensor) -> NDArray[np.float32]:

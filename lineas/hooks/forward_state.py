@@ -67,6 +67,8 @@ class Pass:
     def __init__(self, text: Tensor | None, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         self.text, self.args, self.named = text, args, named
         self.shape = None if text is None else (text.shape[0], text.shape[1])
+        self.past: int | Tensor = 0  # columns in the cache
+        self.located = text is None
         self.sequence: _Sequence | None = None
         self.begins = False
         self.step = 0
@@ -87,24 +89,21 @@ class Pass:
 
     def tokens(self) -> Tokens:
         """The tokens of this pass."""
-        if self._tokens is None:
-            self._tokens = self._describe()
+        if self._tokens is not None:
+            return self._tokens
+        ids = positions = length = mask = None
+        if self.text is not None and self.shape is not None:
+            device, mask = self.text.device, self.mask
+            if mask is None:
+                mask = torch.ones(self.shape, dtype=torch.bool, device=device)
+            before = self.before if isinstance(self.before, int) else self.before[:, None]
+            positions = (before + mask.long().cumsum(dim=1) - 1).masked_fill(~mask, -1)
+            length = (
+                torch.full(self.shape[:1], self.prompt, device=device) if isinstance(self.prompt, int) else self.prompt
+            )
+            ids = self.text if self.text.ndim == 2 else None
+        self._tokens = Tokens(ids, positions, length, mask, self.step, self.args, self.named)
         return self._tokens
-
-    def _describe(self) -> Tokens:
-        if self.text is None or self.shape is None:
-            return Tokens(None, None, None, None, self.step, self.args, self.named)
-        device, rows = self.text.device, self.shape[0]
-        mask = self.mask
-        if mask is None:
-            mask = torch.ones(self.shape, dtype=torch.bool, device=device)
-        before = self.before if isinstance(self.before, int) else self.before[:, None]
-        positions = (before + mask.long().cumsum(dim=1) - 1).masked_fill(~mask, -1)
-        prompt = self.prompt
-        if isinstance(prompt, int):
-            prompt = torch.full((rows,), prompt, device=device)
-        ids = self.text if self.text.ndim == 2 else None
-        return Tokens(ids, positions, prompt, mask, self.step, self.args, self.named)
 
     def chosen(self, selection: Selection, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         """What `selection` selects of the output of a module: bool [B, T] on its device; None where it is nothing.
@@ -216,6 +215,8 @@ class Tracker:
         local = self._local
         here = local.current
         if here is not None:
+            if not here.located:  # it began before anything asked for positions
+                self._locate(here)
             if here.grad and not here.used and _checkpointed():
                 here.used, self._waiting = True, self._waiting + 1
             return here
@@ -247,15 +248,10 @@ class Tracker:
         return rows // prompts if here.copied[prompts] else 1
 
     def _are_copied(self, here: Pass, prompts: int) -> bool:
-        text, named = here.text, here.named
+        text, mask, sequence = here.text, here.named.get("attention_mask"), self._sequence_of(here)
         assert text is not None
-        if here.sequence is None:
-            cache, length = _cache_of(named), text.shape[1]
-            past = self._past(cache, named, named.get("attention_mask"), length)
-            here.sequence, here.begins = self._sequence(cache, past, text, named)
-        known = here.sequence.copied
-        if here.begins or (text.shape[1] > 1 and here.sequence.start is None):
-            mask = named.get("attention_mask")
+        known = sequence.copied
+        if here.begins or (text.shape[1] > 1 and sequence.start is None):
             parts = [text, mask] if isinstance(mask, Tensor) and len(mask) == len(text) else [text]
             known[prompts] = (here.begins or known.get(prompts, False)) and all(_alike(part, prompts) for part in parts)
         return known.get(prompts, False)
@@ -269,16 +265,16 @@ class Tracker:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         text = None if self.two_texts else self._text(args, named)
         here = Pass(text, args, named)
-        if not self.needs_positions:
-            pass
-        elif text is None:
+        if text is None:
             strength = self.setting.now()
             if local.strength is not strength:
                 local.strength, local.steps = strength, 0
             here.step = local.steps
             local.steps += 1
         else:
-            self._locate(here, text, named)
+            here.past = self._past(named, text.shape[1])
+            if self.needs_positions:
+                self._locate(here)
         local.current = here
 
     def _text(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
@@ -292,8 +288,10 @@ class Tracker:
             return first
         return None
 
-    def _locate(self, here: Pass, text: Tensor, named: Mapping[str, Any]) -> None:
+    def _locate(self, here: Pass) -> None:
         """Find out which sequence a pass belongs to, and where its tokens stand."""
+        text, named = here.text, here.named
+        assert text is not None
         packed = [key for key in PACKED if named.get(key) is not None]
         if packed:
             raise ValueError(
@@ -301,10 +299,8 @@ class Tracker:
                 "tokens work there"
             )
         rows, length = text.shape[:2]
-        cache = _cache_of(named)
         mask = named.get("attention_mask")
-        past = self._past(cache, named, mask, length)
-        sequence, here.begins = self._sequence(cache, past, text, named)
+        sequence, past = self._sequence_of(here), int(here.past)
         begins = here.begins or sequence.step < 0  # what began before it was followed begins now
         total: int | Tensor
         if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -330,27 +326,18 @@ class Tracker:
             here.mask, here.before = present, before
             total = before + (length if present is None else present.sum(dim=1))
         sequence.real = None if isinstance(total, int) else total
-        here.sequence = sequence
-        self._advance(here, sequence, begins, total, length, cache, named)
+        here.located = True
+        self._advance(here, sequence, begins, total, length)
 
-    def _advance(
-        self,
-        here: Pass,
-        sequence: _Sequence,
-        begins: bool,
-        total: int | Tensor,
-        length: int,
-        cache: Any,
-        named: Mapping[str, Any],
-    ) -> None:
+    def _advance(self, here: Pass, sequence: _Sequence, begins: bool, total: int | Tensor, length: int) -> None:
         """Tell prompt and generated tokens apart.
 
         One token at a time is generated. More are a prompt: the first one, or what a conversation goes on with. But
         where a generation tries several tokens at once, it asks for the logits of all of them, and of the last one of
         a prompt at most.
         """
-        keep = named.get("logits_to_keep")
-        candidates = keep - 1 if isinstance(keep, int) and keep > 1 and cache is not None else 0
+        keep = here.named.get("logits_to_keep")
+        candidates = keep - 1 if isinstance(keep, int) and keep > 1 and _cache_of(here.named) is not None else 0
         if sequence.start is not None and not begins:
             sequence.open = False  # the prompt is part of every pass
         elif begins or length > candidates + 1:
@@ -365,45 +352,59 @@ class Tracker:
         here.step = sequence.step
         here.prompt = None if sequence.split else sequence.prompt
 
-    def _past(self, cache: Any, named: Mapping[str, Any], mask: Any, length: int) -> int:
-        """How many columns are in the cache."""
+    def _past(self, named: Mapping[str, Any], length: int) -> int | Tensor:
+        """How many columns are in the cache before a pass of so many; a tensor where only the device knows."""
+        cache, mask = _cache_of(named), named.get("attention_mask")
+        if cache is None:
+            return 0
         tell = getattr(cache, "get_seq_length", None)
         if callable(tell):
             try:
-                return int(tell())
+                told = tell()
+                return told.clone() if isinstance(told, Tensor) else int(told)  # the pass will count on in it
             except (ValueError, TypeError):  # a cache of states alone, which do not grow
                 pass
         elif isinstance(cache, tuple | list) and cache:
             first = cache[0][0] if isinstance(cache[0], tuple | list) and cache[0] else None
             if isinstance(first, Tensor) and first.ndim > 1:
                 return first.shape[-2]
-        if cache is None:
-            return 0
         position = named.get("cache_position")
         if isinstance(position, Tensor) and position.numel():
-            return int(position[0])
+            return position[0]
         return max(mask.shape[1] - length, 0) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
 
-    def _sequence(self, cache: Any, past: int, text: Tensor, named: Mapping[str, Any]) -> tuple[_Sequence, bool]:
-        """The sequence that a pass belongs to, and whether it begins with it."""
-        local = self._local
-        if past:
-            known = self._of(cache)
-            if known is not None:
-                return known, False
-        sequence = _Sequence()
+    def _sequence_of(self, here: Pass) -> _Sequence:
+        """The sequence that a pass belongs to, found once."""
+        if here.sequence is None:
+            here.past, known = int(here.past), self._known(here)
+            here.begins, here.sequence = known is None, known or self._begun(here)
+        return here.sequence
+
+    def _known(self, here: Pass) -> _Sequence | None:
+        """The sequence that a pass goes on with."""
+        cache, growing = _cache_of(here.named), self._local.growing
+        if cache is not None:
+            return self._of(cache) if here.past else None
+        if self._is_uncached(here) and growing is not None and here.text is not None and _goes_on(growing, here.text):
+            growing.length += 1
+            return growing
+        return None
+
+    def _begun(self, here: Pass) -> _Sequence:
+        """A sequence that begins with a pass."""
+        sequence, cache, text = _Sequence(), _cache_of(here.named), here.text
+        assert text is not None
         if cache is not None:
             self._bind(cache, sequence)
-            return sequence, True
-        if named.get("use_cache") is False or not self.can_cache:
-            before = local.growing
-            if before is not None and _goes_on(before, text):
-                before.length += 1
-                return before, False
+        elif self._is_uncached(here):
             sequence.start = text.detach().clone() if text.ndim == 2 else text.detach()
             sequence.length = text.shape[1]
-            local.growing = sequence
-        return sequence, True
+            self._local.growing = sequence
+        return sequence
+
+    def _is_uncached(self, here: Pass) -> bool:
+        """Whether every pass brings its text whole."""
+        return here.named.get("use_cache") is False or not self.can_cache
 
     def _of(self, cache: Any) -> _Sequence | None:
         entry = self._of_cache.get(id(cache))

@@ -18,6 +18,7 @@ from ..inputs.batches import Batch
 from ..inputs.call import unwrap
 from ..maps.metadata import Selection, check_tokens, name_of, show_tokens
 from . import outputs
+from .pooling import pool_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,10 +171,6 @@ class BatchTokens:
         self.tokens, self.model, self.batch, self.pooling = tokens, model, batch, pooling
         self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
-    def size(self, name: str) -> tuple[int, int] | None:
-        """Numbers of prompts and tokens that a module sees, where they are known."""
-        return self.batch.size_of(name, self.model)
-
     def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         """What of the output `tensor` of a module is pooled: [B, T], nonzero where it is, or None for everything.
 
@@ -189,6 +186,11 @@ class BatchTokens:
         if key not in self._masks:
             self._masks[key] = self._select(name, tensor)
         return self._masks[key]
+
+    def pool(self, name: str, module: nn.Module, tensor: Tensor, mapped: Tensor | None = None) -> Tensor:
+        """The output `tensor` of a module, or what maps made of it, pooled over the selected tokens: `pool_output`."""
+        mask, size = self.mask(name, module, tensor), self.batch.size_of(name, self.model)
+        return pool_output(name, module, tensor if mapped is None else mapped, mask, self.pooling, size)
 
     def only(self, name: str, module: nn.Module, tensor: Tensor, mapped: Tensor) -> Tensor:
         """`mapped` at the selected tokens, `tensor` elsewhere."""

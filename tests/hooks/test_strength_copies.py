@@ -129,6 +129,16 @@ def test_prompts_that_are_alike_at_first_are_refused_where_they_differ():
                 model(rest, past_key_values=cache)
 
 
+def test_a_static_cache_that_is_used_again_begins_another_text():
+    model, maps = steered("llama")
+    batch, how = ids([5, 3, 4]), {**GREEDY, "cache_implementation": "static"}
+    with maps.attach(model, strength=STRENGTHS) as handle:
+        model.generate(**{name: tensor[:2] for name, tensor in batch.items()}, **how, num_beams=3)
+        handle.strength = [1.0, 0.3, 0.7]
+        found = model.generate(**batch, **how, num_beams=2)
+        assert torch.equal(found, model.generate(**batch, **GREEDY, num_beams=2))
+
+
 def test_a_cache_from_before_tells_nothing_of_its_rows():
     model, maps = steered("llama")
     cache = DynamicCache(config=model.config)
@@ -189,9 +199,9 @@ def test_tokens_in_one_axis_are_no_rows():
 def test_rows_are_compared_once_a_text_and_only_where_they_are_more(monkeypatch):
     model, maps = steered("llama")
     batch, compared, placed = ids(LENGTHS), [], []
-    alike, find = forward_state._alike, forward_state.Tracker._sequence
+    alike, find = forward_state._alike, forward_state.Tracker._sequence_of
     monkeypatch.setattr(forward_state, "_alike", lambda *args: compared.append(args) or alike(*args))
-    monkeypatch.setattr(forward_state.Tracker, "_sequence", lambda *args: placed.append(args) or find(*args))
+    monkeypatch.setattr(forward_state.Tracker, "_sequence_of", lambda *args: placed.append(args) or find(*args))
     with maps.attach(model, strength=STRENGTHS):
         for cache in (True, False):
             model.generate(**batch, **GREEDY, use_cache=cache)
@@ -217,6 +227,26 @@ def test_a_strength_for_each_row_leaves_one_graph():
             handle.strength = strength
             torch.testing.assert_close(compiled(x), model(x))
     torch.compiler.reset()
+
+
+def test_a_schedule_that_is_set_within_a_pass_knows_its_tokens():
+    model, maps = steered("llama")
+    batch, seen = ids(LENGTHS), []
+
+    def schedule(tokens):
+        seen.append(tokens.positions.tolist())
+        return 1.0
+
+    with maps.attach(model, strength=STRENGTHS) as handle:
+
+        def change(module, args):
+            handle.strength = schedule
+
+        model.model.layers[1].register_forward_pre_hook(change)
+        with torch.no_grad():
+            model(**batch)
+        model.model.layers[1]._forward_pre_hooks.clear()
+    assert seen == [[[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2]]]
 
 
 def test_a_schedule_that_is_set_between_passes_counts_the_text_from_there():
