@@ -15,7 +15,7 @@ from ..inputs.batches import Batch
 from ..inputs.call import Forward
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
-from ..maps.metadata import POOLINGS, Layers, Selection, spell_layers, spell_tokens
+from ..maps.metadata import POOLINGS, Layers, Selection, spell
 from .capture import Capture
 from .modules import model_name
 from .sites import choose_layers
@@ -90,8 +90,8 @@ def collect(
     with frozen(model, gradients=False):
         shown = tqdm(batches, "collect", disable=not progress or len(batches) == 1)
         arrays = collect_batches(model, shown, names, forward=forward, pooling=pooling, tokens=tokens)
-    facts = {"layers": spell_layers(noted), "pooling": pooling, "tokens": spell_tokens(tokens)}
-    return Activations(arrays, {"model": model_name(model), **facts})
+    facts = {"model": model_name(model), "layers": noted, "pooling": pooling, "tokens": tokens}
+    return Activations(arrays, spell(facts))
 
 
 def collect_batches(
