@@ -294,12 +294,14 @@ class Handle:
                 "and a decoder: only tokens='all' and a strength without an axis of tokens work there"
             )
         with self._lock:
+            before = self._following, self._tracker.needs_positions
             self._tracker.needs_positions |= positions
             if not self._following:
                 begin, end = (_PassHook(self._tracker, what) for what in ("begin", "end"))
                 self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
                 self._removable.append(self._root.register_forward_hook(end, always_call=True))
                 self._following = True
+            if (self._following, self._tracker.needs_positions) != before:
                 _forget_compiled()
 
     @property

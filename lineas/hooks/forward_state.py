@@ -11,6 +11,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,39 +27,18 @@ CACHES = ("cache", "past_key_values", "cache_params")
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class _Sequence:
-    """What is known of a text that comes in one or more passes.
+    """What is known of a text that comes in one or more passes."""
 
-    Attributes
-    ----------
-    prompt : int or Tensor [B]
-        Tokens of the prompt.
-    split : bool
-        Whether the prompt came in more than one pass, or may have.
-    open : bool
-        Whether nothing was generated yet.
-    step : int
-        Passes so far.
-    real : Tensor [B] or None
-        Real tokens so far, where masks tell only those of a pass.
-    start : Tensor or None
-        The prompt itself, where there is no cache to know the text by.
-    length : int
-        Columns after the last pass, likewise.
-    copied : dict of int to bool
-        Whether the rows are those of so many prompts, each several times.
-    """
-
-    __slots__ = ("__weakref__", "copied", "length", "open", "prompt", "real", "split", "start", "step")
-
-    def __init__(self) -> None:
-        self.prompt: int | Tensor = 0
-        self.split, self.open = False, True
-        self.step = -1
-        self.real: Tensor | None = None
-        self.start: Tensor | None = None
-        self.length = 0
-        self.copied: dict[int, bool] = {}
+    prompt: int | Tensor = 0  # tokens of the prompt, [B]
+    split: bool = False  # the prompt came in more than one pass, or may have
+    open: bool = True  # nothing was generated yet
+    step: int = -1  # passes so far, counted from 0
+    real: Tensor | None = None  # real tokens so far [B], where masks tell only those of a pass
+    start: Tensor | None = None  # the prompt itself, where there is no cache to know the text by
+    length: int = 0  # columns after the last pass, likewise
+    copied: dict[int, bool] = field(default_factory=dict)  # whether the rows are of so many prompts, each several times
 
 
 class Pass:
