@@ -200,9 +200,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(command: Any, options: dict[str, dict[str, Any]]) -> None:
     """Options for settings of a fit; what is not given is left to their class, whose default the help shows."""
-    defaults = settings.defaults(settings.FitSettings)
     for name, option in options.items():
-        shown = "" if defaults[name] is None or "default" in option["help"] else f" (default: {defaults[name]})"
+        default = getattr(settings.FitSettings, name)
+        shown = "" if default is None or "default" in option["help"] else f" (default: {default})"
         command.add_argument(
             f"--{name.replace('_', '-')}",
             **{**option, "help": option["help"] + shown, "default": argparse.SUPPRESS},

@@ -21,7 +21,18 @@ ROOMS = (
 )
 NO_TORCH = ("maps", "arrays", "notebook", "cli")
 # Imports of lineas inside functions, and lazy methods: module, and what it asks for when it is called.
-LAZY = {}
+LAZY = {
+    "arrays.gaussian": ["hooks.affine"],
+    "cli": ["demo.run"],
+    "demo.run": ["notebook.plot"],
+    "fitting.result": ["notebook.plot"],
+    "maps.affine": ["hooks.affine"],
+    "maps.files": ["maps.hub"],
+    "maps.path": ["notebook.plot"],
+    "maps.records": ["maps.files"],
+    "maps.steering": ["export.fold", "export.lora", "hooks.attach", "maps.files", "maps.hub", "maps.vectors"],
+    "maps.vectors": ["hooks.modules"],
+}
 
 
 def name_of(path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._checks import as_flag, as_strength
 from ..hooks.attach import attach
 from ..inputs.batches import Batch
-from ..inputs.call import Forward, call
+from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
 from ..maps.affine import AffineMap, at_strength
@@ -100,33 +100,33 @@ def fold(
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:
         raise ValueError("convert makes a model of another class: it cannot be done in place")
-    check_maps(maps, model, "a fold")
-    readers = check_readers(readers, maps, model)
+    maps, inner = check_maps(maps, model, "a fold")
+    readers = check_readers(readers, maps, inner)
     if convert:
-        check_conversion(model)
+        check_conversion(inner)
     batches = None if check is None else read(check, "check", tokenizer=tokenizer).parts()
 
-    changes, settings, biases = _plan(maps, model, strength, readers, convert)
+    changes, settings, biases = _plan(maps, inner, strength, readers, convert)
     values = _rounded(changes)
     for name in sorted(biases - {f"{module}.{kind}" for module, kind in values}):
-        weight = model.get_submodule(name.removesuffix(".bias"))._parameters["weight"]
+        weight = inner.get_submodule(name.removesuffix(".bias"))._parameters["weight"]
         assert weight is not None  # the Linear of a bias that a setting adds
-        rows = dense_weight(model, name.removesuffix(".bias")).shape[0]
+        rows = dense_weight(inner, name.removesuffix(".bias")).shape[0]
         values[name.removesuffix(".bias"), "bias"] = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
 
     hooked = None
     if batches is not None:
         with attach(maps, model, strength):
             hooked = _outputs(model, batches, forward)
-    target = model if inplace else to_llama(model) if convert else copy.deepcopy(model)
-    undo = write_parameters(target, values)
+    target = model if inplace else to_llama(inner) if convert else copy.deepcopy(model)
+    undo = write_parameters(unwrap(target), values)
     try:
         if hooked is not None:
             _compare(hooked, _outputs(target, batches or [], forward), _coarsest(model))
     except BaseException:
         undo()
         raise
-    switch_on(target, settings)
+    switch_on(unwrap(target), settings)
     return target
 
 

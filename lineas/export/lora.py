@@ -99,7 +99,7 @@ def to_peft_lora(
         raise TypeError(f"bias must be True, False or None, got {bias!r}")
     if rank is not None:
         rank = as_int(rank, "rank", low=1)
-    check_maps(maps, model, "an adapter")
+    maps, model = check_maps(maps, model, "an adapter")
     pairs = _pairs(maps, model, check_readers(readers, maps, model))
     if not pairs:
         raise ValueError("these maps change nothing: there is nothing to write")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._names import near_names
-from ..hooks.modules import get_module, output_width
+from ..hooks.modules import find, get_module, output_width
+from ..inputs.call import unwrap
 from ..maps.steering import SteeringMaps
 
 Readers: TypeAlias = Mapping[str, Sequence[str]]
@@ -57,8 +58,13 @@ class Refusal(ValueError):
     """Why one module cannot be folded or written as an adapter."""
 
 
-def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> None:
+def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> tuple[SteeringMaps, nn.Module]:
     """Refuse maps that weights cannot hold, and what `attach` would refuse, too.
+
+    Returns
+    -------
+    maps, model : SteeringMaps, torch.nn.Module
+        The innermost model, and the maps by the names that their modules have in it.
 
     Raises
     ------
@@ -81,10 +87,13 @@ def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> None:
             raise ValueError(
                 f"maps are attached to {name!r} of this model: remove() them first, or they would act twice"
             )
+    names = {}
     for name, affine in maps.items():
-        width = output_width(get_module(model, name))
+        names[name], module = find(model, name)
+        width = output_width(module)
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
+    return maps.rename(names), unwrap(model)
 
 
 def _tokens(metadata: dict) -> object:

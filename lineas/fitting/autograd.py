@@ -1,8 +1,7 @@
-"""Differentiable operations: the C engine on the CPU, the same mathematics in torch on every other device.
+"""The squared Wasserstein distance of tensors: the C engine on the CPU, the same mathematics in torch elsewhere.
 
-Each public function here takes torch tensors and is differentiable once. On the CPU the engine works on the
-tensor's own memory; elsewhere the ``_torch_*`` twin runs where the data is, so no activation is copied to the host.
-The twins accept CPU tensors too, which is how they are tested against the engine.
+On the CPU the engine works on the tensors' own memory; elsewhere the ``_torch_*`` twin runs where the data is, so that
+no activation is copied to the host. The twin takes CPU tensors too, which is how it is tested against the engine.
 """
 
 from __future__ import annotations
@@ -18,15 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _core
 from .._threads import get_num_threads
-from ..hooks.affine import _array, on_engine
-
-# --- affine maps ------------------------------------------------------------------------------------------------------
-
-
-# --- pooling over tokens ----------------------------------------------------------------------------------------------
-
-
-# --- the squared Wasserstein distance ---------------------------------------------------------------------------------
+from ..hooks.affine import as_array, on_engine
 
 
 class _Wasserstein(Function):
@@ -35,8 +26,8 @@ class _Wasserstein(Function):
     @staticmethod
     def forward(ctx, targets: Sequence[Tensor], names: Sequence[str], *us: Tensor) -> tuple[Tensor, ...]:
         values, grads, _, _ = _core.wasserstein(
-            [_array(u) for u in us],
-            [_array(v) for v in targets],
+            [as_array(u) for u in us],
+            [as_array(v) for v in targets],
             None,
             None,
             None,
@@ -69,8 +60,9 @@ class _TorchWasserstein(Function):
     @staticmethod
     def forward(ctx, u: Tensor, target: Tensor) -> Tensor:
         n = len(u)
-        ranks_u, ranks_v, mass = (torch.from_numpy(a).to(u.device) for a in _segments(n, len(target)))
-        mass = mass.to(u.dtype)[:, None]
+        *ranks, mass = map(torch.from_numpy, _segments(n, len(target)))
+        ranks_u, ranks_v = (rank.to(u.device) for rank in ranks)
+        mass = mass.to(u.dtype).to(u.device)[:, None]  # in this order: not every device has float64
         ordered, order = u.sort(dim=0)
         value = (mass * (ordered[ranks_u] - target[ranks_v]).square()).sum(dim=0)
         if ctx.needs_input_grad[0]:
@@ -137,7 +129,7 @@ def wasserstein(us: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence
 def sort_columns(samples: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
     """Sort every column of the samples [n_k, d_k], ascending, into new tensors; NaN and infinities as above."""
     if all(map(on_engine, samples)):
-        return list(map(torch.from_numpy, _core.sort_columns(list(map(_array, samples)), names, get_num_threads())))
+        return list(map(torch.from_numpy, _core.sort_columns(list(map(as_array, samples)), names, get_num_threads())))
     for sample, name in zip(samples, names, strict=True):
         check_finite(sample, name)
     return [sample.sort(dim=0).values for sample in samples]

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from .._checks import as_pair
-from ..hooks.modules import model_name, resolve
+from ..hooks.collect import read_prompts
+from ..hooks.modules import find, model_name, resolve
+from ..hooks.settings import RunSettings, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
-from ..inputs.prompts import Prompts, Sampler, read
+from ..inputs.prompts import Prompts, Sampler
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
@@ -22,7 +24,7 @@ from .loop import History, of_tasks, run
 from .objective import Objective, Task
 from .parameters import MapParameters, ProximalOptimizer
 from .result import FitResult
-from .settings import FitSettings, ObjectiveSettings, RunSettings, takes
+from .settings import FitSettings, ObjectiveSettings
 from .step_sizes import AutomaticSteps, ScheduledSteps
 
 
@@ -136,16 +138,7 @@ def read_sets(name: str | None, pair: tuple[Any, Any], held_out: Any, settings: 
     if held_out is not None:
         both = as_pair(held_out, f"held_out{at}")
         given += [(f"held_out{at} {side}", data) for side, data in zip(("source", "target"), both, strict=True)]
-    sets = [
-        read(data, argument, tokenizer=settings.tokenizer, max_length=settings.max_length) for argument, data in given
-    ]
-    for prompts in sets:
-        if settings.tokens == "generated" and not prompts.answered:
-            raise ValueError(
-                f"tokens='generated' selects nothing of {prompts.argument}, where every token is of a prompt: it needs "
-                "conversations that end with an answer of the assistant"
-            )
-    return sets
+    return [read_prompts(data, argument, settings) for argument, data in given]
 
 
 def prepare(
@@ -174,8 +167,8 @@ def prepare(
 
     fitted = [task(sets[0], sets[1], sampler) for sets, sampler in zip(tasks, samplers, strict=True)]
     held_out = [task(sets[2], sets[3]) for sets in tasks if len(sets) > 2]
-    facts = {"model": model_name(model), "layers": layers, "loss_layers": loss_layers}
-    return objective, fitted, held_out, {**facts, "pooling": settings.pooling, "tokens": settings.tokens}
+    facts = {"model": model_name(model), "layers": layers, "loss_layers": loss_layers, **settings.selection}
+    return objective, fitted, held_out, facts
 
 
 def _fit(
@@ -188,7 +181,7 @@ def _fit(
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
         maps = MapParameters(objective.widths, objective.dtype, objective.device)
         if settings.init is not None:
-            maps.load(settings.init)
+            maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
         steps: ScheduledSteps | AutomaticSteps
         if isinstance(settings.lr, str):
             steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps)

@@ -16,6 +16,7 @@ from ..hooks.affine import apply, parameters, working_dtype
 from ..hooks.capture import Capture
 from ..hooks.collect import collect_batches, to_numpy
 from ..hooks.modules import model_name
+from ..hooks.settings import takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import BatchTokens, check_fit_tokens
 from ..inputs.batches import Batch
@@ -24,7 +25,7 @@ from ..maps.affine import AffineMap
 from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .end_to_end import read_sets
-from .settings import IncrementalSettings, takes
+from .settings import IncrementalSettings
 
 
 @takes(IncrementalSettings)
@@ -58,14 +59,13 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     names, layers = choose_layers(model, settings.layers, say=settings.progress)
     check_fit_tokens(settings.tokens, model)
     with frozen(model, gradients=False):
-        how: dict[str, Any] = {"forward": settings.forward, "pooling": settings.pooling, "tokens": settings.tokens}
-        walk = _Walk(model, collect_batches(model, targets, names, **how), settings)
+        walk = _Walk(model, collect_batches(model, targets, names, settings), settings)
         with tqdm(total=len(walk.wanted), desc="fit", disable=not settings.progress) as bar:
             if len(sources) == 1:
                 walk.at_once(sources[0], bar)
             else:
                 walk.step_by_step(sources, bar)
-    facts = {"model": model_name(model), "layers": layers, "pooling": settings.pooling, "tokens": settings.tokens}
+    facts = {"model": model_name(model), "layers": layers, **settings.selection}
     return SteeringMaps(walk.maps, describe("incremental", **facts, settings=settings.record()))
 
 
@@ -110,7 +110,7 @@ class _Walk:
         return found[0]
 
     def _choice(self, batch: Batch) -> BatchTokens:
-        return BatchTokens(self.settings.tokens, self.model, batch, self.settings.pooling)
+        return BatchTokens(self.model, batch, self.settings)
 
     def _fit(self, name: str, rows: NDArray[np.float32]) -> None:
         # As a mapping of one, so that errors name the module.

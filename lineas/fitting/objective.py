@@ -120,7 +120,7 @@ class Objective:
         """
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
-        choice = BatchTokens(self.settings.tokens, self.model, batch, self.settings.pooling)
+        choice = BatchTokens(self.model, batch, self.settings)
         pooled: dict[str, Tensor] = {}
         differentiated = torch.is_grad_enabled()
 

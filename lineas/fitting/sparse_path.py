@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from .. import _core
 from .._warn import warn
+from ..hooks.settings import takes
 from ..inputs.frozen import frozen
 from ..maps.metadata import describe
 from .end_to_end import prepare, read_sets
 from .objective import NonFinite, Task
 from .parameters import MapParameters
 from .result import EndToEndPath
-from .settings import PathSettings, takes
+from .settings import PathSettings
 from .step_sizes import Iterate, SpectralSteps
 
 # Rounding must not keep a neuron at the penalty that is to leave none.
@@ -190,7 +191,7 @@ def _walk(steps: SpectralSteps, held_out: Sequence[Task], penalties: list[float]
             l1, group = penalty * settings.l1_ratio, penalty * (1 - settings.l1_ratio)
             _descend(steps, points, penalty, (l1, group, l1, group), settings.steps)
             points.add(steps.iterate, _held_out_loss(steps, held_out))
-            share = steps.iterate.support().double().mean().item()
+            share = steps.iterate.support().float().mean().item()
             if settings.refit_steps and 0 < share <= settings.refit_support:
                 _refit(steps, points, held_out, penalty, settings.refit_steps)
             bar.set_postfix(loss=f"{points.iterates[-1].loss:.4g}", support=f"{share:.2%}", refresh=False)

@@ -16,7 +16,7 @@ from .. import _core
 from ..maps.affine import AffineMap, at_strength
 
 # Hooks run between torch's own parallel kernels, on data too small to pay for starting threads.
-_HOOK_THREADS = 1
+HOOK_THREADS = 1
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,14 +44,14 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device).to(dtype) if dtype == torch.float64 else tensor.to(dtype).to(device)
 
 
-def _array(tensor: Tensor) -> NDArray:
+def as_array(tensor: Tensor) -> NDArray:
     """View the memory of a CPU tensor as the C-contiguous array the engine wants (bfloat16 as its uint16 bits)."""
     tensor = tensor.detach().contiguous().resolve_neg()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _tensor(array: NDArray, dtype: torch.dtype) -> Tensor:
-    """View an engine result as a tensor of ``dtype``; the inverse of `_array`."""
+def as_tensor(array: NDArray, dtype: torch.dtype) -> Tensor:
+    """View an engine result as a tensor of ``dtype``; the inverse of `as_array`."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
 
@@ -68,7 +68,7 @@ class _Affine(Function):
         flat = z.detach().contiguous().reshape(_blocks(z.shape, axis))
         ctx.save_for_backward(flat, weight)
         ctx.strength, ctx.shape = strength, z.shape
-        out = _core.affine_apply(_array(flat), _array(weight), _array(bias), strength, _HOOK_THREADS)
+        out = _core.affine_apply(as_array(flat), as_array(weight), as_array(bias), strength, HOOK_THREADS)
         # Not a view, of which autograd would forbid an operation in place, such as that of a ReLU(inplace=True) that
         # follows: a tensor of its own on the engine's memory.
         memory = torch.from_numpy(out).untyped_storage()
@@ -80,15 +80,15 @@ class _Affine(Function):
     def backward(ctx, grad: Tensor):
         flat, weight = ctx.saved_tensors
         grad_z, grad_weight, grad_bias = _core.affine_backward(
-            _array(flat),
-            _array(weight),
+            as_array(flat),
+            as_array(weight),
             ctx.strength,
-            _array(grad.reshape(flat.shape)),
+            as_array(grad.reshape(flat.shape)),
             ctx.needs_input_grad[0],
-            _HOOK_THREADS,
+            HOOK_THREADS,
         )
         return (
-            None if grad_z is None else _tensor(grad_z, flat.dtype).view(ctx.shape),
+            None if grad_z is None else as_tensor(grad_z, flat.dtype).view(ctx.shape),
             torch.from_numpy(grad_weight),
             torch.from_numpy(grad_bias),
             None,

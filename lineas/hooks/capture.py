@@ -143,15 +143,3 @@ class Capture:
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def execution_order(model: nn.Module, batch: Batch, names: Sequence[str], forward: Forward | None = None) -> list[str]:
-    """`names` in the order in which a run of `batch` calls them first. Runs no further than the last of them.
-
-    Raises
-    ------
-    ValueError
-        When one of them is not called.
-    """
-    with torch.no_grad():
-        return Capture().run(model, batch, names, lambda name, module, tensor: None, forward=forward)

@@ -18,7 +18,7 @@ from .. import _core
 from .._checks import as_choice
 from ..maps.metadata import POOLINGS
 from . import outputs
-from .affine import _HOOK_THREADS, _array, on_engine, working_dtype
+from .affine import HOOK_THREADS, as_array, on_engine, working_dtype
 
 
 class _Pool(Function):
@@ -26,15 +26,15 @@ class _Pool(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, mask: Tensor | None, mode: str) -> Tensor:
-        bits = None if mask is None else _array(mask).view(np.uint8)
-        out, index = _core.pool(_array(x), bits, mode, _HOOK_THREADS)
+        bits = None if mask is None else as_array(mask).view(np.uint8)
+        out, index = _core.pool(as_array(x), bits, mode, HOOK_THREADS)
         ctx.mask, ctx.index, ctx.mode, ctx.tokens, ctx.dtype = bits, index, mode, x.shape[1], x.dtype
         return torch.from_numpy(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        out = _core.pool_backward(_array(grad), ctx.mask, ctx.mode, ctx.index, ctx.tokens, _HOOK_THREADS)
+        out = _core.pool_backward(as_array(grad), ctx.mask, ctx.mode, ctx.index, ctx.tokens, HOOK_THREADS)
         return torch.from_numpy(out).to(ctx.dtype), None, None
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..inputs.batches import Batch
 from ..inputs.call import unwrap
-from ..maps.metadata import Selection, check_tokens, name_of, show_tokens
+from ..maps.metadata import Selection, name_of, show_tokens
 from . import outputs
 from .pooling import pool_output
+from .settings import RunSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +62,14 @@ class Tokens:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_fit_tokens(tokens: Any, model: nn.Module) -> Selection:
-    """`check_tokens` for fits and `collect`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `check_tokens`; and for anything but ``"all"`` in a model with two texts.
-    """
-    chosen, inner = check_tokens(tokens), unwrap(model)
-    if chosen != "all" and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) is True:
+def check_fit_tokens(tokens: Selection, model: nn.Module) -> None:
+    """ValueError where fits and `collect` cannot select `tokens`: any but "all" in a model with two texts."""
+    inner = unwrap(model)
+    if tokens != "all" and getattr(getattr(inner, "config", None), "is_encoder_decoder", False) is True:
         raise ValueError(
-            f"{show_tokens(chosen)} needs a model with one text, {type(inner).__name__} has an encoder and a decoder: "
+            f"{show_tokens(tokens)} needs a model with one text, {type(inner).__name__} has an encoder and a decoder: "
             "only tokens='all' works there"
         )
-    return chosen
 
 
 def needs_prompt_length(tokens: Selection) -> bool:
@@ -150,25 +144,16 @@ class BatchTokens:
 
     Parameters
     ----------
-    tokens : selection
-        "all" leaves everything to the attention mask: maps act on padding too, which nobody sees.
     model : torch.nn.Module
     batch : Batch
-    pooling : str
-
-    Raises
-    ------
-    ValueError
-        When the generated tokens are asked for, and the batch has prompts alone.
+    settings : RunSettings
+        Of which `tokens` and `pooling` count. "all" leaves everything to the attention mask: maps act on padding too,
+        which nobody sees.
     """
 
-    def __init__(self, tokens: Selection, model: nn.Module, batch: Batch, pooling: str) -> None:
-        if isinstance(tokens, str) and tokens == "generated" and batch.prompt_length is None:
-            raise ValueError(
-                "tokens='generated' selects nothing where every token is of a prompt: it needs conversations that end "
-                "with an answer of the assistant"
-            )
-        self.tokens, self.model, self.batch, self.pooling = tokens, model, batch, pooling
+    def __init__(self, model: nn.Module, batch: Batch, settings: RunSettings) -> None:
+        self.model, self.batch = unwrap(model), batch
+        self.tokens, self.pooling = settings.tokens, settings.pooling
         self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:

@@ -102,9 +102,3 @@ def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:
     if any("create_position_ids_from_input_ids" in vars(type(module)) for module in model.modules()):
         return None
     return (real.long().cumsum(dim=1) - 1).clamp_(min=0)
-
-
-# --- freezing ---------------------------------------------------------------------------------------------------------
-
-
-# --- capturing --------------------------------------------------------------------------------------------------------

@@ -171,9 +171,11 @@ def _render(conversation: Sequence[Mapping[str, Any]], tokenizer: Any, argument:
     whole = ids(conversation, not answered)
     if not answered or len(conversation) == 1:
         return whole, 0 if answered else len(whole)
+    # The start of an answer may hold what only one that is being generated has, such as a tag of reasoning.
     prompt = ids(conversation[:-1], True)
-    if whole[: len(prompt)] != prompt:
+    length = next((k for k, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
+    if length < len(prompt) and length < len(ids(conversation[:-1], False)):
         raise ValueError(
             f"{argument}: the chat template does not render the answer after its prompt, so it is not found"
         )
-    return whole, len(prompt)
+    return whole, length

@@ -14,6 +14,7 @@ from torch import nn
 
 import lineas
 from lineas.export.readers import DECODER_LAYERS
+from lineas.inputs.call import unwrap
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 LLAMA_NORMS = ["**.input_layernorm", "**.post_attention_layernorm"]
@@ -552,6 +553,23 @@ def test_an_adapter_on_the_linears_is_refused():
     maps = random_maps(language_model("llama"), "**.input_layernorm").rename(prefix="base_model.model.")
     with pytest.raises(ValueError, match=r"q_proj' is a peft\..*, no plain Linear: merge the adapter first"):
         maps.fold(model)
+
+
+@pytest.mark.parametrize("wrapper", ["peft", "compile"])
+def test_a_wrapped_model_is_folded_in_its_wrapper(wrapper):
+    plain = language_model("llama")
+    # The Linears of an adapter are none whose biases a configuration could tell.
+    maps = random_maps(plain, "**.input_layernorm", shift=wrapper != "peft")
+    if wrapper == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["down_proj"], r=2))
+    else:
+        model = torch.compile(plain)
+    before = state(plain)
+    folded = maps.fold(model, check={"input_ids": torch.tensor([[1, 2, 3]])})
+    assert type(folded) is type(model) and same_state(plain, before)
+    assert unwrap(folded).config.attention_bias == (wrapper != "peft")
+    assert maps.fold(model, inplace=True) is model and not same_state(plain, before)
 
 
 def test_wrong_arguments():

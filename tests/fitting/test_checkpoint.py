@@ -213,9 +213,7 @@ def test_what_is_no_checkpoint(fit, kept, tmp_path, monkeypatch):
     with monkeypatch.context() as later:
         later.setitem(files.FORMATS, checkpoint.FORMAT, newer)
         checkpoint.save(kept, tensors, state)
-    with pytest.raises(
-        ValueError, match="has version 3 of the format; this lineas reads versions 2 to 2"
-    ):
+    with pytest.raises(ValueError, match="has version 3 of the format; this lineas reads versions 2 to 2"):
         fit(lr="auto", checkpoint=kept)
 
 

@@ -183,7 +183,9 @@ def test_selections_that_no_fit_can_use(method, tokens, error, message):
 
 
 def test_collect_refuses_them_too():
-    with pytest.raises(ValueError, match=r"^tokens='generated' selects nothing where every token is of a prompt"):
+    with pytest.raises(
+        ValueError, match=r"^tokens='generated' selects nothing of data, where every token is of a prompt"
+    ):
         lineas.collect(zoo.llama(), prompts(2, 0), layers=LAYERS, tokens="generated")
 
 

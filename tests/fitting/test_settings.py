@@ -10,9 +10,11 @@ import pytest
 from fits import QUIET, prompts
 
 import lineas
-from lineas.fitting.settings import FitSettings, IncrementalSettings, PathSettings, RunSettings, defaults, takes
+from lineas.fitting.settings import FitSettings, IncrementalSettings, PathSettings
+from lineas.hooks.settings import RunSettings, takes
 
-FITS = {
+CALLS = {
+    lineas.collect: RunSettings,
     lineas.fit_end_to_end: FitSettings,
     lineas.fit_jointly: FitSettings,
     lineas.fit_incremental: IncrementalSettings,
@@ -20,13 +22,13 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize(("function", "settings"), FITS.items(), ids=lambda one: one.__name__)
+@pytest.mark.parametrize(("function", "settings"), CALLS.items(), ids=lambda one: one.__name__)
 def test_signature_and_description_show_every_setting(function, settings):
     shown = inspect.signature(function).parameters
     for field in fields(settings):
         assert shown[field.name].default == field.default and shown[field.name].kind == inspect.Parameter.KEYWORD_ONLY
-    given = [name for name in shown if name not in defaults(settings)]
-    assert given in (["model", "source", "target"], ["model", "tasks"])
+    given = [name for name in shown if name not in settings.__dataclass_fields__]
+    assert given in (["model", "data"], ["model", "source", "target"], ["model", "tasks"])
     described = inspect.getdoc(function).partition("Parameters\n----------\n")[2].partition("\nReturns\n")[0]
     entries = [line.partition(" : ")[0] for line in described.splitlines() if line and not line.startswith(" ")]
     names = [name for entry in entries for name in entry.split(", ")]
@@ -35,7 +37,7 @@ def test_signature_and_description_show_every_setting(function, settings):
 
 
 def test_every_setting_is_described_once():
-    for settings in {*FITS.values(), RunSettings}:
+    for settings in set(CALLS.values()):
         for base in settings.__mro__[:-1]:
             for name in base.__annotations__:
                 if name != "recorded":

@@ -8,7 +8,7 @@ from torch import nn
 
 import lineas
 from lineas.hooks import modules
-from lineas.hooks.capture import Capture, execution_order
+from lineas.hooks.capture import Capture
 from lineas.inputs import batches, call
 from lineas.inputs.prompts import read
 
@@ -293,7 +293,7 @@ def test_the_forward_is_left_after_the_last_module_without_running_the_head(fami
     (batch,) = batches_of(models_zoo.texts(3))
     names = modules.resolve(model, models_zoo.NORMS[family])
     head, norm = count_calls(model.lm_head), count_calls(modules.get_module(model, names[1]))
-    assert execution_order(model, batch, names[::-1]) == names
+    assert Capture().run(model, batch, names[::-1], nothing) == names
     assert Capture().run(model, batch, names[:1], nothing) == names[:1]
     assert Capture().run(model, batch, names, nothing, last=names[-1]) == names
     assert (len(head), len(norm)) == (0, 2)
@@ -309,7 +309,7 @@ def test_execution_order_is_that_of_the_calls_not_of_the_names():
             return self.a(self.b(x))
 
     (batch,) = batches_of(torch.ones(1, 2))
-    assert execution_order(Swapped(), batch, ["a", "b"]) == ["b", "a"]
+    assert Capture().run(Swapped(), batch, ["a", "b"], nothing) == ["b", "a"]
 
 
 def test_outputs_are_replaced_for_what_runs_later():
@@ -408,7 +408,7 @@ def test_a_module_that_is_never_called_is_named():
     model = Unused()
     (batch,) = batches_of(torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"^module 'unused' was not called when the model ran \(nor were 1 others\)"):
-        execution_order(model, batch, ["used", "unused", "other"])
+        Capture().run(model, batch, ["used", "unused", "other"], nothing)
     with pytest.raises(ValueError, match=r"^module 'unused' was not called before 'used' when the model ran"):
         Capture().run(model, batch, ["used", "unused"], nothing, last="used")
     assert hooks_on(model) == 0
@@ -458,7 +458,7 @@ def test_an_output_without_a_hidden_state_names_the_module():
 
     (batch,) = batches_of(torch.ones(1, 2))
     with pytest.raises(TypeError, match=r"^part: the output must be a tensor, .*got dict"):
-        execution_order(Odd(), batch, ["part"])
+        Capture().run(Odd(), batch, ["part"], nothing)
 
 
 def test_a_run_leaves_no_activations_behind():

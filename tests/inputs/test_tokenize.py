@@ -78,8 +78,14 @@ def test_conversations_are_cut_where_the_tokenizer_cuts(side):
     assert batch.prompt_length.tolist() == [3 if side == "left" else 6]
 
 
+def test_what_only_a_generated_answer_starts_with_is_no_part_of_the_prompt():
+    thinking = CHAT.replace("<assistant> ' }}{% endif %}", "<assistant> today ' }}{% endif %}")
+    (batch,) = read([TALK], "source", tokenizer=chatty(thinking)).parts()
+    assert batch.prompt_length.tolist() == [6]
+
+
 def test_a_template_that_does_not_go_on_from_its_prompt_is_refused():
-    odd = CHAT.replace("<assistant> ' }}{% endif %}", "<system> ' }}{% endif %}")
+    odd = "{% if not add_generation_prompt and messages|length > 1 %}<system> {% endif %}" + CHAT
     with pytest.raises(ValueError, match=r"^source\[0\]: the chat template does not render the answer after its "):
         rows([TALK], chatty(odd))
 

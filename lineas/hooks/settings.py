@@ -1,0 +1,151 @@
+"""How a model is run and what of it is looked at: the settings that `collect` and all fits share.
+
+Users write settings as keyword arguments; `takes` turns these into one object, which travels whole. Needs no torch, so
+that the command line can ask for names and defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+
+from .._checks import as_choice, as_flag, as_int
+from .._names import near_names
+from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Which modules are fitted, and how the model is run.
+
+    Parameters
+    ----------
+    layers : str, list[str] or re.Pattern, optional
+        Modules that maps sit on: a glob for the full dotted name (``*`` stops at dots, ``**`` crosses them), a list of
+        globs, or a compiled regular expression. A glob that matches more than 100 modules, or modules inside one
+        another, must be in a list. Default: those that `lineas.sites` suggests, which are named at the start.
+    tokenizer : transformers tokenizer, optional
+        For texts and conversations. One without a pad token is left as it is; the padding is done here.
+    max_length : int, optional
+        Longest prompt in tokens; longer ones are cut. Default: no limit.
+    batch_size : int, optional
+        Prompts in a forward pass, in every set. Default: 32 texts, and batches that you made as they are.
+    forward : callable, optional
+        ``forward(model, batch)`` calls the model where ``model(**batch)``, ``model(batch)`` and ``model(*batch)`` do
+        not fit.
+    pooling : {"mean", "min", "max", "last", "all"}, default "mean"
+        Over the tokens under the attention mask. "all" keeps each of them as a sample of its own.
+    tokens : "all", "last", "prompt", "generated", slice or callable, default "all"
+        The tokens that maps act on, and over which activations are pooled: what is fitted is what the maps meet when
+        they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata name
+        them. In a prompt "last" is its last token. "generated" are the answers of conversations that end with one
+        of the assistant, and "prompt" is what stands before them; in all other prompts "generated" is none and refused.
+        ``pooling="last"`` takes the last one of the selected tokens. Outputs without tokens, such as images, allow
+        "all" only.
+    progress : bool, default True
+        Show a progress bar.
+    """
+
+    layers: Layers | None = None
+    tokenizer: Any = None
+    max_length: int | None = None
+    batch_size: int | None = None
+    forward: Callable[[Any, Any], Any] | None = None
+    pooling: str = "mean"
+    tokens: Selection = "all"
+    progress: bool = True
+
+    # Kept in the metadata of maps, under "settings".
+    recorded: ClassVar[tuple[str, ...]] = ("max_length", "batch_size")
+
+    def __post_init__(self) -> None:
+        self._set(
+            max_length=optional(as_int, self.max_length, "max_length", low=1),
+            batch_size=optional(as_int, self.batch_size, "batch_size", low=1),
+            pooling=as_choice(self.pooling, "pooling", POOLINGS),
+            tokens=check_tokens(self.tokens),
+            progress=as_flag(self.progress, "progress"),
+        )
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(f"forward must be a function of model and batch, got {type(self.forward).__name__}")
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What of the activations is looked at, which metadata of maps and activations keep beside the layers."""
+        return {"pooling": self.pooling, "tokens": self.tokens}
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def record(self) -> dict[str, Any]:
+        """The settings that the metadata of maps keep."""
+        values = {name: getattr(self, name) for name in self.recorded}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def optional(check: Callable[..., Any], value: Any, name: str, **bounds: Any) -> Any:
+    """`value` as `check` gives it, or None."""
+    return None if value is None else check(value, name, **bounds)
+
+
+# --- from keyword arguments to settings -------------------------------------------------------------------------------
+
+P = ParamSpec("P")
+S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
+R = TypeVar("R")
+
+
+class _Taker(Protocol[P, S_co]):
+    """What makes a function of settings one of keyword arguments; for type checkers and editors."""
+
+    @overload
+    def __call__(self, function: Callable[[Any, Any, S_co], R], /) -> Callable[Concatenate[Any, Any, P], R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[Any, Any, Any, S_co], R], /
+    ) -> Callable[Concatenate[Any, Any, Any, P], R]: ...
+
+
+def takes(settings: Callable[P, S]) -> _Taker[P, S]:
+    """Let callers write the settings, the last parameter of a function, as keyword arguments.
+
+    Signature and description show all of them: the descriptions of the settings, and of the classes they come from,
+    stand where the function's own description says ``**settings``.
+    """
+    cls = cast(type, settings)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        leading = list(inspect.signature(function).parameters.values())[:-1]
+        signature = inspect.Signature([*leading, *inspect.signature(cls).parameters.values()])
+        names = [parameter.name for parameter in leading]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                unknown = next((name for name in kwargs if name not in signature.parameters), None)
+                near = [] if unknown is None else near_names(unknown, signature.parameters)
+                hint = f" (similar: {', '.join(near)})" if near else ""
+                raise TypeError(f"{function.__name__}() {error}{hint}") from None
+            return function(*(given.pop(name) for name in names), cls(**given))
+
+        wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            return_annotation=inspect.signature(function).return_annotation
+        )
+        if function.__doc__ is not None:  # there is none under -OO
+            described = "\n".join(map(_parameters, reversed(cls.__mro__[:-1])))
+            wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", described.strip(), 1)
+        return wrapper
+
+    return cast("_Taker[P, S]", decorate)
+
+
+def _parameters(cls: type) -> str:
+    """The entries of the section on parameters in the description of a class."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("----------\n")[2]
