@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -291,3 +291,7 @@ class AutomaticSteps(SpectralSteps):
         if "loss" in state:
             there = (tensors[name].to(self.maps.weight.device) for name in _TENSORS)
             self.iterate = Iterate(self.maps, state["loss"], *there)
+
+
+Steps: TypeAlias = ScheduledSteps | AutomaticSteps
+"""What the loop of a fit takes its steps by."""
