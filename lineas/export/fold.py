@@ -19,7 +19,7 @@ from ..inputs.prompts import read
 from ..maps.steering import SteeringMaps
 from .bias_settings import Setting, check_conversion, find_bias_settings, switch_on, to_llama
 from .fold_module import fold_into_module
-from .parameter_changes import Key, ParameterChanges, write_parameters
+from .parameter_changes import WIDE, Key, ParameterChanges, write_parameters
 from .readers import (
     Readers,
     Refusal,
@@ -31,8 +31,6 @@ from .readers import (
     shift_through,
 )
 
-# Where and in what maps are worked out.
-WIDE = torch.device("cpu"), torch.float64
 # Largest difference between hooks and folded weights that passes for rounding, root mean square over that of the
 # output. Also in float64 models some norms compute in float32.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -163,7 +161,9 @@ def _plan(
         values = changes.rounded()
     except Refusal as error:
         raise ValueError(f"the maps cannot be folded, and nothing was changed: {error}") from None
-    for linear in sorted({name.removesuffix(".bias") for name in biases} - changes.added_biases.keys()):
+    for linear in sorted(
+        {name.removesuffix(".bias") for name in biases} - {module for module, kind in values if kind == "bias"}
+    ):
         weight = dense_weight(model, linear)
         values[linear, "bias"] = weight.new_zeros(len(weight))
     return values, settings

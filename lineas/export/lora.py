@@ -18,7 +18,8 @@ from ..hooks.modules import model_name
 from ..hooks.settings import optional
 from ..maps.files import write_atomically
 from ..maps.steering import SteeringMaps
-from .fold import WIDE, refuse
+from .fold import refuse
+from .parameter_changes import WIDE
 from .readers import (
     Readers,
     Refusal,

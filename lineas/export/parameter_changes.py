@@ -11,9 +11,8 @@ from .readers import Refusal, parameter
 Key = tuple[str, str]  # module, parameter
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """A vector in float64, on the CPU, where every machine has float64."""
-    return tensor.detach().to("cpu", torch.float64)
+WIDE = torch.device("cpu"), torch.float64
+"""Where vectors are computed, and in what: not every device has float64."""
 
 
 class ParameterChanges:
@@ -54,7 +53,7 @@ class ParameterChanges:
 
     def vector(self, name: str, kind: str) -> Tensor:
         """`read` in float64 on the CPU."""
-        return wide(self.read(name, kind))
+        return self.read(name, kind).to(*WIDE)
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Note a new value of a parameter; Refusal where another module has the same parameter."""
