@@ -84,7 +84,8 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
 
 def _grid(start: Iterate, maps: MapParameters, settings: PathSettings) -> list[float]:
     """Penalties from the smallest one that leaves every map the identity."""
-    most = ABOVE * largest_penalty(*start.gradients(), maps.sizes, settings.l1_ratio)
+    slopes, shifts = start.grad_weight.numpy(force=True), start.grad_bias.numpy(force=True)
+    most = ABOVE * largest_penalty(slopes, shifts, maps.sizes, settings.l1_ratio)
     if most == 0:
         raise ValueError(
             "penalties: the gradient at the identity is zero, so no penalty is the smallest that leaves every "

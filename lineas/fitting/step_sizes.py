@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .objective import NonFinite, Objective, Task
@@ -44,10 +42,6 @@ class Iterate:
     def support(self) -> Tensor:
         """Which neurons are mapped: bool [D]."""
         return (self.weight != 1) | (self.bias != 0)
-
-    def gradients(self) -> tuple[NDArray, NDArray]:
-        """Gradients in the slopes and in the shifts: [D] each."""
-        return self.grad_weight.numpy(force=True), self.grad_bias.numpy(force=True)
 
     def difference(self, other: Iterate) -> tuple[Tensor, Tensor]:
         """Steps and changes of the gradient from `other`: float64 [2 D] each, or float32 where there is no float64."""
@@ -267,11 +261,11 @@ class AutomaticSteps(SpectralSteps):
         except NonFinite:
             if self.retreats + 1 == MOST_RETREATS:
                 raise
-            taken = rate, np.nan, False
+            taken = rate, math.nan, False
         if taken is None:
             if not self.sampled:
                 return None
-            taken = rate, np.nan, True
+            taken = rate, math.nan, True
         rate, _, kept = taken
         self.retreats = 0 if kept else self.retreats + 1
         penalty = penalty_of(self.iterate, self.penalties, self.maps.sizes)
