@@ -1,6 +1,8 @@
 """Where a bias that a model was made without can live so that it survives save_pretrained and from_pretrained."""
 
 import copy
+import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,47 +18,17 @@ _TO_LLAMA = ("MistralForCausalLM", "Qwen2ForCausalLM")
 Setting = tuple[tuple[str, ...], str]  # the way to a part of the configuration, and a flag there
 
 
-def _part(config: Any, way: tuple[str, ...]) -> Any:
-    for step in way:
-        config = getattr(config, step)
-    return config
-
-
-def _keys(model: nn.Module, config: Any) -> set[str]:
-    """Names of what a model of this class and configuration keeps on disk."""
-    with torch.device("meta"):  # takes no memory and draws no random numbers
-        return set(type(model)(config).state_dict())
-
-
-def _with(config: Any, settings: Iterable[Setting]) -> Any:
-    changed = copy.deepcopy(config)
+def switch_on(config: Any, settings: Iterable[Setting]) -> None:
+    """Put `settings` into a configuration."""
     for way, flag in settings:
-        setattr(_part(changed, way), flag, True)
-    return changed
+        setattr(functools.reduce(getattr, way, config), flag, True)
 
 
 def find_bias_settings(model: nn.Module, wanted: Iterable[str]) -> tuple[list[Setting], set[str]]:
     """Settings of a transformers model under which the Linears `wanted` have a bias, and all biases that come by them.
 
-    The model's own class is asked: it is built without memory, with and without each setting.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    wanted : iterable of str
-        Linears without a bias.
-
-    Returns
-    -------
-    settings : list
-        What to switch on; see `switch_on`.
-    biases : set of str
-        Names of the parameters that the model has with them and has not without.
-
-    Raises
-    ------
-    Refusal
-        When there is no such setting; its ``args[1]`` are the Linears concerned.
+    The model's own class is asked: it is built without memory, with and without each setting. Refusal when there is no
+    such setting; its ``args[1]`` are the Linears concerned.
     """
     wanted = list(wanted)
     kind = type(model).__name__
@@ -67,22 +39,28 @@ def find_bias_settings(model: nn.Module, wanted: Iterable[str]) -> tuple[list[Se
             wanted,
         )
     config: Any = model.config
+
+    def keys(settings: Iterable[Setting]) -> set[str]:
+        """Names of what such a model keeps on disk, with these settings on."""
+        try:
+            changed = copy.deepcopy(config)
+            switch_on(changed, settings)
+            with torch.device("meta"):  # takes no memory and draws no random numbers
+                return set(type(model)(changed).state_dict())
+        except Exception as error:  # whatever a model's class may raise
+            raise Refusal(f"has no bias, and {kind} could not be built to look for one: {error}", wanted) from None
+
+    plain = keys([])
+    if plain != set(model.state_dict()):
+        raise Refusal(f"has no bias, and this {kind} is not as its configuration says", wanted)
     ways = [(), *((name,) for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None)]
-    try:
-        plain = _keys(model, config)
-        if plain != set(model.state_dict()):
-            raise Refusal(f"has no bias, and this {kind} is not as its configuration says", wanted)
-        chosen: list[Setting] = []
-        for setting in ((way, flag) for way in ways for flag in _FLAGS):
-            if getattr(_part(config, setting[0]), setting[1], None) is False:
-                gained = _keys(model, _with(config, [setting])) - plain
-                if any(f"{name}.bias" in gained for name in wanted):
-                    chosen.append(setting)
-        found = _keys(model, _with(config, chosen))
-    except Refusal:
-        raise
-    except Exception as error:  # whatever a model's class may raise
-        raise Refusal(f"has no bias, and {kind} could not be built to look for one: {error}", wanted) from None
+    chosen: list[Setting] = []
+    for way, flag in itertools.product(ways, _FLAGS):
+        if getattr(functools.reduce(getattr, way, config), flag, None) is False:
+            gained = keys([(way, flag)]) - plain
+            if any(f"{name}.bias" in gained for name in wanted):
+                chosen.append((way, flag))
+    found = keys(chosen)
     lost = [name for name in wanted if f"{name}.bias" not in found]
     if lost:
         hint = " (convert=True makes a LlamaForCausalLM, which has)" if kind in _TO_LLAMA else ""
@@ -90,12 +68,6 @@ def find_bias_settings(model: nn.Module, wanted: Iterable[str]) -> tuple[list[Se
             f"has no bias, and {kind} has no setting that gives it one, so it would be lost when saved{hint}", lost
         )
     return chosen, found - plain
-
-
-def switch_on(model: nn.Module, settings: Iterable[Setting]) -> None:
-    """Put `settings` into the configuration of the model."""
-    for way, flag in settings:
-        setattr(_part(model.config, way), flag, True)
 
 
 def check_conversion(model: nn.Module) -> None:

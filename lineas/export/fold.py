@@ -6,26 +6,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import as_flag, as_strength
+from ..hooks.affine import parameters
 from ..hooks.attach import attach
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
-from ..maps.affine import AffineMap, at_strength
 from ..maps.steering import SteeringMaps
 from .bias_settings import Setting, check_conversion, find_bias_settings, switch_on, to_llama
 from .fold_module import fold_into_module
-from .parameter_changes import ParameterChanges, write_parameters
+from .parameter_changes import WIDE, Key, ParameterChanges, write_parameters
 from .readers import (
     Readers,
     Refusal,
-    check_maps,
-    check_readers,
+    check_arguments,
     count_uses,
     dense_weight,
     find_readers,
@@ -100,40 +98,27 @@ def fold(
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:
         raise ValueError("convert makes a model of another class: it cannot be done in place")
-    maps, inner = check_maps(maps, model, "a fold")
-    readers = check_readers(readers, maps, inner)
+    maps, inner, readers = check_arguments(maps, model, readers, "a fold")
     if convert:
         check_conversion(inner)
-    batches = None if check is None else read(check, "check", tokenizer=tokenizer).parts()
+    batches = [] if check is None else read(check, "check", tokenizer=tokenizer).parts()
 
-    changes, settings, biases = _plan(maps, inner, strength, readers, convert)
-    values = _rounded(changes)
-    for name in sorted(biases - {f"{module}.{kind}" for module, kind in values}):
-        weight = inner.get_submodule(name.removesuffix(".bias"))._parameters["weight"]
-        assert weight is not None  # the Linear of a bias that a setting adds
-        rows = dense_weight(inner, name.removesuffix(".bias")).shape[0]
-        values[name.removesuffix(".bias"), "bias"] = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
-
-    hooked = None
-    if batches is not None:
+    values, settings = _plan(maps, inner, strength, readers, convert)
+    hooked: list[Tensor] = []
+    if batches:
         with attach(maps, model, strength):
             hooked = _outputs(model, batches, forward)
     target = model if inplace else to_llama(inner) if convert else copy.deepcopy(model)
     undo = write_parameters(unwrap(target), values)
     try:
-        if hooked is not None:
-            _compare(hooked, _outputs(target, batches or [], forward), _coarsest(model))
+        if batches:
+            _compare(hooked, _outputs(target, batches, forward), _coarsest(model))
     except BaseException:
         undo()
         raise
-    switch_on(unwrap(target), settings)
+    if settings:
+        switch_on(unwrap(target).config, settings)
     return target
-
-
-def parameters_of(affine: AffineMap, strength: float) -> tuple[Tensor, Tensor]:
-    """Slopes and shifts [d] at `strength`, float64 on the CPU."""
-    weight, bias = at_strength(affine.weight.astype(np.float64), affine.bias.astype(np.float64), strength)
-    return torch.tensor(weight), torch.tensor(bias)
 
 
 def refuse(refused: Mapping[str, str], total: int, what: str) -> None:
@@ -148,11 +133,11 @@ def refuse(refused: Mapping[str, str], total: int, what: str) -> None:
 
 def _plan(
     maps: SteeringMaps, model: nn.Module, strength: float, readers: Readers, convert: bool
-) -> tuple[ParameterChanges, list[Setting], set[str]]:
-    """All new parameters, the settings that give them a home on disk, and the biases that come by those."""
+) -> tuple[dict[Key, Tensor], list[Setting]]:
+    """All new parameters, and the settings that give them a home on disk."""
     changes, uses, refused = ParameterChanges(model), count_uses(model), {}
     for name, affine in maps.items():
-        weight, bias = parameters_of(affine, strength)
+        weight, bias = parameters(affine, strength, *WIDE)
         if (weight == 1).all() and (bias == 0).all():
             continue
         try:
@@ -172,14 +157,21 @@ def _plan(
                 for name in changes.added_biases[linear]:
                     refused.setdefault(name, f"its shift is not 0, {linear!r} {reason}")
     refuse({name: refused[name] for name in maps if name in refused}, len(maps), "folded")
-    return changes, settings, biases
+    try:
+        values = changes.rounded()
+    except Refusal as error:
+        raise ValueError(f"the maps cannot be folded, and nothing was changed: {error}") from None
+    for linear in sorted(
+        {name.removesuffix(".bias") for name in biases} - {module for module, kind in values if kind == "bias"}
+    ):
+        weight = dense_weight(model, linear)
+        values[linear, "bias"] = weight.new_zeros(len(weight))
+    return values, settings
 
 
 def _shift_readers(changes: ParameterChanges, name: str, shift: Tensor, readers: Readers, uses: Counter[int]) -> None:
     try:
         linears = find_readers(changes.model, name, shift.numel(), readers, uses)
-        for linear in linears:
-            dense_weight(changes.model, linear)
     except Refusal as error:
         kind = type(changes.model.get_submodule(name)).__name__
         raise Refusal(f"its shift is not 0, {kind} has no bias, and {error}") from None
@@ -188,13 +180,6 @@ def _shift_readers(changes: ParameterChanges, name: str, shift: Tensor, readers:
         weight = changes.read(linear, "weight")
         weight = weight.T if is_conv1d(changes.model.get_submodule(linear)) else weight
         changes.add_to_bias(linear, shift_through(weight, shift), wanted_by=name)
-
-
-def _rounded(changes: ParameterChanges) -> dict[tuple[str, str], Tensor]:
-    try:
-        return changes.rounded()
-    except Refusal as error:
-        raise ValueError(f"the maps cannot be folded, and nothing was changed: {error}") from None
 
 
 # --- the check --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ what has to be certain is that output = gain * (something without the gain) + bi
 """
 
 import copy
-from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,15 @@ from torch import Tensor, nn
 from .parameter_changes import ParameterChanges
 from .readers import Refusal, is_conv1d, is_from
 
-_AFFINE = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_AFFINE = (nn.LayerNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+# The Linear that modulates a norm, how many slices of equal size its output has, which of them are shift and scale, and
+# whether a map comes before the modulation.
+_Modulation: TypeAlias = tuple[str, int, int, int, bool]
 # Adaptive norms of diffusers (0.42.1): norm(x) * (1 + scale) + shift, where scale and shift are slices of the output of
 # their Linear. By class: number of slices, and which are shift and scale.
 _ADAPTIVE = {"AdaLayerNormZero": (6, 0, 1), "AdaLayerNormZeroSingle": (3, 0, 1), "AdaLayerNormContinuous": (2, 1, 0)}
@@ -37,48 +32,35 @@ _MODULATED = {
 
 
 def fold_into_module(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> Tensor:
-    """Put a map into module `name` and return the shift that is left over: zero, or all of it.
+    """Put a map [d], in float64 on the CPU, into the module `name` whose output it changes.
 
-    Parameters
-    ----------
-    changes : ParameterChanges
-    name : str
-        The module whose output the map changes.
-    weight, bias : Tensor [d]
-        float64, on the CPU.
-
-    Returns
-    -------
-    Tensor [d]
-        The shift that found no bias in the module.
-
-    Raises
-    ------
-    Refusal
-        When the module has no parameters of which the output is known to be a multiple.
+    Returns the shift [d] that found no bias in the module: zero, or all of it. Refusal when the module has no
+    parameters of which the output is known to be a multiple.
     """
     module = changes.model.get_submodule(name)
-    if type(module) is nn.Linear or is_conv1d(module) or type(module) in _CONVOLUTIONS + _TRANSPOSED:
-        return _fold_linear(changes, name, weight, bias)
-    if type(module).__name__ in _ADAPTIVE and is_from(module, "diffusers.models.normalization"):
-        _fold_adaptive(changes, name, weight, bias)
+    modulation = _modulation(changes.model, name)
+    is_linear = type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED) or is_conv1d(module)
+    if modulation is not None and not changes.has(name, "weight"):
+        _fold_into_modulation(changes, modulation, weight, bias)
         return torch.zeros_like(bias)
-    modulated = _modulated_by(changes.model, name)
-    if modulated is not None and not changes.has(name, "weight"):
-        _fold_modulated(changes, name, modulated, weight, bias)
-        return torch.zeros_like(bias)
-    if (weight != 1).any() or changes.has(name, "bias"):
-        _fold_norm(changes, name, weight)
-    if not changes.has(name, "bias"):
+    if is_linear and (weight != 1).any():
+        _scale_rows(changes, name, weight)
+    elif not is_linear and ((weight != 1).any() or changes.has(name, "bias")):
+        _scale_gain(changes, name, weight)
+    if changes.has(name, "bias"):
+        changes.write(name, "bias", changes.vector(name, "bias") * weight + bias)
+    elif not is_linear:
         return bias
-    changes.write(name, "bias", changes.vector(name, "bias") * weight + bias)
+    elif (bias != 0).any():
+        changes.read(name, "weight")  # a Refusal where a bias beside it could not be added
+        changes.add_to_bias(name, bias, wanted_by=name)
     return torch.zeros_like(bias)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-def _fold_norm(changes: ParameterChanges, name: str, weight: Tensor) -> None:
+def _scale_gain(changes: ParameterChanges, name: str, weight: Tensor) -> None:
     module = changes.model.get_submodule(name)
     if not changes.has(name, "weight"):
         raise Refusal(f"{type(module).__name__} has no gain of its own that could hold the map")
@@ -90,10 +72,7 @@ def _fold_norm(changes: ParameterChanges, name: str, weight: Tensor) -> None:
 def _offset_of_gain(module: nn.Module) -> float:
     """0 where the output is weight * (...) + bias, 1 where it is (1 + weight) * (...), as in Gemma; found by trying.
 
-    Raises
-    ------
-    Refusal
-        When it is neither.
+    Refusal when it is neither.
     """
     kind = type(module).__name__
     surplus = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
@@ -133,27 +112,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # --- Linears and convolutions -----------------------------------------------------------------------------------------
 
 
-def _fold_linear(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> Tensor:
+def _scale_rows(changes: ParameterChanges, name: str, weight: Tensor) -> None:
     module = changes.model.get_submodule(name)
-    if (weight != 1).any():
-        if type(module) in _TRANSPOSED:  # [in, out / groups, ...]
-            _scale_transposed(changes, name, weight)
-        else:
-            changes.map_rows(name, _scaling(weight), axis=1 if is_conv1d(module) else 0)
-    if changes.has(name, "bias"):
-        changes.write(name, "bias", changes.vector(name, "bias") * weight + bias)
-    elif (bias != 0).any():
-        changes.read(name, "weight")  # a Refusal where a bias beside it could not be added
-        changes.add_to_bias(name, bias, wanted_by=name)
-    return torch.zeros_like(bias)
-
-
-def _scaling(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows * weight.to(rows.device)[:, None]
-
-
-def _scale_transposed(changes: ParameterChanges, name: str, weight: Tensor) -> None:
-    groups = int(changes.model.get_submodule(name).groups)  # type: ignore[arg-type]
+    if type(module) not in _TRANSPOSED:
+        axis = 1 if is_conv1d(module) else 0
+        changes.map_rows(name, lambda rows: rows * weight.to(rows.device)[:, None], axis)
+        return
+    groups = int(module.groups)  # type: ignore[arg-type]
 
     def change(rows: Tensor) -> Tensor:  # [in, out / groups * positions], input channels of a group side by side
         per_group = weight.to(rows.device).view(groups, 1, -1, 1)
@@ -165,51 +130,36 @@ def _scale_transposed(changes: ParameterChanges, name: str, weight: Tensor) -> N
 # --- adaptive norms ---------------------------------------------------------------------------------------------------
 
 
-def _modulated_by(model: nn.Module, name: str) -> tuple[str, int, int, int] | None:
+def _modulation(model: nn.Module, name: str) -> _Modulation | None:
+    """What modulates the output of a module of diffusers, as far as it is known."""
+    module = model.get_submodule(name)
     parent, _, last = name.rpartition(".")
     layer = model.get_submodule(parent)
+    if type(module).__name__ in _ADAPTIVE and is_from(module, "diffusers.models.normalization"):
+        return f"{name}.linear", *_ADAPTIVE[type(module).__name__], False
     found = _MODULATED.get(type(layer).__name__, {}).get(last) if is_from(layer, "diffusers.models") else None
-    return None if found is None else (f"{parent}.{found[0]}", *found[1:])
+    return None if found is None else (f"{parent}.{found[0]}", *found[1:], True)
 
 
-def _check_modulation(changes: ParameterChanges, linear: str, rows: int) -> None:
+def _fold_into_modulation(changes: ParameterChanges, modulation: _Modulation, weight: Tensor, bias: Tensor) -> None:
+    """Map what becomes of a norm n: w (n (1 + s) + t) + b, or (w n + b) (1 + s) + t where the map comes before."""
+    linear, count, shift, scale, before = modulation
     if type(changes.model.get_submodule(linear)) is not nn.Linear or not changes.has(linear, "bias"):
         raise Refusal(f"the modulation {linear!r} is no Linear with a bias")
     found = changes.read(linear, "weight").shape[0]
-    if found != rows:
-        raise Refusal(f"the modulation {linear!r} gives {found} numbers, not {rows}")
+    if found != count * len(weight):
+        raise Refusal(f"the modulation {linear!r} gives {found} numbers, not {count * len(weight)}")
 
-
-def _fold_adaptive(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> None:
-    """w (n (1 + s) + t) + b: s' = w (1 + s) - 1, t' = w t + b, row by row of the Linear that gives s and t."""
-    count, shift, scale = _ADAPTIVE[type(changes.model.get_submodule(name)).__name__]
-    linear, d = f"{name}.linear", weight.numel()
-    _check_modulation(changes, linear, count * d)
-    factor, offset = torch.ones(count, d, dtype=weight.dtype), torch.zeros(count, d, dtype=weight.dtype)
-    factor[shift] = factor[scale] = weight
-    offset[shift], offset[scale] = bias, weight - 1
-    changes.map_rows(linear, _scaling(factor.flatten()))
-    changes.write(linear, "bias", changes.vector(linear, "bias") * factor.flatten() + offset.flatten())
-
-
-def _fold_modulated(
-    changes: ParameterChanges, name: str, modulated: tuple[str, int, int, int], weight: Tensor, bias: Tensor
-) -> None:
-    """(w n + b) (1 + s) + t: s' = w (1 + s) - 1, t' = t + b (1 + s)."""
-    linear, count, shift, scale = modulated
-    d = weight.numel()
-    _check_modulation(changes, linear, count * d)
-
-    def change(rows: Tensor) -> Tensor:
-        slices = rows.view(count, d, -1).clone()
-        w, b = weight.to(rows.device)[:, None], bias.to(rows.device)[:, None]
-        slices[shift] += b * slices[scale]
-        slices[scale] *= w
+    def change(rows: Tensor, one: int = 0) -> Tensor:
+        """New rows of the weight or, with 1 for `one`, the new bias, in which alone there is the 1 of 1 + s."""
+        slices = rows.view(count, len(weight), -1).clone()
+        w, b = (part.to(rows.device)[:, None] for part in (weight, bias))
+        if before:
+            slices[shift] += b * (slices[scale] + one)
+        else:
+            slices[shift] = w * slices[shift] + b * one
+        slices[scale] = w * slices[scale] + (w - 1) * one  # as w (1 + s) - 1, but exact where w is 1
         return slices.view(rows.shape)
 
     changes.map_rows(linear, change)
-    old = changes.vector(linear, "bias").view(count, d)
-    new = old.clone()
-    new[shift] += bias * (1 + old[scale])
-    new[scale] = weight * (1 + old[scale]) - 1
-    changes.write(linear, "bias", new.flatten())
+    changes.write(linear, "bias", change(changes.vector(linear, "bias"), one=1))

@@ -6,25 +6,24 @@ number of such neurons; the shift W b is the bias of B. Both are scaled by alpha
 """
 
 import os
-import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import as_int, as_strength
+from ..hooks.affine import parameters
 from ..hooks.modules import model_name
+from ..hooks.settings import optional
 from ..maps.files import write_atomically
 from ..maps.steering import SteeringMaps
-from .fold import parameters_of, refuse
+from .fold import refuse
+from .parameter_changes import WIDE
 from .readers import (
     Readers,
     Refusal,
-    check_maps,
-    check_readers,
+    check_arguments,
     count_uses,
     dense_weight,
     find_readers,
@@ -97,33 +96,32 @@ def to_peft_lora(
     strength = as_strength(strength)
     if bias is not None and not isinstance(bias, bool):
         raise TypeError(f"bias must be True, False or None, got {bias!r}")
-    if rank is not None:
-        rank = as_int(rank, "rank", low=1)
-    maps, model = check_maps(maps, model, "an adapter")
-    pairs = _pairs(maps, model, check_readers(readers, maps, model))
+    rank = optional(as_int, rank, "rank", low=1)
+    maps, model, readers = check_arguments(maps, model, readers, "an adapter")
+    pairs = _pairs(maps, model, readers)
     if not pairs:
         raise ValueError("these maps change nothing: there is nothing to write")
-    shifted = any((shift != 0).any() for _, _, shift in pairs.values())
+    shifted = any(bool((shift != 0).any()) for _, _, shift in pairs.values())
     if bias is False and shifted:
         raise ValueError(
             "bias=False, but the maps have shifts, which only the bias of an adapter can hold: fit maps without "
             "them, or use bias=True"
         )
+    bias = shifted if bias is None else bias
     needed = max(1, *(len(chosen) for chosen, _, _ in pairs.values()))
-    if rank is not None and rank < needed:
-        raise ValueError(f"rank must be at least {needed}, the most neurons that one map scales, got {rank}")
     rank = needed if rank is None else rank
+    if rank < needed:
+        raise ValueError(f"rank must be at least {needed}, the most neurons that one map scales, got {rank}")
     tensors: dict[str, Tensor] = {}
     for name, (chosen, columns, shift) in pairs.items():
-        module = model.get_submodule(name)
-        dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-        inputs = dense_weight(model, name).shape[1]
-        a, b = torch.zeros(rank, inputs, dtype=dtype), torch.zeros(len(columns), rank, dtype=dtype)
+        dense = dense_weight(model, name)
+        dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+        a, b = torch.zeros(rank, dense.shape[1], dtype=dtype), torch.zeros(len(columns), rank, dtype=dtype)
         a[torch.arange(len(chosen)), chosen] = 1
         b[:, : len(chosen)] = columns
         prefix = f"base_model.model.{name}"
         tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
-        if bias or (bias is None and shifted):
+        if bias:
             tensors[f"{prefix}.lora_B.bias"] = shift.to(dtype)
     alpha = strength * rank
     config = LoraConfig(
@@ -131,7 +129,7 @@ def to_peft_lora(
         # PEFT divides it by the rank. A whole number where it is one: some readers expect that.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         target_modules=_targets(model, list(pairs)),
-        lora_bias=bool(bias or (bias is None and shifted)),
+        lora_bias=bias,
         fan_in_fan_out=all(is_conv1d(model.get_submodule(name)) for name in pairs),
         base_model_name_or_path=model_name(model),
         task_type=_task(model),
@@ -153,7 +151,7 @@ def _pairs(maps: SteeringMaps, model: nn.Module, readers: Readers) -> dict[str, 
     pairs: dict[str, _Pair] = {}
     refused, uses = {}, count_uses(model)
     for name, affine in maps.items():
-        weight, bias = parameters_of(affine, 1.0)
+        weight, bias = parameters(affine, 1.0, *WIDE)
         chosen = (weight != 1).nonzero().flatten()
         if not len(chosen) and (bias == 0).all():
             continue
@@ -178,6 +176,8 @@ def _targets(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _task(model: nn.Module) -> str | None:
-    kinds: Mapping[str, str] = {"CausalLM|LMHeadModel": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM"}
-    name: Any = type(model).__name__
-    return next((task for pattern, task in kinds.items() if re.search(pattern, name)), None)
+    """What PEFT calls the task of a model, as far as its class says."""
+    name = type(model).__name__
+    if "CausalLM" in name or "LMHeadModel" in name:
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if "ConditionalGeneration" in name else None

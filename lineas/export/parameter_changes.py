@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..hooks.affine import moved
 from .readers import Refusal, parameter
 
 Key = tuple[str, str]  # module, parameter
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """A vector in float64, on the CPU, where every machine has float64."""
-    return tensor.detach().to("cpu", torch.float64)
+WIDE = torch.device("cpu"), torch.float64
+"""Where vectors are computed, and in what: not every device has float64."""
 
 
 class ParameterChanges:
@@ -53,7 +53,7 @@ class ParameterChanges:
 
     def vector(self, name: str, kind: str) -> Tensor:
         """`read` in float64 on the CPU."""
-        return wide(self.read(name, kind))
+        return self.read(name, kind).to(*WIDE)
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Note a new value of a parameter; Refusal where another module has the same parameter."""
@@ -67,10 +67,10 @@ class ParameterChanges:
     def map_rows(self, name: str, change: Callable[[Tensor], Tensor], axis: int = 0) -> None:
         """Change the weight of a module: `change` gets it in float64 as [rows, rest], with `axis` as the rows."""
         weight = self.read(name, "weight")
-        moved = weight.movedim(axis, 0)
-        double = moved if moved.device.type != "mps" else moved.cpu()
-        out = change(double.reshape(len(moved), -1).double()).reshape(moved.shape)
-        self.write(name, "weight", out.to(weight.device, weight.dtype).movedim(0, axis).contiguous())
+        rows = weight.movedim(axis, 0)
+        double = (rows.cpu() if rows.device.type == "mps" else rows).double()  # there is no float64 on mps
+        out = change(double.reshape(len(rows), -1)).reshape(rows.shape)
+        self.write(name, "weight", moved(out, weight.device, weight.dtype).movedim(0, axis).contiguous())
 
     def add_to_bias(self, name: str, shift: Tensor, wanted_by: str) -> None:
         """Add a float64 vector to the bias of a module, which may have none so far."""
@@ -81,22 +81,14 @@ class ParameterChanges:
         self.write(name, "bias", shift)
 
     def rounded(self) -> dict[Key, Tensor]:
-        """All new values in the dtype and on the device of the parameters they are for.
-
-        Raises
-        ------
-        Refusal
-            When a value is too large for its dtype.
-        """
+        """All new values in the dtype and on the device of the parameters they are for; Refusal of what overflows."""
         found = {}
         for (name, kind), value in self._new.items():
-            module = self.model.get_submodule(name)
-            old = module._parameters.get(kind)
+            old = self.model.get_submodule(name)._parameters.get(kind)
             like = parameter(self.model, name, "weight") if old is None else old
-            value = value.to(like.device, like.dtype) if like.device.type != "mps" else value.to(like.dtype).to("mps")
-            if not value.isfinite().all():
+            found[name, kind] = moved(value, like.device, like.dtype)
+            if not found[name, kind].isfinite().all():
                 raise Refusal(f"{kind} of {name!r} would be too large for {like.dtype}")
-            found[name, kind] = value
         return found
 
 
@@ -119,8 +111,7 @@ def write_parameters(model: nn.Module, values: dict[Key, Tensor]) -> Callable[[]
         old.append((module, kind, before, None if before is None else before.data))
         if before is None:
             like = module._parameters["weight"]
-            trained = like is not None and like.requires_grad
-            module._parameters[kind] = nn.Parameter(value, requires_grad=trained)
+            module._parameters[kind] = nn.Parameter(value, requires_grad=like is not None and like.requires_grad)
         else:
             before.data = value
     return undo

@@ -58,21 +58,14 @@ class Refusal(ValueError):
     """Why one module cannot be folded or written as an adapter."""
 
 
-def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> tuple[SteeringMaps, nn.Module]:
-    """Refuse maps that weights cannot hold, and what `attach` would refuse, too.
+def check_arguments(
+    maps: SteeringMaps, model: nn.Module, readers: Readers | None, use: str
+) -> tuple[SteeringMaps, nn.Module, Readers]:
+    """Refuse maps that weights cannot hold, and what `attach` would refuse, too; `use` is what is made of them.
 
-    Returns
-    -------
-    maps, model : SteeringMaps, torch.nn.Module
-        The innermost model, and the maps by the names that their modules have in it.
-
-    Raises
-    ------
-    TypeError
-        When `model` is no torch module.
-    ValueError
-        When maps are on the model, these maps were fitted for some tokens only, a module is missing or has another
-        width.
+    Returns the maps by the names that their modules have in the innermost model, that model, and `readers`. TypeError
+    when an argument is of a wrong type; ValueError when maps are on the model, these maps were fitted for some tokens
+    only, a module is missing or has another width, or `readers` has a name without a map or an empty list.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -93,7 +86,8 @@ def check_maps(maps: SteeringMaps, model: nn.Module, use: str) -> tuple[Steering
         width = output_width(module)
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
-    return maps.rename(names), unwrap(model)
+    maps, model = maps.rename(names), unwrap(model)
+    return maps, model, {} if readers is None else _check_readers(readers, maps, model)
 
 
 def _tokens(metadata: dict) -> object:
@@ -105,18 +99,8 @@ def _tokens(metadata: dict) -> object:
     return next((one for one in inner if one != "all"), "all")
 
 
-def check_readers(readers: Readers | None, maps: SteeringMaps, model: nn.Module) -> Readers:
-    """`readers` as the user gave them, checked as far as they can be.
-
-    Raises
-    ------
-    TypeError
-        When they are no mapping from names to lists of names.
-    ValueError
-        When there is no map for a key, a list is empty, or the model lacks a module.
-    """
-    if readers is None:
-        return {}
+def _check_readers(readers: Readers, maps: SteeringMaps, model: nn.Module) -> Readers:
+    """`readers` as the user gave them, checked as far as they can be."""
     if not isinstance(readers, Mapping):
         raise TypeError(f"readers must be a mapping from module name to names, got {type(readers).__name__}")
     for name, linears in readers.items():
@@ -145,12 +129,8 @@ def count_uses(model: nn.Module) -> Counter[int]:
 def find_readers(model: nn.Module, name: str, width: int, given: Readers, uses: Counter[int]) -> list[str]:
     """Full names of the Linears that read the output, of `width` neurons, of norm `name`, and that nothing else feeds.
 
-    `uses` is what `count_uses` says of the model.
-
-    Raises
-    ------
-    Refusal
-        When it is not known what reads the output, or a reader is no plain Linear of that width.
+    `uses` is what `count_uses` says of the model. Refusal when it is not known what reads the output, or a reader is no
+    plain Linear of that width.
     """
     if name in given:
         readers = list(given[name])
@@ -186,12 +166,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def parameter(model: nn.Module, name: str, kind: str) -> Tensor:
-    """Parameter `kind` of module `name`: a plain floating-point tensor that is there.
+    """Parameter `kind` of module `name`, a plain floating-point tensor.
 
-    Raises
-    ------
-    Refusal
-        When there is none, or it is computed from others, quantised, sharded or offloaded.
+    Refusal when there is none, or it is computed from others, quantised, sharded or offloaded.
     """
     module = model.get_submodule(name)
     if is_parametrized(module, kind):
@@ -211,13 +188,7 @@ def parameter(model: nn.Module, name: str, kind: str) -> Tensor:
 
 
 def dense_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight [out, in] of the plain Linear `name`.
-
-    Raises
-    ------
-    Refusal
-        When the module is no such Linear; see `parameter`.
-    """
+    """The weight [out, in] of the plain Linear `name`; Refusal when it is none, and as `parameter`."""
     module = model.get_submodule(name)
     if type(module) is not nn.Linear and not is_conv1d(module) and not is_parametrized(module):
         hint = ": merge the adapter first" if is_from(module, "peft") else ""

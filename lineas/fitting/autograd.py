@@ -85,18 +85,17 @@ class _TorchWasserstein(Function):
 
 def _torch_wasserstein(us: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:
     """Twin of `wasserstein` in torch operations."""
-    if not torch.stack([u.isfinite().all() for u in us]).all():  # one wait for all
-        for u, name in zip(us, names, strict=True):
-            check_finite(u, name)
+    _check_finite(us, names)
     return tuple(_TorchWasserstein.apply(u, target) for u, target in zip(us, targets, strict=True))
 
 
-def check_finite(sample: Tensor, name: str) -> None:
+def _check_finite(samples: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise the engine's ValueError, "<name>: nan at row 3, column 17", where a sample [n, d] is not finite."""
-    finite = sample.isfinite()
-    if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name}: {sample[row, column].item()} at row {row}, column {column}")
+    finite = torch.stack([sample.isfinite().all() for sample in samples])
+    if not finite.all():  # one wait for all
+        k = int((~finite).nonzero()[0])
+        row, column = (~samples[k].isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{names[k]}: {samples[k][row, column].item()} at row {row}, column {column}")
 
 
 def wasserstein(us: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:
@@ -130,6 +129,5 @@ def sort_columns(samples: Sequence[Tensor], names: Sequence[str]) -> list[Tensor
     """Sort every column of the samples [n_k, d_k], ascending, into new tensors; NaN and infinities as above."""
     if all(map(on_engine, samples)):
         return list(map(torch.from_numpy, _core.sort_columns(list(map(as_array, samples)), names, get_num_threads())))
-    for sample, name in zip(samples, names, strict=True):
-        check_finite(sample, name)
+    _check_finite(samples, names)
     return [sample.sort(dim=0).values for sample in samples]

@@ -20,7 +20,7 @@ from ..maps.files import read, write
 
 if TYPE_CHECKING:
     from .loop import History
-    from .step_sizes import AutomaticSteps, ScheduledSteps
+    from .step_sizes import Steps
 
 FORMAT = "lineas checkpoint"
 # What a checkpoint keeps of a history, beside the maps.
@@ -30,17 +30,13 @@ _PROGRESS = ("records", "best_step", "best_strength", "best_loss", "held_out_pas
 class Checkpoint:
     """The file in which a fit is kept.
 
-    Parameters
-    ----------
-    path : path
-    identity : dict
-        What must be the same for a fit to go on, as JSON has it: settings, modules, digests of model and data.
+    `identity` is what must be the same for a fit to go on, as JSON has it: settings, modules, digests.
     """
 
     def __init__(self, path: str | PathLike[str], identity: dict[str, Any]) -> None:
         self.path, self.identity = os.fspath(path), identity
 
-    def save(self, history: History, steps: ScheduledSteps | AutomaticSteps) -> None:
+    def save(self, history: History, steps: Steps) -> None:
         """Write the fit as it stands; OSError if that fails."""
         tensors, state = steps.state()
         tensors |= {"weight": history.maps.weight, "bias": history.maps.bias}
@@ -51,16 +47,8 @@ class Checkpoint:
         progress = {name: getattr(history, name) for name in _PROGRESS}
         save(self.path, tensors, {"identity": self.identity, "steps": state, "passes": steps.passes, **progress})
 
-    def resume(self, history: History, steps: ScheduledSteps | AutomaticSteps) -> None:
-        """Go on from the file.
-
-        Raises
-        ------
-        OSError
-            If it cannot be read.
-        ValueError
-            If it is none, damaged, or that of another fit; says what differs.
-        """
+    def resume(self, history: History, steps: Steps) -> None:
+        """Go on from the file; errors as of `load`, and a ValueError that says what differs from another fit's."""
         tensors, state = load(self.path)
         seen = state["identity"]
         differs = next((key for key, value in self.identity.items() if seen.get(key) != value), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from .._checks import as_pair
 from ..hooks.collect import read_prompts
 from ..hooks.modules import find, model_name, resolve
-from ..hooks.settings import RunSettings, takes
+from ..hooks.settings import RunSettings, optional, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
@@ -25,7 +25,12 @@ from .objective import Objective, Task
 from .parameters import MapParameters, ProximalOptimizer
 from .result import FitResult
 from .settings import FitSettings, ObjectiveSettings
-from .step_sizes import AutomaticSteps, ScheduledSteps
+from .step_sizes import AutomaticSteps, ScheduledSteps, Steps
+
+Pair: TypeAlias = tuple[Any, Any]
+"""Source and target, as users give them."""
+Sets: TypeAlias = list[Prompts]
+"""Source and target of a task and, where there are any, its held-out source and target."""
 
 
 @takes(FitSettings)
@@ -51,10 +56,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     Returns
     -------
     FitResult
-        ``maps`` (`SteeringMaps`: the best ones by held-out loss, without `held_out` those after the last step) and
-        ``history`` (arrays "loss" [S] before each step, "layer_loss" [S, L], "held_out_loss", "lr", "penalty",
-        "support", "kept"), ``passes`` and ``held_out_passes``, what it cost. Ctrl-C and a loss that is not finite end
-        the fit early and keep the best maps so far.
+        The maps, the history of the S steps taken and what they cost; see `FitResult`. Ctrl-C and a loss that is not
+        finite end the fit early and keep the best maps so far.
 
     Raises
     ------
@@ -66,7 +69,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
         If `checkpoint` is there and is none, damaged or of another fit, a setting is out of range, no module matches, a
         set has fewer than 2 prompts, or a map could not influence any loss; the message names the argument or module.
     """
-    return _fit(model, [(None, (source, target), settings.held_out)], settings, "fit_end_to_end")
+    held_out = optional(as_pair, settings.held_out, "held_out")
+    return _fit(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
 
 @takes(FitSettings)
@@ -104,7 +108,7 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
     pairs = _pairs("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")
-    held_out: Mapping[str, tuple[Any, Any] | None] = dict.fromkeys(pairs)
+    held_out: Mapping[str, Pair | None] = dict.fromkeys(pairs)
     if settings.held_out is not None:
         held_out = _pairs("held_out", settings.held_out)
         for name in [*pairs, *held_out]:
@@ -114,7 +118,7 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
     return _fit(model, [(name, pair, held_out[name]) for name, pair in pairs.items()], settings, "fit_jointly")
 
 
-def _pairs(argument: str, tasks: Any) -> dict[str, tuple[Any, Any]]:
+def _pairs(argument: str, tasks: Any) -> dict[str, Pair]:
     """Pairs (source, target) by name."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"{argument} must map names to pairs (source, target), got {type(tasks).__name__}")
@@ -126,18 +130,14 @@ def _pairs(argument: str, tasks: Any) -> dict[str, tuple[Any, Any]]:
 
 # --- what fits start from ---------------------------------------------------------------------------------------------
 
-Sets = list[Prompts]
-"""Source and target of a task and, where there are any, its held-out source and target."""
 
-
-def read_sets(name: str | None, pair: tuple[Any, Any], held_out: Any, settings: RunSettings) -> Sets:
-    """Read the prompts of a task; `name` is None for an only one."""
+def read_sets(name: str | None, pair: Pair, held_out: Pair | None, settings: RunSettings) -> Sets:
+    """Read the prompts of a task from pairs (source, target), the second or None; `name` is None for an only one."""
     at = "" if name is None else f"[{name!r}]"
     first = "" if name is None else f"tasks{at} "
-    given = [(f"{first}{side}", data) for side, data in zip(("source", "target"), pair, strict=True)]
+    given = [(f"{first}source", pair[0]), (f"{first}target", pair[1])]
     if held_out is not None:
-        both = as_pair(held_out, f"held_out{at}")
-        given += [(f"held_out{at} {side}", data) for side, data in zip(("source", "target"), both, strict=True)]
+        given += [(f"held_out{at} source", held_out[0]), (f"held_out{at} target", held_out[1])]
     return [read_prompts(data, argument, settings) for argument, data in given]
 
 
@@ -172,7 +172,7 @@ def prepare(
 
 
 def _fit(
-    model: nn.Module, given: list[tuple[str | None, tuple[Any, Any], Any]], settings: FitSettings, caller: str
+    model: nn.Module, given: list[tuple[str | None, Pair, Pair | None]], settings: FitSettings, caller: str
 ) -> FitResult:
     """Fit the maps of all modules for all tasks: name, source and target, held-out source and target or None."""
     tasks = [read_sets(*task, settings) for task in given]
@@ -182,7 +182,7 @@ def _fit(
         maps = MapParameters(objective.widths, objective.dtype, objective.device)
         if settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
-        steps: ScheduledSteps | AutomaticSteps
+        steps: Steps
         if isinstance(settings.lr, str):
             steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps)
         else:
@@ -214,10 +214,8 @@ def _fit(
         if history.best_terms is not None:
             losses = of_tasks(history.best_terms, settings.scaling).tolist()
             held_out_task_loss = {str(name): loss for name, loss in zip(names, losses, strict=True)}
-    course = {
-        **{name: arrays[name].tolist() for name in ("loss", "held_out_loss")},
-        **{name: getattr(history, name) for name in ("best_step", "best_strength", "stopped")},
-    }
+    course = {name: arrays[name].tolist() for name in ("loss", "held_out_loss")}
+    course |= {name: getattr(history, name) for name in ("best_step", "best_strength", "stopped")}
     method = "end-to-end" if len(given) == 1 else "joint end-to-end"
     return FitResult(
         maps=SteeringMaps(maps.snapshot(), describe(method, **facts, settings=settings.record(), history=course)),

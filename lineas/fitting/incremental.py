@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .end_to_end import read_sets
 from .settings import IncrementalSettings
+
+Rows: TypeAlias = NDArray[np.float32]
 
 
 @takes(IncrementalSettings)
@@ -53,70 +55,56 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     TypeError, ValueError
         As `fit` and `collect`.
     """
-    sources, targets = (
-        prompts.parts(settings.batch_size) for prompts in read_sets(None, (source, target), None, settings)
-    )
+    sides = read_sets(None, (source, target), None, settings)
+    sources, targets = (prompts.parts(settings.batch_size) for prompts in sides)
     names, layers = choose_layers(model, settings.layers, say=settings.progress)
     check_fit_tokens(settings.tokens, model)
     with frozen(model, gradients=False):
-        walk = _Walk(model, collect_batches(model, targets, names, settings), settings)
-        with tqdm(total=len(walk.wanted), desc="fit", disable=not settings.progress) as bar:
-            if len(sources) == 1:
-                walk.at_once(sources[0], bar)
+        wanted = collect_batches(model, targets, names, settings)
+        order = list(wanted)
+        with tqdm(total=len(order), desc="fit", disable=not settings.progress) as bar:
+            walk = _Walk(model, wanted, settings, bar)
+            if len(sources) == 1:  # at each module pool, fit, and go on with the mapped output
+                walk.run(sources[0], order, walk.fit)
             else:
-                walk.step_by_step(sources, bar)
+                for k, name in enumerate(order):
+                    walk.fit(name, np.concatenate([walk.rows(batch, order[: k + 1]) for batch in sources]))
     facts = {"model": model_name(model), "layers": layers, **settings.selection}
     return SteeringMaps(walk.maps, describe("incremental", **facts, settings=settings.record()))
 
 
 class _Walk:
-    """Modules in execution order, the target activations of each, and the maps fitted so far."""
+    """The target activations of all modules, and the maps fitted so far."""
 
-    def __init__(self, model: nn.Module, wanted: dict[str, NDArray[np.float32]], settings: IncrementalSettings) -> None:
-        self.model, self.wanted, self.settings = model, wanted, settings
+    def __init__(self, model: nn.Module, wanted: dict[str, Rows], settings: IncrementalSettings, bar: tqdm) -> None:
+        self.model, self.wanted, self.settings, self.bar = model, wanted, settings, bar
         self.maps: dict[str, AffineMap] = {}
 
-    def at_once(self, batch: Batch, bar: tqdm) -> None:
-        """One forward pass: at each module pool, fit, and go on with the mapped output."""
-        choice = self._choice(batch)
-
-        def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-            if name not in self.maps:
-                self._fit(name, to_numpy(choice.pool(name, module, tensor)))
-                bar.update()
-            return self._mapped(name, module, tensor, choice)
-
-        Capture().run(self.model, batch, list(self.wanted), on_output, forward=self.settings.forward)
-
-    def step_by_step(self, batches: Sequence[Batch], bar: tqdm) -> None:
-        """One pass of all batches a module, no further than that module."""
-        order = list(self.wanted)
-        for k, current in enumerate(order):
-            rows = [self._rows_under_maps(batch, order[: k + 1]) for batch in batches]
-            self._fit(current, np.concatenate(rows))
-            bar.update()
-
-    def _rows_under_maps(self, batch: Batch, names: Sequence[str]) -> NDArray[np.float32]:
-        choice = self._choice(batch)
-        found: list[NDArray[np.float32]] = []
-
-        def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
-            if name in self.maps:
-                return self._mapped(name, module, tensor, choice)
-            found.append(to_numpy(choice.pool(name, module, tensor)))
-            return None
-
-        Capture().run(self.model, batch, names, on_output, last=names[-1], forward=self.settings.forward)
-        return found[0]
-
-    def _choice(self, batch: Batch) -> BatchTokens:
-        return BatchTokens(self.model, batch, self.settings)
-
-    def _fit(self, name: str, rows: NDArray[np.float32]) -> None:
+    def fit(self, name: str, rows: Rows) -> None:
+        """Fit the map of a module to pooled activations [n, d] of the source."""
         # As a mapping of one, so that errors name the module.
         self.maps[name] = fit({name: rows}, {name: self.wanted[name]}, method=self.settings.method)[name]
+        self.bar.update()
 
-    def _mapped(self, name: str, module: nn.Module, tensor: Tensor, choice: BatchTokens) -> Tensor:
-        weight, bias = parameters(self.maps[name], 1.0, tensor.device, working_dtype(tensor.dtype))
-        mapped = apply(tensor, weight, bias, outputs.channel_axis(module, tensor, name))
-        return choice.only(name, module, tensor, mapped)
+    def rows(self, batch: Batch, names: Sequence[str]) -> Rows:
+        """Pooled activations [n, d] of the last of `names`, which the others have maps for; no module after it runs."""
+        found: list[Rows] = []
+        self.run(batch, names, lambda _, rows: found.append(rows), last=names[-1])
+        return found[0]
+
+    def run(
+        self, batch: Batch, names: Sequence[str], take: Callable[[str, Rows], None], last: str | None = None
+    ) -> None:
+        """Run a batch with the maps on; `take` gets the pooled activations where there is none, and may fit it."""
+        choice = BatchTokens(self.model, batch, self.settings)
+
+        def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+            if name not in self.maps:
+                take(name, to_numpy(choice.pool(name, module, tensor)))
+            if name not in self.maps:
+                return None
+            weight, bias = parameters(self.maps[name], 1.0, tensor.device, working_dtype(tensor.dtype))
+            mapped = apply(tensor, weight, bias, outputs.channel_axis(module, tensor, name))
+            return choice.only(name, module, tensor, mapped)
+
+        Capture().run(self.model, batch, names, on_output, last=last, forward=self.settings.forward)

@@ -15,18 +15,18 @@ from .checkpoint import Checkpoint
 from .objective import NonFinite, Task
 from .parameters import MapParameters
 from .settings import FitSettings
-from .step_sizes import AutomaticSteps, ScheduledSteps
+from .step_sizes import Steps
 
 # The arrays of `FitResult.history` that are there for every step, and what the records of a step call them.
 _TYPES = {"loss": np.float64, "lr": np.float64, "penalty": np.float64, "support": np.int64, "kept": np.bool_}
 
 
 class HeldOut(NamedTuple):
-    """The held-out loss, what it is the mean of, and the strength of the maps that has it."""
+    """What is known of a step by held-out data: their loss, its terms, and the strength of the maps that has it."""
 
-    loss: float
-    terms: Any
-    strength: float
+    held_out_loss: float
+    held_out_layer_loss: Any
+    held_out_strength: float
 
 
 class History:
@@ -56,7 +56,7 @@ class History:
 
     def keep(self, tried: HeldOut | None) -> None:
         """Keep the maps as they stand, at the strength that they were best at, unless a lower loss was seen."""
-        if tried is not None and self.best_loss is not None and tried.loss >= self.best_loss:
+        if tried is not None and self.best_loss is not None and tried.held_out_loss >= self.best_loss:
             return
         self.best_loss, self.best_terms, self.best_strength = tried or (None, None, 1.0)
         self.best, self.best_step = self.maps.at(self.best_strength), len(self.records)
@@ -69,20 +69,20 @@ class History:
 
     def arrays(self, tasks: int, modules: int, scaling: str) -> dict[str, NDArray]:
         """The arrays of `FitResult.history`."""
-        found: dict[str, NDArray] = {
-            name: np.array([record[name] for record in self.records], kind) for name, kind in _TYPES.items()
-        }
         tried = [record for record in self.records if record["held_out_loss"] is not None]
-        for name, records in (("layer_loss", self.records), ("held_out_layer_loss", tried)):
-            found[name] = np.array([record[name] for record in records], np.float64).reshape(-1, tasks, modules)
-        for name in ("held_out_loss", "held_out_strength"):
-            found[name] = np.array([record[name] for record in tried], np.float64)
-        held_out_terms = found.pop("held_out_layer_loss")
-        if tasks == 1:
-            found["layer_loss"] = found["layer_loss"][:, 0]
-        else:
-            found["task_loss"] = of_tasks(found["layer_loss"], scaling)
-            found["held_out_task_loss"] = of_tasks(held_out_terms, scaling)
+
+        def column(name: str, kind: Any = np.float64) -> NDArray:
+            records = tried if name in HeldOut._fields else self.records
+            return np.array([record[name] for record in records], kind)
+
+        terms, held_out_terms = (
+            column(name).reshape(-1, tasks, modules) for name in ("layer_loss", "held_out_layer_loss")
+        )
+        found = {name: column(name, kind) for name, kind in _TYPES.items()}
+        found["layer_loss"] = terms[:, 0] if tasks == 1 else terms
+        found |= {name: column(name) for name in ("held_out_loss", "held_out_strength")}
+        if tasks > 1:
+            found |= {"task_loss": of_tasks(terms, scaling), "held_out_task_loss": of_tasks(held_out_terms, scaling)}
         return found
 
 
@@ -92,7 +92,7 @@ def of_tasks(terms: Any, scaling: str) -> NDArray:
 
 
 def run(
-    steps: ScheduledSteps | AutomaticSteps,
+    steps: Steps,
     history: History,
     checkpoint: Checkpoint | None,
     held_out: Sequence[Task],
@@ -111,14 +111,14 @@ def run(
             return None
         last = history.records[-1] if history.records else None
         if last is not None and not last["kept"]:  # the maps are those of the last time
-            return HeldOut(last["held_out_loss"], last["held_out_layer_loss"], last["held_out_strength"])
+            return HeldOut(*(last[name] for name in HeldOut._fields))
         # Maps that change nothing are alike at all strengths.
         found = []
         for strength in settings.strengths if maps.support().any() else (1.0,):
             history.held_out_passes += len(held_out)
             loss, terms = steps.objective.loss(held_out, maps.leaves(strength))
             found.append(HeldOut(loss, terms.tolist(), strength))
-        return min(found, key=lambda tried: tried.loss)
+        return min(found, key=lambda tried: tried.held_out_loss)
 
     def save() -> None:
         if checkpoint is not None:
@@ -137,16 +137,9 @@ def run(
             if taken is None:
                 history.stopped = "no step lowers the loss"
                 break
-            history.records.append(
-                {
-                    "loss": total,
-                    "layer_loss": terms.tolist(),
-                    "held_out_loss": tried and tried.loss,
-                    "held_out_layer_loss": tried and tried.terms,
-                    "held_out_strength": tried and tried.strength,
-                    **vars(taken),
-                }
-            )
+            measured = {"loss": total, "layer_loss": terms.tolist()}
+            trial = dict.fromkeys(HeldOut._fields) if tried is None else tried._asdict()
+            history.records.append({**measured, **trial, **vars(taken)})
             maps.check_finite()
             save()
             bar.set_postfix(loss=f"{total:.4g}", refresh=False)

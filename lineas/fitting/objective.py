@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
-from ..hooks.capture import Capture, OnOutput
+from ..hooks.capture import Capture
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
@@ -54,6 +54,14 @@ class Task(NamedTuple):
         return 3 if len(self.batches) == 1 else 4
 
 
+class _Run(NamedTuple):
+    """A forward pass on the way to a gradient, with the random state that it started from."""
+
+    batch: Batch
+    random: RandomState
+    pooled: list[Tensor]
+
+
 class Objective:
     """The sum over modules of the squared Wasserstein distances between mapped source and target activations.
 
@@ -86,38 +94,19 @@ class Objective:
     # --- activations --------------------------------------------------------------------------------------------------
 
     def target(self, batches: Sequence[Batch], argument: str) -> list[Tensor]:
-        """Run batches of a target, without maps.
-
-        Returns
-        -------
-        list of Tensor [m, d_k]
-            Its pooled activations at the loss modules, each column sorted.
-        """
-
-        def look(name: str, module: nn.Module, tensor: Tensor) -> None:
-            width = tensor.shape[outputs.channel_axis(module, tensor, name)]
-            if not self.widths:
-                self.device = tensor.device
-            if self.widths.setdefault(name, width) != width:
-                raise ValueError(f"module {name!r} has {width} neurons in one call and {self.widths[name]} in another")
-            if working_dtype(tensor.dtype) == torch.float32:
-                self.dtype = torch.float32
-
-        with torch.no_grad():
-            samples = self._activations(batches, look)
+        """Pooled activations [m, d_k] of a target at the loss modules, without maps, each column sorted."""
+        samples = self._activations(batches)
         self.widths = {name: self.widths[name] for name in self.map_names}
         _check_count(samples, argument)
         return sort_columns(samples, [f"{argument}: {name}" for name in self.loss_names])
 
-    def _activations(self, batches: Sequence[Batch], act: OnOutput) -> list[Tensor]:
-        """Pooled activations [n, d_k] of the loss modules, all batches one after the other."""
-        return _join([self._pooled(Capture(), batch, act) for batch in batches])
+    @torch.no_grad()
+    def _activations(self, batches: Sequence[Batch], maps: Leaves | None = None) -> list[Tensor]:
+        """Pooled activations [n, d_k] of the loss modules, all batches one after the other, without a graph."""
+        return _join([self._pooled(Capture(), batch, maps) for batch in batches])
 
-    def _pooled(self, capture: Capture, batch: Batch, act: OnOutput) -> list[Tensor]:
-        """Pooled activations [n, d_k] of the loss modules for one batch.
-
-        ``act`` is what happens to the outputs of the modules with maps, before they are pooled.
-        """
+    def _pooled(self, capture: Capture, batch: Batch, maps: Leaves | None) -> list[Tensor]:
+        """Pooled activations [n, d_k] of the loss modules for one batch, with maps on if there are any."""
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
         choice = BatchTokens(self.model, batch, self.settings)
@@ -132,9 +121,13 @@ class Objective:
                     "type(pipe).__call__.__wrapped__"
                 )
             self.seen.add(tensor.dtype)
-            replaced = act(name, module, tensor) if name in mapped else None
-            if replaced is not None:
-                replaced = choice.only(name, module, tensor, replaced)
+            replaced = None
+            if name in mapped:
+                axis = outputs.channel_axis(module, tensor, name)
+                if maps is None:
+                    self._learn(name, tensor, tensor.shape[axis])
+                else:
+                    replaced = choice.only(name, module, tensor, affine(tensor, *maps[name], 1.0, axis))
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
                 pooled[name] = choice.pool(name, module, tensor, replaced)
             return replaced
@@ -144,6 +137,15 @@ class Objective:
         if not self._ordered:
             self._sort(order)
         return [pooled[name].to(self.device, self.dtype) for name in self.loss_names]
+
+    def _learn(self, name: str, tensor: Tensor, width: int) -> None:
+        """Note the width of a module, the working dtype and the device."""
+        if not self.widths:
+            self.device = tensor.device
+        if self.widths.setdefault(name, width) != width:
+            raise ValueError(f"module {name!r} has {width} neurons in one call and {self.widths[name]} in another")
+        if working_dtype(tensor.dtype) == torch.float32:
+            self.dtype = torch.float32
 
     def _sort(self, order: list[str]) -> None:
         """Bring the modules into the order of their first calls."""
@@ -158,36 +160,15 @@ class Objective:
         self.loss_names.sort(key=order.index)
         self._ordered = True
 
-    @staticmethod
-    def _steer(maps: Leaves) -> OnOutput:
-        """The maps, as what happens to the outputs of their modules."""
-
-        def act(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-            weight, bias = maps[name]
-            return affine(tensor, weight, bias, 1.0, outputs.channel_axis(module, tensor, name))
-
-        return act
-
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, tasks: Sequence[Task], maps: Leaves) -> tuple[float, Tensor]:
-        """The loss with the maps on.
+        """The loss with the maps on, and its terms [T, L]: those of every loss module in each task.
 
-        Returns
-        -------
-        total : float
-            The loss in the chosen scaling, the mean over the tasks.
-        terms : Tensor [T, L]
-            The term of every loss module in each task, whose loss is their mean, or their sum in the scaling "paper".
-
-        Raises
-        ------
-        NonFinite
-            If an activation or a term is not finite.
+        The loss of a task is the mean of its terms, or their sum in the scaling "paper". NonFinite if an activation or
+        a term is not finite.
         """
-        act = self._steer(maps)
-        with torch.no_grad():
-            compared = [self._compare(task, self._activations(task.batches, act)) for task in tasks]
+        compared = [self._compare(task, self._activations(task.batches, maps)) for task in tasks]
         totals, terms = zip(*compared, strict=True)
         return torch.stack(totals).mean().item(), torch.stack(terms)
 
@@ -200,60 +181,53 @@ class Objective:
             if all(u.isfinite().all() for u in us):
                 raise
             raise NonFinite(f"{task.argument}: {error}") from None
-        terms = torch.stack([w2.sum() * self._scale(u, v) for w2, u, v in zip(values, us, task.targets, strict=True)])
+        reference = self.settings.scaling == "reference"
+        scales = [min(len(u), len(v)) / u.shape[1] if reference else 1.0 for u, v in zip(us, task.targets, strict=True)]
+        terms = torch.stack([w2.sum() * scale for w2, scale in zip(values, scales, strict=True)])
         if not terms.isfinite().all():
             name = self.loss_names[int((~terms.isfinite()).nonzero()[0])]
             raise NonFinite(f"{task.argument}: {name}: the loss overflows {self.dtype}")
         return (terms.sum() if self.settings.scaling == "paper" else terms.mean()), terms.detach()
-
-    def _scale(self, u: Tensor, target: Tensor) -> float:
-        return min(len(u), len(target)) / u.shape[1] if self.settings.scaling == "reference" else 1.0
 
     # --- its gradient -------------------------------------------------------------------------------------------------
 
     def gradient(self, tasks: Sequence[Task], maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
         """The loss, its terms [T, L] as of `loss`, and its gradients [D] in the slopes and in the shifts of all maps.
 
-        One task after the other, so that the graph of only one is alive at a time.
-
-        Raises
-        ------
-        NonFinite
-            If the loss or a gradient is not finite; names the module.
-        ValueError
-            If a map has no influence on the loss, or the model does not give the same activations twice.
+        One task after the other, so that the graph of only one is alive at a time. NonFinite, which names the module,
+        if the loss or a gradient is not finite; ValueError if a map has no influence on the loss, or the model does not
+        give the same activations twice.
         """
         totals, terms, *grads = zip(*(self._gradient(task, maps) for task in tasks), strict=True)
         grad_weight, grad_bias = (torch.stack(parts).mean(dim=0) for parts in grads)
         return sum(totals) / len(totals), torch.stack(terms), grad_weight, grad_bias
 
     def _gradient(self, task: Task, maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
-        """The loss of a task, its terms [L], and its gradients [D] in the slopes and in the shifts of all maps.
+        """`gradient` of one task, with terms [L].
 
         Several batches go through the model twice, all but the last, so that only the graph of one is alive at a time,
         however many there are: first without graphs, for the pooled activations of all, the loss and its gradient in
         them; then each by itself, to take its part of that gradient back to the maps (the cached gradients of Gao,
         Zhang, Han and Callan 2021, arXiv 2101.06983). Up to the order of sums it is the gradient of one large batch.
         """
-        act = self._steer(maps)
-        states, parts = [], []
+        runs: list[_Run] = []
         with Capture() as capture:  # checkpointed layers run again on the way back and need their maps
             for k, batch in enumerate(task.batches, start=1):
-                states.append(RandomState(self.model))
+                random = RandomState(self.model)
                 with torch.set_grad_enabled(k == len(task.batches)):
-                    parts.append(self._pooled(capture, batch, act))
+                    runs.append(_Run(batch, random, self._pooled(capture, batch, maps)))
             after = RandomState(self.model)
-            us = [u.detach().requires_grad_() for u in _join(parts)]
+            us = [u.detach().requires_grad_() for u in _join([run.pooled for run in runs])]
             total, terms = self._compare(task, us)
             cached = torch.autograd.grad(total, us)
-            rows = zip(*([len(u) for u in part] for part in parts), strict=True)
-            shares = (grad.split(sizes) for grad, sizes in zip(cached, rows, strict=True))
+            sizes = zip(*([len(u) for u in run.pooled] for run in runs), strict=True)
+            shares = (grad.split(list(rows)) for grad, rows in zip(cached, sizes, strict=True))
             pulls = list(zip(*shares, strict=True))
             for exponent in self._exponents(cached):
-                found = self._pull_back(capture, task, act, maps, states, parts, pulls, 2.0**exponent)
+                found = self._pull_back(capture, task.argument, maps, runs, pulls, 2.0**exponent)
                 if torch.cat(list(found.values())).isfinite().all():
                     break
-                parts = [[u.detach() for u in part] for part in parts]  # the last one's graph is used up
+                runs[-1] = runs[-1]._replace(pooled=[u.detach() for u in runs[-1].pooled])  # its graph is used up
             else:
                 # The last module in execution order: backwards, the first in which something went wrong.
                 bad = [name for (name, _), grad in found.items() if not grad.isfinite().all()]
@@ -272,30 +246,22 @@ class Objective:
         return [min(max(exponent - math.frexp(largest)[1], -120), 120) for exponent in HALF_EXPONENTS]
 
     def _pull_back(
-        self,
-        capture: Capture,
-        task: Task,
-        act: OnOutput,
-        maps: Leaves,
-        states: Sequence[RandomState],
-        parts: Sequence[Sequence[Tensor]],
-        pulls: Sequence[Sequence[Tensor]],
-        scale: float,
+        self, capture: Capture, argument: str, maps: Leaves, runs: list[_Run], pulls: Sequence[Any], scale: float
     ) -> dict[tuple[str, int], Tensor]:
-        """Gradients of slopes (name, 0) and shifts (name, 1) from those of the pooled activations, batch by batch.
+        """Gradients of slopes (name, 0) and shifts (name, 1) from those of the pooled activations, run by run.
 
-        The last of ``parts`` comes first, since it may have a graph. The others are made once more, from the same
-        random numbers.
+        The last run comes first, since it may have a graph. The others are made once more, from the same random
+        numbers.
         """
         keys = [(name, k) for name in maps for k in (0, 1)]
         leaves = [maps[name][k] for name, k in keys]
         sums: dict[tuple[str, int], Tensor] = {}
-        for batch, state, before, pull in reversed(list(zip(task.batches, states, parts, pulls, strict=True))):
-            pooled = before
-            if not any(u.requires_grad for u in before):
-                state.restore()
-                pooled = self._pooled(capture, batch, act)
-                self._check_repeated(task.argument, before, pooled)
+        for run, pull in zip(reversed(runs), reversed(pulls), strict=True):
+            pooled = run.pooled
+            if not any(u.requires_grad for u in pooled):
+                run.random.restore()
+                pooled = self._pooled(capture, run.batch, maps)
+                self._check_repeated(argument, run.pooled, pooled)
             reached = [k for k, u in enumerate(pooled) if u.requires_grad]
             if not reached:
                 continue
@@ -331,10 +297,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `outputs`, multiplied by `pulls`, in the leaves; None where an output does not depend on one.
 
-    Raises
-    ------
-    ValueError
-        Where an operation has no gradient, as in some quantised layers. Torch would pass over it with a warning.
+    ValueError where an operation has no gradient, as in some quantised layers: torch would pass over it with a warning.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*an autograd kernel was not registered")

@@ -58,13 +58,7 @@ class MapParameters:
         return (self.weight != 1) | (self.bias != 0)
 
     def load(self, maps: Mapping[str, AffineMap]) -> None:
-        """Copy maps in.
-
-        Raises
-        ------
-        ValueError
-            If the names or the widths of ``maps`` are not those of the modules.
-        """
+        """Copy maps in; ValueError if their names or widths are not those of the modules."""
         missing, extra = sorted(set(self.names) - set(maps)), sorted(set(maps) - set(self.names))
         if missing or extra:
             raise ValueError(
@@ -131,17 +125,8 @@ class ProximalOptimizer:
     def step(self, grad_weight: Tensor, grad_bias: Tensor, lr: float) -> tuple[float, int]:
         """Take one step at rate ``lr``, which is also the tau of the proximal operator.
 
-        Returns
-        -------
-        penalty : float
-            The penalty after the step, not multiplied by the rate.
-        support : int
-            How many neurons have a slope other than 1 or a shift other than 0.
-
-        Raises
-        ------
-        ValueError
-            If a gradient is not finite; the parameters are then unchanged.
+        Returns the penalty after the step, not multiplied by the rate, and how many neurons are mapped. ValueError if a
+        gradient is not finite; the parameters are then unchanged.
         """
         step = self._engine_step if on_engine(self.maps.weight) else self._torch_step
         result = step(grad_weight, grad_bias, lr)

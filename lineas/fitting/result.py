@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
+from .._lazy import lazy_method
 from ..maps.path import SparsePath
 from ..maps.records import Record
 from ..maps.steering import SteeringMaps
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from ..hooks.attach import Handle
+    from ..notebook.plot import history as plot
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,11 +68,10 @@ class FitResult(Record):
         """Attach the maps to a model: ``result.maps.attach``."""
         return self.maps.attach
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the loss over the steps; see `lineas.plot.history`."""
-        from ..notebook.plot import history
-
-        return history(self, ax=ax)
+    if TYPE_CHECKING:
+        plot = plot
+    else:
+        plot = lazy_method("notebook.plot", "history")
 
     def __repr__(self) -> str:
         losses = self.history["loss"]

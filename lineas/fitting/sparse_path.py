@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import _core
+from .._checks import as_pair
 from .._warn import warn
-from ..hooks.settings import takes
+from ..hooks.settings import optional, takes
 from ..inputs.frozen import frozen
 from ..maps.metadata import describe
 from .end_to_end import prepare, read_sets
 from .objective import NonFinite, Task
-from .parameters import MapParameters
+from .parameters import MapParameters, Penalties
 from .result import EndToEndPath
 from .settings import PathSettings
 from .step_sizes import Iterate, SpectralSteps
 
 # Rounding must not keep a neuron at the penalty that is to leave none.
 ABOVE = 1 + 1e-5
+# A step, as the arrays of `EndToEndPath.history` have it.
+_RECORD = np.dtype([("point", "i8"), ("penalty", "f8"), ("refit", "?"), ("lr", "f8"), ("loss", "f8"), ("kept", "?")])
 
 
 @takes(PathSettings)
@@ -61,7 +64,7 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
     ValueError
         As `fit_end_to_end`; and if the penalties are not falling, or a value is not finite before a point is found.
     """
-    sets = read_sets(None, (source, target), settings.held_out, settings)
+    sets = read_sets(None, (source, target), optional(as_pair, settings.held_out, "held_out"), settings)
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, [sets], settings)
         maps = MapParameters(objective.widths, objective.dtype, objective.device)
@@ -72,14 +75,17 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
             raise ValueError(f"the loss is not finite before any step: {error}") from None
         steps.passes += 1 + len(held_out)  # those that took the targets
         penalties = _grid(steps.iterate, maps, settings) if settings.penalties is None else list(settings.penalties)
-        points = _walk(steps, held_out, penalties, settings)
-    metadata = describe("sparse path end to end", **facts, settings=settings.record())
-    return _path(points, maps, penalties, settings, steps.passes, metadata)
+        walk = _Walk(steps, held_out, settings)
+        walk.run(penalties)
+    course = {"passes": steps.passes, "stopped": walk.stopped}
+    metadata = describe("sparse path end to end", **facts, settings=settings.record(), history=course)
+    return walk.path(penalties, metadata)
 
 
 def _grid(start: Iterate, maps: MapParameters, settings: PathSettings) -> list[float]:
     """Penalties from the smallest one that leaves every map the identity."""
-    most = ABOVE * largest_penalty(*start.gradients(), maps.sizes, settings.l1_ratio)
+    slopes, shifts = start.grad_weight.numpy(force=True), start.grad_bias.numpy(force=True)
+    most = ABOVE * largest_penalty(slopes, shifts, maps.sizes, settings.l1_ratio)
     if most == 0:
         raise ValueError(
             "penalties: the gradient at the identity is zero, so no penalty is the smallest that leaves every "
@@ -108,140 +114,104 @@ def largest_penalty(
     return float(_core.largest_penalty(moments, l1_ratio).max())
 
 
-class _Points:
-    """The points found so far, and every step on the way."""
+class _Point(NamedTuple):
+    """Maps of a penalty, and their held-out loss where there are held-out sets."""
 
-    def __init__(self) -> None:
-        self.iterates: list[Iterate] = []
-        self.held_out: list[float | None] = []
-        self.penalized: list[tuple[float, float | None]] = []
-        self.refitted: list[bool] = []
+    at: Iterate
+    held_out: float | None
+
+
+class _Walk:
+    """The points found on the way along falling penalties, and every step."""
+
+    def __init__(self, steps: SpectralSteps, held_out: Sequence[Task], settings: PathSettings) -> None:
+        self.steps, self.held_out, self.settings = steps, held_out, settings
+        self.penalized: list[_Point] = []  # as their penalties leave them
+        self.kept: list[_Point] = []  # the same, or their refits
         self.records: list[tuple[int, float, bool, float, float, bool]] = []
         self.stopped = "finished"
 
-    def add(self, iterate: Iterate, held_out: float | None) -> None:
-        """Add a point as its penalty leaves it."""
-        self.iterates.append(iterate)
-        self.held_out.append(held_out)
-        self.penalized.append((iterate.loss, held_out))
-        self.refitted.append(False)
+    def run(self, penalties: list[float]) -> None:
+        """Find the points until all are found, the user interrupts or a value is not finite."""
+        settings = self.settings
+        bar = tqdm(total=len(penalties), disable=not settings.progress, desc="path", unit="penalty")
+        penalty = penalties[0]
+        try:
+            for penalty in penalties:
+                l1, group = penalty * settings.l1_ratio, penalty * (1 - settings.l1_ratio)
+                self._descend(penalty, (l1, group, l1, group), settings.steps)
+                self.penalized.append(self._here())
+                self.kept.append(self.penalized[-1])
+                share = self.steps.iterate.support().float().mean().item()
+                if settings.refit_steps and 0 < share <= settings.refit_support:
+                    self._refit(penalty)
+                bar.set_postfix(loss=f"{self.kept[-1].at.loss:.4g}", support=f"{share:.2%}", refresh=False)
+                bar.update()
+        except NonFinite as error:
+            self.stopped = f"not finite at penalty {penalty:.6g}: {error}"
+            if not self.kept:
+                raise ValueError(f"no point of the path was found, {self.stopped}") from None
+            warn(f"sparse_path_end_to_end stopped, {self.stopped}; the {len(self.kept)} points before it are kept")
+        except KeyboardInterrupt:
+            if not self.kept:
+                raise
+            self.stopped = "interrupted"
+        finally:
+            bar.close()
 
-    def replace(self, iterate: Iterate, held_out: float | None) -> None:
-        """Take the refitted maps of the last point where they are better, by held-out loss if there is one."""
-        before = self.held_out[-1]
-        if iterate.loss < self.iterates[-1].loss if held_out is None or before is None else held_out < before:
-            self.iterates[-1], self.held_out[-1], self.refitted[-1] = iterate, held_out, True
+    def _here(self) -> _Point:
+        """The maps as they stand; their held-out loss counts among the passes."""
+        if not self.held_out:
+            return _Point(self.steps.iterate, None)
+        self.steps.passes += 1
+        return _Point(self.steps.iterate, self.steps.objective.loss(self.held_out, self.steps.maps.leaves())[0])
 
-    def history(self) -> dict[str, NDArray]:
-        """The arrays of `EndToEndPath.history`."""
-        types = {
-            "point": np.int64,
-            "penalty": np.float64,
-            "refit": np.bool_,
-            "lr": np.float64,
-            "loss": np.float64,
-            "kept": np.bool_,
-        }
-        columns = zip(*self.records, strict=True) if self.records else [()] * len(types)
-        return {name: np.array(column, kind) for (name, kind), column in zip(types.items(), columns, strict=True)}
+    def _descend(self, penalty: float, penalties: Penalties, count: int, support: Tensor | None = None) -> None:
+        """Take steps at one penalty or, with `support`, without any on the support of its point."""
+        refit = support is not None
+        for _ in range(count):
+            taken = self.steps.step(penalties, support)
+            if taken is None:
+                break
+            self.records.append((len(self.kept) - refit, penalty, refit, *taken))
 
+    def _refit(self, penalty: float) -> None:
+        """Refit the last point without a penalty on its support, keep what is better, and go on from where it was."""
+        before, rate = self.kept[-1], self.steps.rate
+        support = before.at.support().to(before.at.weight.dtype)
+        self._descend(penalty, (0.0, 0.0, 0.0, 0.0), self.settings.refit_steps, support)
+        if self.steps.iterate is not before.at:
+            after = self._here()
+            old, new = before.held_out, after.held_out
+            if after.at.loss < before.at.loss if old is None or new is None else new < old:
+                self.kept[-1] = after
+        self.steps.go_to(before.at)
+        self.steps.rate = rate
 
-def _path(
-    points: _Points,
-    maps: MapParameters,
-    penalties: list[float],
-    settings: PathSettings,
-    passes: int,
-    metadata: dict[str, Any],
-) -> EndToEndPath:
-    """The points found as a path."""
+    def path(self, penalties: list[float], metadata: dict[str, Any]) -> EndToEndPath:
+        """What was found."""
+        maps, records = self.steps.maps, np.array(self.records, _RECORD)
 
-    def stack(tensors: list[Tensor]) -> NDArray:
-        return torch.stack(tensors).numpy(force=True)
+        def losses(points: list[_Point]) -> tuple[NDArray, NDArray | None]:
+            held_out = np.array([point.held_out for point in points], np.float64) if self.held_out else None
+            return np.array([point.at.loss for point in points]), held_out
 
-    metadata["history"] = {"passes": passes, "stopped": points.stopped}
-    losses, trials = zip(*points.penalized, strict=True)
-    is_tried = settings.held_out is not None
-    return EndToEndPath(
-        penalties=np.array(penalties[: len(points.iterates)]),
-        l1_ratio=settings.l1_ratio,
-        loss=np.array([iterate.loss for iterate in points.iterates]),
-        held_out_loss=np.array(points.held_out, np.float64) if is_tried else None,
-        modules=tuple(maps.names),
-        widths=tuple(maps.sizes),
-        weight=stack([iterate.weight for iterate in points.iterates]),
-        bias=stack([iterate.bias for iterate in points.iterates]),
-        metadata=metadata,
-        penalized_loss=np.array(losses),
-        penalized_held_out_loss=np.array(trials, np.float64) if is_tried else None,
-        refitted=np.array(points.refitted),
-        history=points.history(),
-        passes=passes,
-        stopped=points.stopped,
-    )
-
-
-def _walk(steps: SpectralSteps, held_out: Sequence[Task], penalties: list[float], settings: PathSettings) -> _Points:
-    """Find the points until all are found, the user interrupts or a value is not finite."""
-    points = _Points()
-    bar = tqdm(total=len(penalties), disable=not settings.progress, desc="path", unit="penalty")
-    penalty = penalties[0]
-    try:
-        for penalty in penalties:
-            l1, group = penalty * settings.l1_ratio, penalty * (1 - settings.l1_ratio)
-            _descend(steps, points, penalty, (l1, group, l1, group), settings.steps)
-            points.add(steps.iterate, _held_out_loss(steps, held_out))
-            share = steps.iterate.support().float().mean().item()
-            if settings.refit_steps and 0 < share <= settings.refit_support:
-                _refit(steps, points, held_out, penalty, settings.refit_steps)
-            bar.set_postfix(loss=f"{points.iterates[-1].loss:.4g}", support=f"{share:.2%}", refresh=False)
-            bar.update()
-    except NonFinite as error:
-        points.stopped = f"not finite at penalty {penalty:.6g}: {error}"
-        if not points.iterates:
-            raise ValueError(f"no point of the path was found, {points.stopped}") from None
-        warn(f"sparse_path_end_to_end stopped, {points.stopped}; the {len(points.iterates)} points before it are kept")
-    except KeyboardInterrupt:
-        if not points.iterates:
-            raise
-        points.stopped = "interrupted"
-    finally:
-        bar.close()
-    return points
-
-
-def _descend(
-    steps: SpectralSteps,
-    points: _Points,
-    penalty: float,
-    penalties: tuple[float, float, float, float],
-    count: int,
-    support: Tensor | None = None,
-) -> None:
-    """Take steps at one penalty or, with `support`, without any on the support of its point."""
-    refit = support is not None
-    point = len(points.iterates) - refit
-    for _ in range(count):
-        taken = steps.step(penalties, support)
-        if taken is None:
-            break
-        points.records.append((point, penalty, refit, *taken))
-
-
-def _refit(steps: SpectralSteps, points: _Points, held_out: Sequence[Task], penalty: float, count: int) -> None:
-    """Refit the last point on its support without a penalty, and come back to where it was."""
-    iterate, rate = steps.iterate, steps.rate
-    support = iterate.support().to(iterate.weight.dtype)
-    _descend(steps, points, penalty, (0.0, 0.0, 0.0, 0.0), count, support)
-    if steps.iterate is not iterate:
-        points.replace(steps.iterate, _held_out_loss(steps, held_out))
-    steps.go_to(iterate)
-    steps.rate = rate
-
-
-def _held_out_loss(steps: SpectralSteps, held_out: Sequence[Task]) -> float | None:
-    """The held-out loss of the maps as they stand, counted among the passes."""
-    if not held_out:
-        return None
-    steps.passes += 1
-    return steps.objective.loss(held_out, steps.maps.leaves())[0]
+        loss, held_out_loss = losses(self.kept)
+        penalized_loss, penalized_held_out_loss = losses(self.penalized)
+        return EndToEndPath(
+            penalties=np.array(penalties[: len(self.kept)]),
+            l1_ratio=self.settings.l1_ratio,
+            loss=loss,
+            held_out_loss=held_out_loss,
+            modules=tuple(maps.names),
+            widths=tuple(maps.sizes),
+            weight=torch.stack([point.at.weight for point in self.kept]).numpy(force=True),
+            bias=torch.stack([point.at.bias for point in self.kept]).numpy(force=True),
+            metadata=metadata,
+            penalized_loss=penalized_loss,
+            penalized_held_out_loss=penalized_held_out_loss,
+            refitted=np.array([kept is not point for kept, point in zip(self.kept, self.penalized, strict=True)]),
+            history={name: records[name].copy() for name in _RECORD.names or ()},
+            passes=self.steps.passes,
+            stopped=self.stopped,
+        )

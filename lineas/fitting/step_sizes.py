@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .objective import NonFinite, Objective, Task
@@ -23,6 +21,9 @@ WINDOW = 10
 RETREAT = 4.0
 # After so many steps in a row that lower nothing, each a quarter of the one before, none will.
 MOST_RETREATS = 6
+# What a checkpoint keeps of automatic steps, and of where they stand.
+_NUMBERS = ("lr", "rate", "recent", "moved", "retreats")
+_TENSORS = ("terms", "grad_weight", "grad_bias")
 
 
 def cosine_rate(lr: float, step: int, steps: int) -> float:
@@ -41,10 +42,6 @@ class Iterate:
     def support(self) -> Tensor:
         """Which neurons are mapped: bool [D]."""
         return (self.weight != 1) | (self.bias != 0)
-
-    def gradients(self) -> tuple[NDArray, NDArray]:
-        """Gradients in the slopes and in the shifts: [D] each."""
-        return self.grad_weight.numpy(force=True), self.grad_bias.numpy(force=True)
 
     def difference(self, other: Iterate) -> tuple[Tensor, Tensor]:
         """Steps and changes of the gradient from `other`: float64 [2 D] each, or float32 where there is no float64."""
@@ -95,6 +92,11 @@ class SpectralSteps:
     steady : bool, default False
         Whether rates are half of the smallest of the last ten such ratios, and the first, unless it is given, a quarter
         of its own: so short that no direction is overshot.
+
+    Attributes
+    ----------
+    iterate : Iterate
+        Where the maps stand; None before the first `look`.
     """
 
     def __init__(
@@ -106,31 +108,12 @@ class SpectralSteps:
         self.recent: list[float] = []
         self.moved = False
         self.passes = 0
-        self._iterate: Iterate | None = None
-
-    @property
-    def iterate(self) -> Iterate:
-        """Where the maps stand."""
-        if self._iterate is None:
-            raise RuntimeError("look at the tasks first")
-        return self._iterate
-
-    @iterate.setter
-    def iterate(self, iterate: Iterate) -> None:
-        self._iterate = iterate
-
-    @property
-    def started(self) -> bool:
-        """Whether loss and gradients were taken anywhere yet."""
-        return self._iterate is not None
+        self.iterate: Iterate = None  # type: ignore[assignment]
 
     def look(self, tasks: Sequence[Task]) -> None:
         """Take loss and gradients of the tasks at the maps as they stand: before the first step, or to change prompts.
 
-        Raises
-        ------
-        NonFinite
-            If one of them is not finite.
+        NonFinite if one of them is not finite.
         """
         self.tasks = tasks
         self.iterate = self._evaluate()
@@ -151,26 +134,11 @@ class SpectralSteps:
     def step(
         self, penalties: Penalties, support: Tensor | None = None, shorten: float = 1.0
     ) -> tuple[float, float, bool] | None:
-        """Take a step; with `support` [D], 1 or 0, only on its neurons.
+        """Take a step at the rate times `shorten`; with `support` [D], 1 or 0, only on its neurons.
 
-        Parameters
-        ----------
-        penalties : (float, float, float, float)
-        support : Tensor [D], optional
-            1 for the neurons that may move, 0 for the others.
-        shorten : float, default 1.0
-            A factor of the rate of this step.
-
-        Returns
-        -------
-        (rate, loss, kept) or None
-            The loss after the step, and whether it was kept; None where the maps do not move.
-
-        Raises
-        ------
-        NonFinite
-            If loss or gradients are not finite after the step; the maps are back where they were, and another step
-            would be shorter.
+        Returns the rate, the loss after the step and whether it was kept; None where the maps do not move. NonFinite if
+        loss or gradients are not finite after the step: the maps are back where they were, and another step would be
+        shorter.
         """
         old, rate = self.iterate, self.rate * shorten
         self.stepper.penalties = penalties
@@ -228,18 +196,7 @@ class Step:
 
 
 class ScheduledSteps:
-    """Steps at rates that are given: half a cosine, from the first one down.
-
-    Parameters
-    ----------
-    objective : Objective
-    tasks : sequence of Task
-    stepper : ProximalOptimizer
-    lr : float
-        The first rate.
-    steps : int
-        How many there will be.
-    """
+    """`steps` steps of `stepper` at rates that are given: half a cosine, from the first one, `lr`, down."""
 
     def __init__(
         self, objective: Objective, tasks: Sequence[Task], stepper: ProximalOptimizer, lr: float, steps: int
@@ -273,8 +230,8 @@ class ScheduledSteps:
             moment.copy_(tensors[f"moment {k}"])
 
 
-class AutomaticSteps:
-    """Steps at rates that the loss itself tells; see `SpectralSteps`.
+class AutomaticSteps(SpectralSteps):
+    """Steps at rates that the loss itself tells: steady ones.
 
     With mini-batches a step is judged by the prompts that it was taken for, at both its ends, and the rates are
     multiplied by a falling half cosine.
@@ -283,66 +240,52 @@ class AutomaticSteps:
     def __init__(
         self, objective: Objective, tasks: Sequence[Task], maps: MapParameters, penalties: Penalties, steps: int
     ) -> None:
-        self.objective, self.spectral = objective, SpectralSteps(objective, maps, steady=True)
+        super().__init__(objective, maps, steady=True)
         self.tasks, self.penalties, self.count = tasks, penalties, steps
         self.sampled = tasks[0].sampler is not None  # then all are
         self.retreats = 0
 
-    @property
-    def passes(self) -> int:
-        """What the steps have cost."""
-        return self.spectral.passes
-
-    @passes.setter
-    def passes(self, passes: int) -> None:
-        self.spectral.passes = passes
-
     def measure(self, step: int) -> tuple[float, Tensor]:
         """Loss and terms at the maps as they stand, of the prompts of a step."""
-        if not self.spectral.started or self.sampled:
-            self.spectral.look([task.at(step) for task in self.tasks])
-        return self.spectral.iterate.loss, self.spectral.iterate.terms
+        if self.iterate is None or self.sampled:
+            self.look([task.at(step) for task in self.tasks])  # they keep their samplers
+        return self.iterate.loss, self.iterate.terms
 
     def move(self, step: int) -> Step | None:
         """Take the step; None where no step leads on."""
         if self.retreats == MOST_RETREATS:
             return None
-        rate = self.spectral.rate
+        rate = self.rate
         try:
-            taken = self.spectral.step(
-                self.penalties, shorten=cosine_rate(1.0, step, self.count) if self.sampled else 1.0
-            )
+            taken = self.step(self.penalties, shorten=cosine_rate(1.0, step, self.count) if self.sampled else 1.0)
         except NonFinite:
             if self.retreats + 1 == MOST_RETREATS:
                 raise
-            taken = rate, np.nan, False
+            taken = rate, math.nan, False
         if taken is None:
             if not self.sampled:
                 return None
-            taken = rate, np.nan, True
+            taken = rate, math.nan, True
         rate, _, kept = taken
         self.retreats = 0 if kept else self.retreats + 1
-        maps, here = self.spectral.maps, self.spectral.iterate
-        return Step(rate, penalty_of(here, self.penalties, maps.sizes), int(here.support().sum()), kept)
+        penalty = penalty_of(self.iterate, self.penalties, self.maps.sizes)
+        return Step(rate, penalty, int(self.iterate.support().sum()), kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What it takes to go on, beside the maps."""
-        spectral = self.spectral
-        state = {"lr": spectral.lr, "rate": spectral.rate, "recent": spectral.recent, "moved": spectral.moved}
-        state |= {"retreats": self.retreats}
-        if not spectral.started or self.sampled:
+        """What it takes to go on, beside the maps; mini-batches take loss and gradients anew."""
+        state = {name: getattr(self, name) for name in _NUMBERS}
+        if self.iterate is None or self.sampled:
             return {}, state
-        here = spectral.iterate
-        tensors = {"terms": here.terms, "grad_weight": here.grad_weight, "grad_bias": here.grad_bias}
-        return tensors, {**state, "loss": here.loss}
+        return {name: getattr(self.iterate, name) for name in _TENSORS}, {**state, "loss": self.iterate.loss}
 
     def resume(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from `state`, at maps that are in place again."""
-        spectral = self.spectral
-        spectral.lr, spectral.rate, spectral.moved = state["lr"], state["rate"], state["moved"]
-        spectral.recent = state["recent"]
-        self.retreats = state["retreats"]
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
         if "loss" in state:
-            spectral.tasks = self.tasks
-            there = (tensors[name].to(spectral.maps.weight.device) for name in ("terms", "grad_weight", "grad_bias"))
-            spectral.iterate = Iterate(spectral.maps, state["loss"], *there)
+            there = (tensors[name].to(self.maps.weight.device) for name in _TENSORS)
+            self.iterate = Iterate(self.maps, state["loss"], *there)
+
+
+Steps: TypeAlias = ScheduledSteps | AutomaticSteps
+"""What the loop of a fit takes its steps by."""

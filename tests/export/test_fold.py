@@ -152,6 +152,18 @@ def test_all_maps_of_flux_at_once():
     assert (run(maps.fold(model)) - by_hook(maps, model)).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("norm", ["norm1", "norm2"])
+def test_neurons_that_a_map_leaves_alone_keep_the_bits_of_their_modulation(norm):
+    pytest.importorskip("diffusers")
+    model, name = fold_cases.flux(), "transformer_blocks.0.norm1.linear.bias"
+    model.get_parameter(name).data /= 3  # numbers that use all bits of float64
+    maps = lineas.SteeringMaps(
+        {f"transformer_blocks.0.{norm}": lineas.AffineMap(np.r_[1.5, np.ones(15)], np.zeros(16))}
+    )
+    before, after = model.get_parameter(name).view(6, 16), maps.fold(model).get_parameter(name).view(6, 16)
+    assert torch.equal(after[:, 1:], before[:, 1:]) and not torch.equal(after, before)
+
+
 def test_in_place_the_model_itself_is_changed():
     model = language_model("llama")
     maps = random_maps(model, LLAMA_NORMS)

@@ -52,7 +52,7 @@ def naive_gradient(model, *data, **settings):
     """The gradient by one backward pass, with the graphs of all batches kept."""
     with frozen.frozen(model), Capture() as capture:
         objective, (task,), maps = posed(model, *data, **settings)
-        parts = [objective._pooled(capture, batch, objective._steer(maps)) for batch in task.batches]
+        parts = [objective._pooled(capture, batch, maps) for batch in task.batches]
         total, terms = objective._compare(task, _join(parts))
         weights, biases = zip(*maps.values(), strict=True)
         return total.item(), terms, torch.cat(torch.autograd.grad(total, [*weights, *biases]))
@@ -116,7 +116,7 @@ def test_both_passes_draw_the_same_random_numbers():
             if function is gradient:
                 objective.gradient(tasks, maps)
             else:
-                [objective._pooled(Capture(), batch, objective._steer(maps)) for batch in tasks[0].batches]
+                [objective._pooled(Capture(), batch, maps) for batch in tasks[0].batches]
             after.append(torch.rand(1))
     assert after[0] == after[1]
 
