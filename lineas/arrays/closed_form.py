@@ -104,19 +104,14 @@ def fit(
     if (l1 or group) and method != "linear":
         raise ValueError(f"l1 and group are penalties of method 'linear', got method {method!r}")
     pairs = paired_samples(source, target, source_weights, target_weights)
-    facts = origin({"source": source, "target": target})
-    if not (l1 or group):
-        return as_maps(pairs, _fit_dense(pairs, method), describe(method, **facts))
-    return as_maps(pairs, _fit_sparse(pairs, l1, group), describe(method, **facts, l1=l1, group=group))
-
-
-def _fit_dense(pairs: Mapping[Any, Pair], method: str) -> dict[Any, tuple[NDArray, NDArray]]:
-    """The closed-form slopes and shifts by module."""
+    metadata = describe(method, **origin({"source": source, "target": target}))
+    if l1 or group:
+        return as_maps(pairs, _fit_sparse(pairs, l1, group), metadata | {"l1": l1, "group": group})
 
     def kernel(us: list, vs: list, u_masses: list, v_masses: list, *names_and_threads: Any) -> Iterable[Any]:
         return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
 
-    return by_working_type(pairs, kernel)
+    return as_maps(pairs, by_working_type(pairs, kernel), metadata)
 
 
 def _fit_sparse(pairs: Mapping[Any, Pair], l1: float, group: float) -> dict[Any, tuple[NDArray, NDArray]]:

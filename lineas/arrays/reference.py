@@ -35,50 +35,26 @@ def sort_columns(x: NDArray) -> NDArray:
     return np.take_along_axis(x, np.lexsort((~np.signbit(x), x), axis=0), axis=0)
 
 
-def segments(p: NDArray, q: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Where the step functions with steps `p` [n] and `q` [m] overlap: the monotone coupling of two samples.
-
-    Both must be positive or zero with the same sum; whole numbers keep it exact. Returns (i, k, mass), each with at
-    most n + m - 1 entries: step i of the first meets step k of the second on an interval of length mass > 0.
-    """
-    rows = []
-    i = k = 0
-    left_p, left_q = p[0], q[0]
-    while True:
-        mass = min(left_p, left_q)
-        if mass > 0:
-            rows.append((i, k, mass))
-        left_p, left_q = left_p - mass, left_q - mass
-        if left_p <= left_q:
-            i += 1
-            if i == len(p):
-                break
-            left_p = p[i]
-        else:
-            k += 1
-            if k == len(q):  # only where rounding left a crumb of p over
-                break
-            left_q = q[k]
-    i_all, k_all, mass_all = zip(*rows, strict=True)
-    return np.array(i_all), np.array(k_all), np.array(mass_all, dtype=np.float64)
-
-
 def _shares(rows: int, mass: NDArray | None) -> NDArray:
     """Row masses that sum to 1; equal ones where there are none."""
     return np.full(rows, 1 / rows) if mass is None else mass / mass.sum()
 
 
+def _steps(x: NDArray, mass: NDArray | None) -> tuple[NDArray, NDArray]:
+    """The rows of `x` [n] in the order of its quantile function, and where in (0, 1] the step of each ends."""
+    order = np.argsort(x, kind="stable")
+    ends = np.cumsum(np.ones(len(x)) if mass is None else mass[order])
+    return order, ends / ends[-1]
+
+
 def _coupling(
     u: NDArray, v: NDArray, u_mass: NDArray | None, v_mass: NDArray | None
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """Rows i of `u` [n] and k of `v` [m] that meet when both are sorted, and with what mass."""
-    n, m = len(u), len(v)
-    order_u, order_v = np.argsort(u, kind="stable"), np.argsort(v, kind="stable")
-    if u_mass is None and v_mass is None:  # in units of 1 / (n m) every breakpoint is a whole number
-        i, k, mass = segments(np.full(n, m), np.full(m, n))
-        return order_u[i], order_v[k], mass / (n * m)
-    i, k, mass = segments(_shares(n, u_mass)[order_u], _shares(m, v_mass)[order_v])
-    return order_u[i], order_v[k], mass
+    """Rows i of `u` [n] and k of `v` [m] whose steps overlap (the monotone coupling), and on what mass > 0."""
+    (order_u, ends_u), (order_v, ends_v) = _steps(u, u_mass), _steps(v, v_mass)
+    ends = np.union1d(ends_u, ends_v)  # equal shares i / n = k / m are equal to the last bit
+    ends, mass = ends[ends > 0], np.diff(ends[ends > 0], prepend=0)
+    return order_u[np.searchsorted(ends_u, ends)], order_v[np.searchsorted(ends_v, ends)], mass
 
 
 def wasserstein(
