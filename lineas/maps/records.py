@@ -38,8 +38,6 @@ class Record:
             return NotImplemented
         return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in _fields(type(self)) if f.compare)
 
-    __hash__ = None  # type: ignore[assignment]  # as in AffineMap
-
 
 def _fields(cls: Any) -> list[dataclasses.Field]:
     """The fields that are given when an object is made."""
