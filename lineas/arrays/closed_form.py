@@ -1,7 +1,7 @@
 """Closed-form maps from arrays: no model, no iterations."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,29 +18,23 @@ from .samples import Pair, Samples, Weights, as_maps, by_working_type, moments_o
 METHODS = ("mean", "gaussian", "linear")
 
 
+class _Settings(TypedDict, total=False):
+    """What `fit` takes besides samples, for its overloads."""
+
+    method: str
+    l1: float
+    group: float
+    source_weights: Weights
+    target_weights: Weights
+
+
 @overload
-def fit(
-    source: ArrayLike,
-    target: ArrayLike,
-    *,
-    method: str = "linear",
-    l1: float = 0.0,
-    group: float = 0.0,
-    source_weights: ArrayLike | None = None,
-    target_weights: ArrayLike | None = None,
-) -> AffineMap: ...
+def fit(source: ArrayLike, target: ArrayLike, **settings: Unpack[_Settings]) -> AffineMap: ...
 
 
 @overload
 def fit(
-    source: Mapping[str, ArrayLike],
-    target: Mapping[str, ArrayLike],
-    *,
-    method: str = "linear",
-    l1: float = 0.0,
-    group: float = 0.0,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
+    source: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike], **settings: Unpack[_Settings]
 ) -> SteeringMaps: ...
 
 

@@ -172,9 +172,13 @@ def moments_merge(
     return total
 
 
+def _soft(h: NDArray, l1: float) -> NDArray:
+    return np.sign(h) * np.maximum(np.abs(h) - l1, 0)
+
+
 def prox_sparse_group(x: NDArray, tau: float, l1: float, group: float) -> NDArray:
     """prox of tau (l1 ||x||_1 + group sqrt(d) ||x||_2) at `x` [d]: soft threshold, then group shrink."""
-    soft = np.sign(x) * np.maximum(np.abs(x) - x.dtype.type(tau * l1), 0)
+    soft = _soft(x, x.dtype.type(tau * l1))
     norm = np.sqrt(np.sum(soft.astype(np.float64) ** 2))
     if norm == 0:
         return np.zeros_like(x)
@@ -265,10 +269,6 @@ def _sparse_gradient(moments: NDArray, x: NDArray, b: NDArray) -> tuple[NDArray,
     return 2 * (var_u * (1 + x) - cov + mean_u * gap), 2 * gap
 
 
-def _soft(h: NDArray, l1: float) -> NDArray:
-    return np.sign(h) * np.maximum(np.abs(h) - l1, 0)
-
-
 def kkt_distance(moments: NDArray, weight: NDArray, bias: NDArray, l1: float, group: float) -> float:
     """Distance of 0 to the subdifferential of `sparse_loss` plus penalties under weight >= 0, at a map [d]."""
     x, tau, total = weight - 1, group * np.sqrt(len(weight)), 0.0
@@ -300,19 +300,16 @@ def largest_penalty(moments: NDArray, l1_ratio: float) -> float:
     return largest
 
 
-def _prox_bounded(v: NDArray, l1: float, tau: float) -> NDArray:
-    """prox of l1 |x|_1 + tau ||x||_2 under x >= -1: the group shrink, in which entries at the bound stay there."""
-    soft = _soft(v, l1)
-    norm = np.linalg.norm(soft)
-    if norm <= tau:
-        return np.zeros_like(v)
-    x = (1 - tau / norm) * soft
+def _prox_bounded(v: NDArray, tau: float, l1: float, group: float) -> NDArray:
+    """`prox_sparse_group` under x >= -1: the group shrink, in which entries at the bound stay there."""
+    x = prox_sparse_group(v, tau, l1, group)
     if x.min() >= -1:
         return x
-    low, high = 0.0, float(norm)  # the norm of the solution
+    soft, shrink = _soft(v, tau * l1), tau * group * np.sqrt(len(v))
+    low, high = 0.0, float(np.linalg.norm(soft))  # the norm of the solution
     for _ in range(200):
         size = (low + high) / 2
-        x = np.maximum(soft * size / (size + tau), -1)
+        x = np.maximum(soft * size / (size + shrink), -1)
         low, high = (size, high) if np.linalg.norm(x) > size else (low, size)
     return x
 
@@ -326,7 +323,6 @@ def sparse_map(
     Returns (weight [d], bias [d], steps). Ends when `kkt_distance` is at most `tolerance`.
     """
     mean_u, _, var_u, _, _ = moments
-    tau = group * np.sqrt(len(mean_u))
     a = var_u + mean_u**2
     rate = 1 / np.max(a + 1 + np.sqrt((a - 1) ** 2 + 4 * mean_u**2))  # largest curvature: of [[2 a, 2 m], [2 m, 2]]
     x, b = (np.zeros(len(a)), np.zeros(len(a))) if start is None else (start[0] - 1, start[1].copy())
@@ -335,7 +331,7 @@ def sparse_map(
         if k % 10 == 0 and kkt_distance(moments, 1 + x, b, l1, group) <= tolerance:
             return 1 + x, b, k
         slope_x, slope_b = _sparse_gradient(moments, ahead_x, ahead_b)
-        new_x = _prox_bounded(ahead_x - rate * slope_x, rate * l1, rate * tau)
+        new_x = _prox_bounded(ahead_x - rate * slope_x, rate, l1, group)
         new_b = prox_sparse_group(ahead_b - rate * slope_b, rate, l1, group)
         uphill = np.sum((ahead_x - new_x) * (new_x - x)) + np.sum((ahead_b - new_b) * (new_b - b)) > 0
         following = 1.0 if uphill else (1 + np.sqrt(1 + 4 * momentum**2)) / 2

@@ -13,6 +13,7 @@ keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module
 a tensor's name stands for each of its arrays.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,10 +102,8 @@ def write_atomically(path: str, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
-        except OSError:
-            pass
         raise
 
 

@@ -177,10 +177,9 @@ class SparsePath(Record):
             if not 0 <= count <= self.d:
                 raise ValueError(f"support must be from 0 to {self.d} neurons, got {support}")
             return count
-        share = float(support)
-        if not 0 <= share <= 1:
+        if not 0 <= support <= 1:
             raise ValueError(f"support must be a share from 0.0 to 1.0 or a whole number of neurons, got {support}")
-        return int(np.floor(share * self.d + 1e-9))
+        return int(np.floor(float(support) * self.d + 1e-9))
 
     def _sparser(self, count: int) -> int:
         """The index of the densest point of at most `count` neurons; see `index`."""
@@ -266,9 +265,7 @@ class SparsePath(Record):
         """The maps of at most `count` neurons at the smallest penalty, which need not be one of the path."""
         k = self._sparser(count)
         high, reached, found = self._point(k)
-        if reached == count or k + 1 == len(self):
-            return found
-        low, more, _ = self._point(k + 1)
+        low, more = float(self.penalties[min(k + 1, len(self) - 1)]), None
         while reached < count and high > low * (1 + 1e-9):
             tried = self._solve(float(np.sqrt(high * low)))
             if tried[1] > count:

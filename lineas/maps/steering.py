@@ -159,7 +159,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
             raise TypeError(f"activations must be a mapping from module name to array, got {kind}")
         self._check_known(activations)
         s = as_strength(strength)
-        return _each(activations, lambda name: self[name].transform(activations[name], s, axis), "activations[{!r}]")
+        return each_module(
+            activations, lambda name: self[name].transform(activations[name], s, axis), "activations[{!r}]"
+        )
 
     def inverse(self) -> SteeringMaps:
         """Return the maps that undo these at strength 1.
@@ -169,7 +171,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
         ValueError
             If a map has no inverse; names the module and the neuron.
         """
-        return SteeringMaps(_each(self, lambda name: self[name].inverse()), describe("inverse", parts=[self._metadata]))
+        return SteeringMaps(
+            each_module(self, lambda name: self[name].inverse()), describe("inverse", parts=[self._metadata])
+        )
 
     def scaled(self, strength: float) -> SteeringMaps:
         """Return the maps that at strength 1 do what these do at `strength`."""
@@ -292,11 +296,11 @@ def _combined(first: SteeringMaps, second: SteeringMaps, both: Callable[[str], A
         return NotImplemented
     shared, either = first.keys() & second.keys(), {**first, **second}
     order = in_execution_order(list(first), list(second))
-    combined = _each(order, lambda name: both(name) if name in shared else either[name])
+    combined = each_module(order, lambda name: both(name) if name in shared else either[name])
     return SteeringMaps(combined, describe(method, parts=[first._metadata, second._metadata]))
 
 
-def _each(names: Iterable[str], make: Callable[[str], Any], label: str = "module {!r}") -> dict[str, Any]:
+def each_module(names: Iterable[str], make: Callable[[str], Any], label: str = "module {!r}") -> dict[str, Any]:
     """What `make` makes of each name; its errors say of which."""
     made = {}
     for name in names:
