@@ -287,17 +287,15 @@ def kkt_distance(moments: NDArray, weight: NDArray, bias: NDArray, l1: float, gr
 
 def largest_penalty(moments: NDArray, l1_ratio: float) -> float:
     """The smallest penalty at which the sparse map is the identity, by bisection."""
-    largest = 0.0
-    group = (1 - l1_ratio) * np.sqrt(moments.shape[1])
-    for h in _sparse_gradient(moments, np.zeros(moments.shape[1]), np.zeros(moments.shape[1])):
-        low, high = 0.0, float(np.linalg.norm(h)) / max(group, l1_ratio / np.sqrt(len(h))) if h.any() else 0.0
-        while (middle := low + (high - low) / 2) > low and middle < high:
-            if np.linalg.norm(_soft(h, middle * l1_ratio)) > middle * group:
-                low = middle
-            else:
-                high = middle
-        largest = max(largest, high)
-    return largest
+    d, still = moments.shape[1], np.zeros(moments.shape[1])
+    steepest = float(np.linalg.norm(_sparse_gradient(moments, still, still)))
+    low, high = 0.0, steepest / max((1 - l1_ratio) * np.sqrt(d), l1_ratio / np.sqrt(d))
+    while (middle := low + (high - low) / 2) > low and middle < high:
+        if kkt_distance(moments, 1 + still, still, middle * l1_ratio, middle * (1 - l1_ratio)) > 0:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def _prox_bounded(v: NDArray, tau: float, l1: float, group: float) -> NDArray:

@@ -184,8 +184,7 @@ class AffineMap:
 
     def scaled(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
-        strength = as_strength(strength)
-        return rounded(*at_strength(*self._wide(), strength), self.dtype)
+        return rounded(*at_strength(*self._wide(), as_strength(strength)), self.dtype)
 
     def __mul__(self, strength: float) -> AffineMap:
         return self.scaled(strength) if is_number(strength) else NotImplemented

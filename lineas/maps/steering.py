@@ -30,10 +30,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
     Two SteeringMaps are equal if they hold equal maps under the same names in the same order; metadata does not
     count.
 
-    They are combined module by module, as single maps are (see `AffineMap`): ``second @ first`` applies `first`, then
-    `second`; ``a + b`` adds the changes that both make, ``a - b`` takes the second off again; ``0.5 * a`` is half of
-    the change. A module that one side lacks counts as the identity there; the modules of both are put in one execution
-    order, by those that both have and by the numbers in the names of the others.
+    They are combined module by module, as single maps are (see `AffineMap`). A module that one side lacks counts as the
+    identity there; the modules of both are put in one execution order, by those that both have and by the numbers in
+    the names of the others.
 
     Parameters
     ----------
