@@ -40,8 +40,7 @@ def paired_samples(
     source: Samples, target: Samples, source_weights: Weights = None, target_weights: Weights = None, prefix: str = ""
 ) -> dict[Any, Pair]:
     """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages."""
-    one = not isinstance(source, Mapping)
-    if one != (not isinstance(target, Mapping)):
+    if isinstance(source, Mapping) != isinstance(target, Mapping):
         kinds = f"{type(source).__name__} and {type(target).__name__}"
         raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
     sources: Mapping[Any, Any] = source if isinstance(source, Mapping) else {None: source}
@@ -51,7 +50,7 @@ def paired_samples(
     check_modules(list(sources), targets, f"{prefix}target")
     for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
         if isinstance(given, Mapping):
-            if one:
+            if not isinstance(source, Mapping):
                 raise TypeError(f"{argument} must be an array where source is one, got a mapping")
             check_modules(list(sources), given, argument)
     pairs = {}

@@ -101,6 +101,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         return self._maps[name]
 
     def _check_known(self, names: Iterable[Any], error: type[Exception] = ValueError) -> None:
+        """An error that lists similar names if there is no map for one of these."""
         for name in names:
             if name not in self._maps:
                 raise error(f"no map for module {name!r}{hint(str(name), list(self), 'this')}")
