@@ -26,9 +26,8 @@ class SparsePath(Record):
     """Maps for falling penalties, of one module or of all modules of a model at one penalty for all.
 
     `lineas.sparse_path` makes one from arrays, `lineas.sparse_path_end_to_end` from a model. ``path.at(...)`` takes the
-    maps of a point, by its penalty, its support, its index, or the one with the least held-out loss; ``len(path)`` is
-    the number of points and ``path[k]`` the same as ``path.at(index=k)``. ``path.save(file)`` writes it for
-    `lineas.load`. Paths are equal if all but their metadata is.
+    maps of a point; ``len(path)`` is the number of points and ``path[k]`` the same as ``path.at(index=k)``.
+    ``path.save(file)`` writes it for `lineas.load`. Paths are equal if all but their metadata is.
 
     Attributes
     ----------

@@ -171,9 +171,8 @@ class SteeringMaps(Mapping[str, AffineMap]):
         ValueError
             If a map has no inverse; names the module and the neuron.
         """
-        return SteeringMaps(
-            each_module(self, lambda name: self[name].inverse()), describe("inverse", parts=[self._metadata])
-        )
+        inverses = each_module(self, lambda name: self[name].inverse())
+        return SteeringMaps(inverses, describe("inverse", parts=[self._metadata]))
 
     def scaled(self, strength: float) -> SteeringMaps:
         """Return the maps that at strength 1 do what these do at `strength`."""
