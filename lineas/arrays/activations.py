@@ -45,9 +45,9 @@ def origin(samples: Mapping[str, Any]) -> dict[str, Any]:
 
     ValueError if they are of different models or tokens, or pooled differently.
     """
-    collected = {name: spell(one.metadata) for name, one in samples.items() if isinstance(one, Activations)}
     found: dict[str, tuple[str, Any]] = {}  # each fact, and which sample tells it
-    for name, metadata in collected.items():
+    for name, sample in samples.items():
+        metadata = spell(sample.metadata) if isinstance(sample, Activations) else {}
         for fact in ("model", "layers", "pooling", "tokens"):
             value = metadata.get(fact)
             if value is None:

@@ -40,11 +40,8 @@ def mean(source: Samples, target: Samples) -> AffineMap | SteeringMaps:
 
     Parameters
     ----------
-    source : array_like, torch.Tensor or Mapping
-        Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array, in execution
-        order. float16, bfloat16, float32, float64 or integers.
-    target : array_like, torch.Tensor or Mapping
-        Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired.
+    source, target : array_like, torch.Tensor or Mapping
+        Activations [n, d] and [m, d], or mappings from module name to such arrays, as in `lineas.fit`.
 
     Returns
     -------
@@ -88,7 +85,7 @@ def iti_c(source: Samples, target: Samples, *, alpha: float = 1.0, C: float = 1.
     Parameters
     ----------
     source, target : array_like, torch.Tensor or Mapping
-        As in `mean`.
+        As in `lineas.fit`.
     alpha : float, default 1.0
         How many standard deviations strength 1 moves; above 0. The paper uses 15 on attention heads.
     C : float, default 1.0
@@ -158,7 +155,7 @@ def aura(source: Samples, target: Samples) -> AffineMap | SteeringMaps:
     Parameters
     ----------
     source, target : array_like, torch.Tensor or Mapping
-        As in `mean`.
+        As in `lineas.fit`.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Closed-form maps from arrays: no model, no iterations."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,29 +18,23 @@ from .samples import Pair, Samples, Weights, as_maps, by_working_type, moments_o
 METHODS = ("mean", "gaussian", "linear")
 
 
+class _Settings(TypedDict, total=False):
+    """What `fit` takes besides samples, for its overloads."""
+
+    method: str
+    l1: float
+    group: float
+    source_weights: Weights
+    target_weights: Weights
+
+
 @overload
-def fit(
-    source: ArrayLike,
-    target: ArrayLike,
-    *,
-    method: str = "linear",
-    l1: float = 0.0,
-    group: float = 0.0,
-    source_weights: ArrayLike | None = None,
-    target_weights: ArrayLike | None = None,
-) -> AffineMap: ...
+def fit(source: ArrayLike, target: ArrayLike, **settings: Unpack[_Settings]) -> AffineMap: ...
 
 
 @overload
 def fit(
-    source: Mapping[str, ArrayLike],
-    target: Mapping[str, ArrayLike],
-    *,
-    method: str = "linear",
-    l1: float = 0.0,
-    group: float = 0.0,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
+    source: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike], **settings: Unpack[_Settings]
 ) -> SteeringMaps: ...
 
 
@@ -104,19 +98,14 @@ def fit(
     if (l1 or group) and method != "linear":
         raise ValueError(f"l1 and group are penalties of method 'linear', got method {method!r}")
     pairs = paired_samples(source, target, source_weights, target_weights)
-    facts = origin({"source": source, "target": target})
-    if not (l1 or group):
-        return as_maps(pairs, _fit_dense(pairs, method), describe(method, **facts))
-    return as_maps(pairs, _fit_sparse(pairs, l1, group), describe(method, **facts, l1=l1, group=group))
-
-
-def _fit_dense(pairs: Mapping[Any, Pair], method: str) -> dict[Any, tuple[NDArray, NDArray]]:
-    """The closed-form slopes and shifts by module."""
+    metadata = describe(method, **origin({"source": source, "target": target}))
+    if l1 or group:
+        return as_maps(pairs, _fit_sparse(pairs, l1, group), metadata | {"l1": l1, "group": group})
 
     def kernel(us: list, vs: list, u_masses: list, v_masses: list, *names_and_threads: Any) -> Iterable[Any]:
         return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
 
-    return by_working_type(pairs, kernel)
+    return as_maps(pairs, by_working_type(pairs, kernel), metadata)
 
 
 def _fit_sparse(pairs: Mapping[Any, Pair], l1: float, group: float) -> dict[Any, tuple[NDArray, NDArray]]:

@@ -1,7 +1,6 @@
 """AffineTransport: maps from arrays with the habits of scikit-learn (``pip install "lineas[sklearn]"``).
 
-Nothing else in lineas imports scikit-learn, and this module is imported when ``lineas.AffineTransport`` is first asked
-for.
+Imported when ``lineas.AffineTransport`` is first asked for: the rest of lineas does without scikit-learn.
 """
 
 from __future__ import annotations
@@ -120,17 +119,11 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if len(classes) != 2:
             raise ValueError(f"y must have two labels, source and target, got {_labels(classes)}")
         if counts.min() < 2:
-            few = classes[np.argmin(counts)]
-            raise ValueError(f"each label of y must have at least 2 rows, got {counts.min()} of {_shown(few)}")
-        (source, source_mass), (target, target_mass) = self._split(rows, labels, classes, sample_weight)
+            few = classes.tolist()[np.argmin(counts)]
+            raise ValueError(f"each label of y must have at least 2 rows, got {counts.min()} of {few!r}")
+        (u, u_mass), (v, v_mass) = self._split(rows, labels, classes, sample_weight)
         self.map_: AffineMap = fit(
-            source,
-            target,
-            method=self.method,
-            l1=self.l1,
-            group=self.group,
-            source_weights=source_mass,
-            target_weights=target_mass,
+            u, v, method=self.method, l1=self.l1, group=self.group, source_weights=u_mass, target_weights=v_mass
         )
         self.classes_: NDArray = classes
         self.weight_: NDArray = self.map_.weight
@@ -175,15 +168,13 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         ndarray
-            [n, d], new, float32 for float32 `X`, else float64.
+            As `transform`.
 
         Raises
         ------
-        sklearn.exceptions.NotFittedError
-            Before `fit`.
-        ValueError
-            As `transform`, or if the map has no inverse: its slope at this strength is 0 for some neuron, which the
-            message names.
+        sklearn.exceptions.NotFittedError, ValueError
+            As `transform`; ValueError also if the map has no inverse: its slope at this strength is 0 for some neuron,
+            which the message names.
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
@@ -211,49 +202,41 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         Raises
         ------
-        sklearn.exceptions.NotFittedError
-            Before `fit`.
-        ValueError
-            As `transform`, or if y has other labels than in `fit`, or lacks one of them.
+        sklearn.exceptions.NotFittedError, ValueError
+            As `transform`; ValueError also if y has other labels than in `fit`, or lacks one of them.
         """
         check_is_fitted(self)
         rows, labels = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=False)
         classes = np.unique(labels)
         if not np.array_equal(classes, self.classes_):
-            raise ValueError(f"y must have the labels of fit, {_shown(self.classes_)}, got {_labels(classes)}")
-        (source, source_mass), (target, target_mass) = self._split(rows, labels, classes, sample_weight)
-        moved = self.map_.transform(source, strength=self.strength)
-        distances = wasserstein(moved, target, u_weights=source_mass, v_weights=target_mass)
+            raise ValueError(f"y must have the labels of fit, {self.classes_.tolist()}, got {_labels(classes)}")
+        (u, u_mass), (v, v_mass) = self._split(rows, labels, classes, sample_weight)
+        moved = self.map_.transform(u, strength=self.strength)
+        distances = wasserstein(moved, v, u_weights=u_mass, v_weights=v_mass)
         return -float(distances.mean(dtype=np.float64))
 
     def _split(
         self, rows: NDArray, labels: NDArray, classes: NDArray, sample_weight: ArrayLike | None
     ) -> list[tuple[NDArray, NDArray | None]]:
         """Rows and their weights of the source, then of the target."""
-        order = list(classes)
-        if self.source is not None:
-            found = [k for k, label in enumerate(classes.tolist()) if label == self.source]
-            if not found:
-                raise ValueError(f"source must be one of the labels {_shown(classes)}, got {self.source!r}")
-            order.insert(0, order.pop(found[0]))
+        known = classes.tolist()
+        if self.source is not None and self.source not in known:
+            raise ValueError(f"source must be one of the labels {known!r}, got {self.source!r}")
+        source = 0 if self.source is None else known.index(self.source)
         mass = None if sample_weight is None else as_mass(sample_weight, len(rows), "sample_weight")
         parts: list[tuple[NDArray, NDArray | None]] = []
-        for label in order:
-            at = labels == label
+        for k in (source, 1 - source):
+            at = labels == classes[k]
             if mass is not None and not mass[at].sum() > 0:
-                raise ValueError(f"sample_weight must have a positive sum for each label, got 0 for {_shown(label)}")
+                raise ValueError(f"sample_weight must have a positive sum for each label, got 0 for {known[k]!r}")
             parts.append((rows[at], None if mass is None else mass[at]))
         return parts
 
 
-def _shown(labels: Any) -> str:
-    """Labels as Python writes them, without NumPy's types around them."""
-    return repr(labels.tolist()) if isinstance(labels, np.ndarray | np.generic) else repr(labels)
-
-
 def _labels(classes: NDArray) -> str:
     """What y held instead of two labels, for an error."""
-    if len(classes) == 1:
-        return f"only one label, {_shown(classes)} (in cross-validation, pass cv=StratifiedKFold(...) to have both)"
-    more = ", ..." if len(classes) > 4 else ""
-    return f"{len(classes)} labels, {_shown(classes[:4])[:-1]}{more}]"
+    known = classes.tolist()  # as Python writes them, without NumPy's types around them
+    if len(known) == 1:
+        return f"only one label, {known} (in cross-validation, pass cv=StratifiedKFold(...) to have both)"
+    more = ", ..." if len(known) > 4 else ""
+    return f"{len(known)} labels, {str(known[:4])[:-1]}{more}]"

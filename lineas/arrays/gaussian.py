@@ -19,6 +19,7 @@ from .._checks import (
     widen,
 )
 from ..maps.records import Record
+from .samples import two_samples
 
 
 def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
@@ -101,25 +102,20 @@ class GaussianMap(Record):
         """
         s = as_strength(strength)
         matrix, bias = (1 - s) * np.eye(self.bias.size) + s * self.matrix, s * self.bias
-        if is_tensor(z):
+        array: Any = as_dense(z, "z") if is_tensor(z) else as_engine(z, "z")
+        if tuple(array.shape[-1:]) != bias.shape:
+            raise ValueError(f"z must have {bias.size} channels on the last axis, got shape {tuple(array.shape)}")
+        if is_tensor(array):
             import torch
 
-            from ..hooks.affine import working_dtype as torch_working_dtype
+            from ..hooks.affine import working_dtype
 
-            z = as_dense(z, "z")
-            self._check_width(tuple(z.shape))
-            dtype = torch_working_dtype(z.dtype)
-            slopes, shifts = (torch.from_numpy(x).to(z.device, dtype) for x in (matrix, bias))
-            return (z.to(dtype) @ slopes.mT + shifts).to(z.dtype)
-        array = as_engine(z, "z")
-        self._check_width(array.shape)
+            dtype = working_dtype(array.dtype)
+            slopes, shifts = (torch.from_numpy(x).to(array.device, dtype) for x in (matrix, bias))
+            return (array.to(dtype) @ slopes.mT + shifts).to(array.dtype)
         work = widen(array)
         out = work @ matrix.T.astype(work.dtype) + bias.astype(work.dtype)
         return out.astype(result_dtype(z, array), copy=False)
-
-    def _check_width(self, shape: tuple[int, ...]) -> None:
-        if not shape or shape[-1] != self.bias.size:
-            raise ValueError(f"z must have {self.bias.size} channels on the last axis, got shape {shape}")
 
     def inverse(self) -> "GaussianMap":
         """Return the map that undoes this one at strength 1.
@@ -162,9 +158,7 @@ def bures_map(source: ArrayLike, target: ArrayLike, *, ridge: float = 0.0) -> Ga
     ValueError
         If shapes do not fit, a value is not finite, or `ridge` is negative or not finite.
     """
-    u, v = as_sample(source, "source", min_rows=2), as_sample(target, "target", min_rows=2)
-    if u.shape[1] != v.shape[1]:
-        raise ValueError(f"source and target must have the same number of columns, got shapes {u.shape} and {v.shape}")
+    u, v = two_samples(source, target, "source", "target", min_rows=2)
     ridge = as_not_negative(ridge, "ridge")
     mean_u, cov_u = _core.covariance(u, None, "source")
     mean_v, cov_v = _core.covariance(v, None, "target")

@@ -12,7 +12,6 @@ from .._threads import get_num_threads
 # Elements read at once from one big array: 16 MiB of float32, far more than a call costs, far less than a memory.
 _CHUNK = 1 << 22
 
-
 # Of each neuron the mean, the sum of squared deviations from it, the minimum and the maximum: float64 [d].
 _State = tuple[NDArray, NDArray, NDArray, NDArray]
 

@@ -35,47 +35,26 @@ def sort_columns(x: NDArray) -> NDArray:
     return np.take_along_axis(x, np.lexsort((~np.signbit(x), x), axis=0), axis=0)
 
 
-def segments(p: NDArray, q: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Where the step functions with steps `p` [n] and `q` [m] overlap: the monotone coupling of two samples.
+def _shares(rows: int, mass: NDArray | None) -> NDArray:
+    """Row masses that sum to 1; equal ones where there are none."""
+    return np.full(rows, 1 / rows) if mass is None else mass / mass.sum()
 
-    Both must be positive or zero with the same sum; whole numbers keep it exact. Returns (i, k, mass), each with at
-    most n + m - 1 entries: step i of the first meets step k of the second on an interval of length mass > 0.
-    """
-    rows = []
-    i = k = 0
-    left_p, left_q = p[0], q[0]
-    while True:
-        mass = min(left_p, left_q)
-        if mass > 0:
-            rows.append((i, k, mass))
-        left_p, left_q = left_p - mass, left_q - mass
-        if left_p <= left_q:
-            i += 1
-            if i == len(p):
-                break
-            left_p = p[i]
-        else:
-            k += 1
-            if k == len(q):  # only where rounding left a crumb of p over
-                break
-            left_q = q[k]
-    i_all, k_all, mass_all = zip(*rows, strict=True)
-    return np.array(i_all), np.array(k_all), np.array(mass_all, dtype=np.float64)
+
+def _steps(x: NDArray, mass: NDArray | None) -> tuple[NDArray, NDArray]:
+    """The rows of `x` [n] in the order of its quantile function, and where in (0, 1] the step of each ends."""
+    order = np.argsort(x, kind="stable")
+    ends = np.cumsum(np.ones(len(x)) if mass is None else mass[order])
+    return order, ends / ends[-1]
 
 
 def _coupling(
     u: NDArray, v: NDArray, u_mass: NDArray | None, v_mass: NDArray | None
-) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Rows i of `u` [n] and k of `v` [m] that meet when both are sorted, the masses, and the row masses of `u`."""
-    n, m = len(u), len(v)
-    order_u, order_v = np.argsort(u, kind="stable"), np.argsort(v, kind="stable")
-    if u_mass is None and v_mass is None:  # in units of 1 / (n m) every breakpoint is a whole number
-        i, k, mass = segments(np.full(n, m), np.full(m, n))
-        return order_u[i], order_v[k], mass / (n * m), np.full(n, 1 / n)
-    p = np.full(n, 1 / n) if u_mass is None else u_mass / u_mass.sum()
-    q = np.full(m, 1 / m) if v_mass is None else v_mass / v_mass.sum()
-    i, k, mass = segments(p[order_u], q[order_v])
-    return order_u[i], order_v[k], mass, p
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Rows i of `u` [n] and k of `v` [m] whose steps overlap (the monotone coupling), and on what mass > 0."""
+    (order_u, ends_u), (order_v, ends_v) = _steps(u, u_mass), _steps(v, v_mass)
+    ends = np.union1d(ends_u, ends_v)  # equal shares i / n = k / m are equal to the last bit
+    ends, mass = ends[ends > 0], np.diff(ends[ends > 0], prepend=0)
+    return order_u[np.searchsorted(ends_u, ends)], order_v[np.searchsorted(ends_v, ends)], mass
 
 
 def wasserstein(
@@ -95,11 +74,11 @@ def wasserstein(
     (n, d), dtype = u.shape, u.dtype
     weight = np.ones(d, dtype) if weight is None else weight
     bias = np.zeros(d, dtype) if bias is None else bias
-    x = weight * u + bias
+    x, p = weight * u + bias, _shares(n, u_mass)
     value, grad = np.empty(d), np.zeros((n, d))
     for j in range(d):
         xj, vj = x[:, j].astype(np.float64), v[:, j].astype(np.float64)
-        i, k, mass, p = _coupling(xj, vj, u_mass, v_mass)
+        i, k, mass = _coupling(xj, vj, u_mass, v_mass)
         value[j] = np.sum(mass * (xj[i] - vj[k]) ** 2)
         tie = np.unique(xj, return_inverse=True)[1]
         tie_mass = np.bincount(tie[i], weights=mass, minlength=n)
@@ -141,41 +120,32 @@ def pool(x: NDArray, mask: NDArray | None, mode: str) -> tuple[NDArray, NDArray 
     real = np.ones((batch, tokens), dtype=bool) if mask is None else mask != 0
     if mode == "all":
         return work[real], None
-    out = np.empty((batch, d), dtype=work.dtype)
+    if mode == "mean":
+        return np.mean(work, axis=1, dtype=np.float64, where=real[..., None]).astype(work.dtype), None
     index = np.empty((batch, d), dtype=np.int32)
     for b in range(batch):
         at = np.flatnonzero(real[b])
-        if mode == "mean":
-            out[b] = np.mean(work[b, at], axis=0, dtype=np.float64)
-        elif mode == "last":
-            out[b] = work[b, at[-1]]
-        else:
-            best = np.argmin if mode == "min" else np.argmax
-            index[b] = at[best(work[b, at], axis=0)]
-            out[b] = np.take_along_axis(work[b], index[None, b], axis=0)[0]
-    return out, index if mode in ("min", "max") else None
+        index[b] = at[-1] if mode == "last" else at[getattr(work[b, at], f"arg{mode}")(axis=0)]
+    out = np.take_along_axis(work, index[:, None], axis=1)[:, 0]
+    return out, None if mode == "last" else index
 
 
 def pool_backward(grad_out: NDArray, mask: NDArray | None, mode: str, index: NDArray | None, tokens: int) -> NDArray:
     """Gradient of `pool` in x [B, tokens, d]: a mean spreads it, the other modes hand it to the chosen tokens."""
-    d = grad_out.shape[1]
-    if mask is not None:
-        real = mask != 0
-    else:
-        real = np.ones((len(grad_out) // tokens if mode == "all" else len(grad_out), tokens), dtype=bool)
-    grad = np.zeros((len(real), tokens, d), dtype=grad_out.dtype)
+    if mask is None:
+        mask = np.ones((len(grad_out) // tokens if mode == "all" else len(grad_out), tokens))
+    grad = np.zeros((len(mask), tokens, grad_out.shape[1]), dtype=grad_out.dtype)
     if mode == "all":
-        grad[real] = grad_out
+        grad[mask != 0] = grad_out
         return grad
-    for b in range(len(real)):
-        at = np.flatnonzero(real[b])
+    for b, at in enumerate(map(np.flatnonzero, mask)):
         if mode == "mean":
             grad[b, at] = grad_out[b] / len(at)
         elif mode == "last":
             grad[b, at[-1]] = grad_out[b]
         else:
             assert index is not None  # min and max come with one
-            grad[b, index[b], np.arange(d)] = grad_out[b]
+            np.put_along_axis(grad[b], index[None, b], grad_out[None, b], axis=0)
     return grad
 
 
@@ -202,9 +172,13 @@ def moments_merge(
     return total
 
 
+def _soft(h: NDArray, l1: float) -> NDArray:
+    return np.sign(h) * np.maximum(np.abs(h) - l1, 0)
+
+
 def prox_sparse_group(x: NDArray, tau: float, l1: float, group: float) -> NDArray:
     """prox of tau (l1 ||x||_1 + group sqrt(d) ||x||_2) at `x` [d]: soft threshold, then group shrink."""
-    soft = np.sign(x) * np.maximum(np.abs(x) - x.dtype.type(tau * l1), 0)
+    soft = _soft(x, x.dtype.type(tau * l1))
     norm = np.sqrt(np.sum(soft.astype(np.float64) ** 2))
     if norm == 0:
         return np.zeros_like(x)
@@ -247,15 +221,18 @@ def step(
     return float(penalty), int(np.count_nonzero((weight != 1) | (bias != 0)))
 
 
-def _mean_and_variance(x: NDArray, mass: NDArray | None) -> tuple[float, float]:
-    """Of one column: ddof = 1, with `mass` the weighted population variance; exactly 0 for a constant column."""
-    p = np.full(len(x), 1 / len(x)) if mass is None else mass / mass.sum()
-    used = x[p > 0]
-    mean = float(np.sum(p * x))
-    if np.all(used == used[0]):
-        return mean, 0.0
-    variance = float(np.sum(p * (x - mean) ** 2))
-    return mean, variance if mass is not None else variance * len(x) / (len(x) - 1)
+def quantile_moments(
+    source: NDArray, target: NDArray, source_mass: NDArray | None = None, target_mass: NDArray | None = None
+) -> NDArray:
+    """Moments of the paired quantiles of `source` [n, d] and `target` [m, d]: float64 [5, d], as ``_core`` has them."""
+    source, target = widen(source).astype(np.float64), widen(target).astype(np.float64)
+    out = np.empty((5, source.shape[1]))
+    for j, (u, v) in enumerate(zip(source.T, target.T, strict=True)):
+        i, k, mass = _coupling(u, v, source_mass, target_mass)
+        mean_u, mean_v = np.sum(mass * u[i]), np.sum(mass * v[k])
+        x, y = (u[i] - mean_u) * (np.ptp(u[i]) > 0), v[k] - mean_v  # rounding gives a constant neuron no variance
+        out[:, j] = mean_u, mean_v, np.sum(mass * x * x), np.sum(mass * x * y), np.sum(mass * y * y)
+    return out
 
 
 def fit_local(
@@ -266,35 +243,16 @@ def fit_local(
     "mean" moves the mean, "gaussian" also matches the standard deviation, "linear" is the least-squares line
     through the sorted pairs (Lin-AcT, AcT). A constant source column gets slope 1 and the shift of the mean.
     """
-    source, target = widen(source), widen(target)
-    d = source.shape[1]
-    weight, bias = np.ones(d), np.empty(d)
-    for j in range(d):
-        u, v = source[:, j].astype(np.float64), target[:, j].astype(np.float64)
-        mean_u, var_u = _mean_and_variance(u, source_mass)
-        mean_v, var_v = _mean_and_variance(v, target_mass)
-        if method == "gaussian" and var_u > 0:
-            weight[j] = np.sqrt(var_v / var_u)
-        elif method == "linear" and var_u > 0:
-            i, k, mass, p = _coupling(u, v, source_mass, target_mass)
-            weight[j] = np.sum(mass * (u[i] - mean_u) * (v[k] - mean_v)) / np.sum(p * (u - mean_u) ** 2)
-        bias[j] = mean_v - weight[j] * mean_u
-    return weight.astype(source.dtype), bias.astype(source.dtype)
-
-
-def quantile_moments(
-    source: NDArray, target: NDArray, source_mass: NDArray | None = None, target_mass: NDArray | None = None
-) -> NDArray:
-    """Moments of the paired quantiles of `source` [n, d] and `target` [m, d]: float64 [5, d], as ``_core`` has them."""
-    source, target = widen(source), widen(target)
-    out = np.empty((5, source.shape[1]))
-    for j in range(source.shape[1]):
-        u, v = source[:, j].astype(np.float64), target[:, j].astype(np.float64)
-        i, k, mass, _ = _coupling(u, v, source_mass, target_mass)
-        mean_u, mean_v = np.sum(mass * u[i]), np.sum(mass * v[k])
-        x, y = u[i] - mean_u, v[k] - mean_v
-        out[:, j] = mean_u, mean_v, np.sum(mass * x * x), np.sum(mass * x * y), np.sum(mass * y * y)
-    return out
+    n, m, dtype = len(source), len(target), widen(source).dtype
+    mean_u, mean_v, var_u, cov, var_v = quantile_moments(source, target, source_mass, target_mass)
+    weight, varies = np.ones_like(mean_u), var_u > 0
+    if method == "linear":
+        weight[varies] = cov[varies] / var_u[varies]
+    elif method == "gaussian":  # ddof = 1; with masses, the weighted population variance
+        sample_u = var_u if source_mass is not None else var_u * n / (n - 1)
+        sample_v = var_v if target_mass is not None else var_v * m / (m - 1)
+        weight[varies] = np.sqrt(sample_v[varies] / sample_u[varies])
+    return weight.astype(dtype), (mean_v - weight * mean_u).astype(dtype)
 
 
 def sparse_loss(moments: NDArray, weight: NDArray, bias: NDArray) -> float:
@@ -309,10 +267,6 @@ def _sparse_gradient(moments: NDArray, x: NDArray, b: NDArray) -> tuple[NDArray,
     mean_u, mean_v, var_u, cov, _ = moments
     gap = mean_u * (1 + x) + b - mean_v
     return 2 * (var_u * (1 + x) - cov + mean_u * gap), 2 * gap
-
-
-def _soft(h: NDArray, l1: float) -> NDArray:
-    return np.sign(h) * np.maximum(np.abs(h) - l1, 0)
 
 
 def kkt_distance(moments: NDArray, weight: NDArray, bias: NDArray, l1: float, group: float) -> float:
@@ -333,32 +287,27 @@ def kkt_distance(moments: NDArray, weight: NDArray, bias: NDArray, l1: float, gr
 
 def largest_penalty(moments: NDArray, l1_ratio: float) -> float:
     """The smallest penalty at which the sparse map is the identity, by bisection."""
-    largest = 0.0
-    group = (1 - l1_ratio) * np.sqrt(moments.shape[1])
-    for h in _sparse_gradient(moments, np.zeros(moments.shape[1]), np.zeros(moments.shape[1])):
-        low, high = 0.0, float(np.linalg.norm(h)) / max(group, l1_ratio / np.sqrt(len(h))) if h.any() else 0.0
-        while (middle := low + (high - low) / 2) > low and middle < high:
-            if np.linalg.norm(_soft(h, middle * l1_ratio)) > middle * group:
-                low = middle
-            else:
-                high = middle
-        largest = max(largest, high)
-    return largest
+    d, still = moments.shape[1], np.zeros(moments.shape[1])
+    steepest = float(np.linalg.norm(_sparse_gradient(moments, still, still)))
+    low, high = 0.0, steepest / max((1 - l1_ratio) * np.sqrt(d), l1_ratio / np.sqrt(d))
+    while (middle := low + (high - low) / 2) > low and middle < high:
+        if kkt_distance(moments, 1 + still, still, middle * l1_ratio, middle * (1 - l1_ratio)) > 0:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
-def _prox_bounded(v: NDArray, l1: float, tau: float) -> NDArray:
-    """prox of l1 |x|_1 + tau ||x||_2 under x >= -1: the group shrink, in which entries at the bound stay there."""
-    soft = _soft(v, l1)
-    norm = np.linalg.norm(soft)
-    if norm <= tau:
-        return np.zeros_like(v)
-    x = (1 - tau / norm) * soft
+def _prox_bounded(v: NDArray, tau: float, l1: float, group: float) -> NDArray:
+    """`prox_sparse_group` under x >= -1: the group shrink, in which entries at the bound stay there."""
+    x = prox_sparse_group(v, tau, l1, group)
     if x.min() >= -1:
         return x
-    low, high = 0.0, float(norm)  # the norm of the solution
+    soft, shrink = _soft(v, tau * l1), tau * group * np.sqrt(len(v))
+    low, high = 0.0, float(np.linalg.norm(soft))  # the norm of the solution
     for _ in range(200):
         size = (low + high) / 2
-        x = np.maximum(soft * size / (size + tau), -1)
+        x = np.maximum(soft * size / (size + shrink), -1)
         low, high = (size, high) if np.linalg.norm(x) > size else (low, size)
     return x
 
@@ -372,7 +321,6 @@ def sparse_map(
     Returns (weight [d], bias [d], steps). Ends when `kkt_distance` is at most `tolerance`.
     """
     mean_u, _, var_u, _, _ = moments
-    tau = group * np.sqrt(len(mean_u))
     a = var_u + mean_u**2
     rate = 1 / np.max(a + 1 + np.sqrt((a - 1) ** 2 + 4 * mean_u**2))  # largest curvature: of [[2 a, 2 m], [2 m, 2]]
     x, b = (np.zeros(len(a)), np.zeros(len(a))) if start is None else (start[0] - 1, start[1].copy())
@@ -381,7 +329,7 @@ def sparse_map(
         if k % 10 == 0 and kkt_distance(moments, 1 + x, b, l1, group) <= tolerance:
             return 1 + x, b, k
         slope_x, slope_b = _sparse_gradient(moments, ahead_x, ahead_b)
-        new_x = _prox_bounded(ahead_x - rate * slope_x, rate * l1, rate * tau)
+        new_x = _prox_bounded(ahead_x - rate * slope_x, rate, l1, group)
         new_b = prox_sparse_group(ahead_b - rate * slope_b, rate, l1, group)
         uphill = np.sum((ahead_x - new_x) * (new_x - x)) + np.sum((ahead_b - new_b) * (new_b - b)) > 0
         following = 1.0 if uphill else (1 + np.sqrt(1 + 4 * momentum**2)) / 2
@@ -407,7 +355,7 @@ def sparse_path(
 def covariance(x: NDArray, mass: NDArray | None = None) -> tuple[NDArray, NDArray]:
     """(mean [d], covariance [d, d]) in float64; ddof = 1, with `mass` the weighted population covariance."""
     x = widen(x).astype(np.float64)
-    p = np.full(len(x), 1 / len(x)) if mass is None else mass / mass.sum()
+    p = _shares(len(x), mass)
     mean = p @ x
     centred = x - mean
     cov = (p[:, None] * centred).T @ centred

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_mass, as_sample, same_working_type, working_dtype
 from .._threads import get_num_threads
-from ..maps.affine import AffineMap
+from ..maps.affine import AffineMap, rounded
 from ..maps.steering import SteeringMaps
 
 Samples = ArrayLike | Mapping[str, ArrayLike]
@@ -27,12 +27,20 @@ class Pair(NamedTuple):
     v_name: str
 
 
+def two_samples(u: Any, v: Any, u_name: str, v_name: str, *, min_rows: int = 1) -> tuple[NDArray, NDArray]:
+    """`as_sample` of both, in one working type; ValueError if their numbers of columns differ."""
+    u, v = as_sample(u, u_name, min_rows=min_rows), as_sample(v, v_name, min_rows=min_rows)
+    if u.shape[1] != v.shape[1]:
+        shapes = f"{u.shape} and {v.shape}"
+        raise ValueError(f"{u_name} and {v_name} must have the same number of columns, got shapes {shapes}")
+    return same_working_type(u, v)
+
+
 def paired_samples(
     source: Samples, target: Samples, source_weights: Weights = None, target_weights: Weights = None, prefix: str = ""
 ) -> dict[Any, Pair]:
     """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages."""
-    one = not isinstance(source, Mapping)
-    if one != (not isinstance(target, Mapping)):
+    if isinstance(source, Mapping) != isinstance(target, Mapping):
         kinds = f"{type(source).__name__} and {type(target).__name__}"
         raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
     sources: Mapping[Any, Any] = source if isinstance(source, Mapping) else {None: source}
@@ -42,32 +50,26 @@ def paired_samples(
     check_modules(list(sources), targets, f"{prefix}target")
     for argument, given in (("source_weights", source_weights), ("target_weights", target_weights)):
         if isinstance(given, Mapping):
-            if one:
+            if not isinstance(source, Mapping):
                 raise TypeError(f"{argument} must be an array where source is one, got a mapping")
             check_modules(list(sources), given, argument)
     pairs = {}
     for module, x in sources.items():
         at = "" if module is None else f"[{module!r}]"
         u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
-        u, v = as_sample(x, u_name, min_rows=2), as_sample(targets[module], v_name, min_rows=2)
-        if u.shape[1] != v.shape[1]:
-            raise ValueError(
-                f"{u_name} and {v_name} must have the same number of columns, got shapes {u.shape} and {v.shape}"
-            )
-        masses = (
-            _mass(source_weights, module, len(u), "source_weights"),
-            _mass(target_weights, module, len(v), "target_weights"),
-        )
-        pairs[module] = Pair(*same_working_type(u, v), *masses, u_name, v_name)
+        u, v = two_samples(x, targets[module], u_name, v_name, min_rows=2)
+        u_mass = _mass(source_weights, module, len(u), "source_weights")
+        v_mass = _mass(target_weights, module, len(v), "target_weights")
+        pairs[module] = Pair(u, v, u_mass, v_mass, u_name, v_name)
     return pairs
 
 
-def _mass(weights: Weights, module: str | None, rows: int, argument: str) -> NDArray | None:
+def _mass(weights: Weights, module: Any, rows: int, argument: str) -> NDArray | None:
     """Row weights of one module, where `weights` is one array for all modules or one for each."""
     if weights is None:
         return None
-    if module is not None and isinstance(weights, Mapping):
-        return as_mass(weights[module], rows, f"{argument}[{module!r}]")
+    if isinstance(weights, Mapping):
+        weights, argument = weights[module], f"{argument}[{module!r}]"
     return as_mass(weights, rows, argument)
 
 
@@ -113,8 +115,7 @@ def as_maps(
     for module, (weight, bias) in parameters.items():
         pair, dtype = pairs[module], working_dtype(pairs[module].u)
         try:
-            with np.errstate(over="ignore"):
-                maps[module] = AffineMap(weight.astype(dtype, copy=False), bias.astype(dtype, copy=False))
+            maps[module] = rounded(weight, bias, dtype)
         except ValueError as error:
             raise ValueError(f"the map of {pair.u_name} overflows {dtype}: {error}") from None
     return maps[None] if None in maps else SteeringMaps(maps, metadata)

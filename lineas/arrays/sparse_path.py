@@ -43,11 +43,8 @@ def sparse_path(
 
     Parameters
     ----------
-    source : array_like, torch.Tensor or Mapping
-        Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
-    target : array_like, torch.Tensor or Mapping
-        Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
+    source, target : array_like, torch.Tensor or Mapping
+        Activations [n, d] and [m, d], or mappings from module name to such arrays, as in `lineas.fit`.
     n_penalties : int, default 50
         The number of points, from the smallest penalty that leaves every neuron alone down to `min_ratio` of it,
         evenly on a logarithmic scale. At least 2.
@@ -96,22 +93,20 @@ def sparse_path(
     """
     l1_ratio = as_share(l1_ratio, "l1_ratio")
     pairs = paired_samples(source, target, source_weights, target_weights)
-    samples, trial = {"source": source, "target": target}, None
-    moments = moments_of(pairs)
+    moments, trial_moments = moments_of(pairs), None
+    samples = {"source": source, "target": target}
     if held_out is not None:
         held_source, held_target = as_pair(held_out, "held_out")
         samples |= {"held_out source": held_source, "held_out target": held_target}
         if isinstance(held_source, Mapping) != isinstance(source, Mapping):
             raise TypeError("held_out must hold mappings where source is one, and arrays where it is an array")
-        trial_pairs = paired_samples(held_source, held_target, prefix="held_out ")
-        check_modules(list(pairs), trial_pairs, "held_out")
-        trial = moments_of({module: trial_pairs[module] for module in pairs})
-        for module, fitted, other in zip(pairs, moments, trial, strict=True):
-            if fitted.shape != other.shape:
-                at = "" if module is None else f"[{module!r}]"
-                raise ValueError(
-                    f"held_out source{at} must have {fitted.shape[1]} columns like source{at}, got {other.shape[1]}"
-                )
+        trials = paired_samples(held_source, held_target, prefix="held_out ")
+        check_modules(list(pairs), trials, "held_out")
+        for module, pair in pairs.items():
+            d, trial = pair.u.shape[1], trials[module]
+            if trial.u.shape[1] != d:
+                raise ValueError(f"{trial.u_name} must have {d} columns like {pair.u_name}, got {trial.u.shape[1]}")
+        trial_moments = moments_of({module: trials[module] for module in pairs})
     metadata = describe("sparse linear", **origin(samples), l1_ratio=l1_ratio)
     largest = float(np.max(_core.largest_penalty(moments, l1_ratio)))
     if not largest > 0:
@@ -126,14 +121,14 @@ def sparse_path(
         grid = as_falling(penalties, "penalties")
     is_double = any(pair.u.dtype == np.float64 for pair in pairs.values())
     weight, bias, loss, held_out_loss, distance, support = _core.sparse_path(
-        moments, trial, grid, l1_ratio, is_double, largest, get_num_threads()
+        moments, trial_moments, grid, l1_ratio, is_double, largest, get_num_threads()
     )
     residual = np.sqrt(np.sum(distance**2, axis=0)) / largest
     worst = int(np.argmax(residual))
     if residual[worst] > 1e-8:
         warn(
             f"sparse_path: at penalty {grid[worst]:.6g} rounding leaves the solution {residual[worst]:.1g} of the "
-            "largest penalty away from optimal: are there neurons whose mean is millions of standard deviations?",
+            "largest penalty away from optimal: are there neurons whose mean is millions of standard deviations?"
         )
     return SparsePath(
         penalties=grid,

@@ -1,23 +1,20 @@
 """The engine's distance and proximal step for people: checked input, one module at a time."""
 
+from typing import Any
+
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_mass, as_not_negative, as_sample, as_vector, same_working_type
+from .._checks import as_mass, as_not_negative, as_vector
 from .._threads import get_num_threads
+from .samples import two_samples
 
 
 def _distance(
-    u: ArrayLike,
-    v: ArrayLike,
-    u_weights: ArrayLike | None,
-    v_weights: ArrayLike | None,
-    v_sorted: bool,
-    gradient: int,
+    u: Any, v: Any, u_weights: Any, v_weights: Any, v_sorted: bool, gradient: int
 ) -> tuple[NDArray, NDArray | None]:
-    u, v = same_working_type(as_sample(u, "u"), as_sample(v, "v"))
-    if u.shape[1] != v.shape[1]:
-        raise ValueError(f"u and v must have the same number of columns, got shapes {u.shape} and {v.shape}")
+    """The value and, where `gradient` is 2, the gradient in `u`."""
+    u, v = two_samples(u, v, "u", "v")
     u_mass = None if u_weights is None else [as_mass(u_weights, len(u), "u_weights")]
     v_mass = None if v_weights is None else [as_mass(v_weights, len(v), "v_weights")]
     if v_sorted and v_mass is not None:

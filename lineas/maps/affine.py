@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,16 +23,6 @@ from .._checks import (
     working_dtype,
 )
 from .._threads import get_num_threads
-
-
-def _blocks(shape: tuple[int, ...], axis: int, width: int) -> tuple[int, int, int]:
-    """`shape` as [outer, d, inner] with the channels of `axis` in the middle."""
-    axis = as_int(axis, "axis")
-    if not -len(shape) <= axis < len(shape) or shape[axis] != width:
-        raise ValueError(f"z must have {width} channels on axis {axis}, got shape {shape}")
-    axis %= len(shape)
-    outer, inner = shape[:axis], shape[axis + 1 :]
-    return int(np.prod(outer)), width, int(np.prod(inner))
 
 
 def at_strength(weight: Any, bias: Any, strength: Any, where: Callable[..., Any] = np.where) -> tuple[Any, Any]:
@@ -142,8 +133,6 @@ class AffineMap:
             return NotImplemented
         return np.array_equal(self.weight, other.weight) and np.array_equal(self.bias, other.bias)
 
-    # Equality ignores the dtype; nobody needs maps as keys. mypy only sees that object has a hash.
-    __hash__ = None  # type: ignore[assignment]
     __array_ufunc__ = None  # NumPy leaves its numbers times a map to us, and its arrays, which are a TypeError
 
     def __repr__(self) -> str:
@@ -176,26 +165,26 @@ class AffineMap:
             If `axis` of `z` does not have d channels, or `strength` is not finite.
         """
         strength = as_strength(strength)
-        if is_tensor(z):
-            z = as_dense(z, "z")
+        array: Any = as_dense(z, "z") if is_tensor(z) else as_engine(z, "z")
+        shape, axis = tuple(array.shape), as_int(axis, "axis")
+        if not -len(shape) <= axis < len(shape) or shape[axis] != self.d:
+            raise ValueError(f"z must have {self.d} channels on axis {axis}, got shape {shape}")
+        if is_tensor(array):
             import torch
 
             from ..hooks.affine import affine
 
-            _blocks(tuple(z.shape), axis, self.d)
             # torch.tensor copies: torch cannot hold read-only memory without a warning.
-            return affine(z, torch.tensor(self.weight), torch.tensor(self.bias), strength, axis)
-        array = as_engine(z, "z")
-        blocks = _blocks(array.shape, axis, self.d)
-        work = working_dtype(array)
+            return affine(array, torch.tensor(self.weight), torch.tensor(self.bias), strength, axis)
+        work, axis = working_dtype(array), axis % len(shape)
         weight, bias = self.weight.astype(work, copy=False), self.bias.astype(work, copy=False)
-        out = _core.affine_apply(array.reshape(blocks), weight, bias, strength, get_num_threads())
-        return out.reshape(array.shape).view(result_dtype(z, array))
+        blocks = array.reshape(math.prod(shape[:axis]), self.d, math.prod(shape[axis + 1 :]))
+        out = _core.affine_apply(blocks, weight, bias, strength, get_num_threads())
+        return out.reshape(shape).view(result_dtype(z, array))
 
     def scaled(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
-        strength = as_strength(strength)
-        return rounded(*at_strength(*self._wide(), strength), self.dtype)
+        return rounded(*at_strength(*self._wide(), as_strength(strength)), self.dtype)
 
     def __mul__(self, strength: float) -> AffineMap:
         return self.scaled(strength) if is_number(strength) else NotImplemented

@@ -13,6 +13,7 @@ keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module
 a tensor's name stands for each of its arrays.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,10 +102,8 @@ def write_atomically(path: str, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
-        except OSError:
-            pass
         raise
 
 
@@ -123,7 +122,12 @@ def read(path: str | PathLike[str], *formats: str, framework: str = "np") -> tup
     try:
         with safe_open(path, framework=framework) as file:
             header = file.metadata() or {}
-            format = _checked_format(path, header.get("format"), formats or tuple(FORMATS))
+            format = header.get("format")
+            if format is None or format not in FORMATS:
+                raise ValueError(f"{path} is not a file of lineas: its header says format {format!r}")
+            if formats and format not in formats:
+                wanted = " or ".join(dict.fromkeys(FORMATS[wanted].what for wanted in formats))
+                raise ValueError(f"{path} holds {FORMATS[format].what}, not {wanted}")
             version, known = _parse(path, header, "version", int), FORMATS[format]
             if not known.oldest <= version <= known.version:
                 advice = ": update lineas" if version > known.version else ""
@@ -144,15 +148,6 @@ def read(path: str | PathLike[str], *formats: str, framework: str = "np") -> tup
     if written is not None and written != _checksum(tensors, header):
         raise ValueError(f"{path} is damaged: its content is not what was written")
     return format, tensors, entries
-
-
-def _checked_format(path: str, format: str | None, formats: tuple[str, ...]) -> str:
-    if format is None or format not in FORMATS:
-        raise ValueError(f"{path} is not a file of lineas: its header says format {format!r}")
-    if format not in formats:
-        wanted = " or ".join(dict.fromkeys(FORMATS[wanted].what for wanted in formats))
-        raise ValueError(f"{path} holds {FORMATS[format].what}, not {wanted}")
-    return format
 
 
 def _parse(path: str, header: Mapping[str, str], key: str, kind: type) -> Any:

@@ -1,7 +1,4 @@
-"""Maps in a folder with a card, and on the Hugging Face Hub.
-
-A repository holds the safetensors file and a card. Nothing in it is ever run or unpickled.
-"""
+"""Maps in a folder or a repository of the Hugging Face Hub: the safetensors file and a card, nothing that is run."""
 
 import os
 import tempfile
@@ -59,15 +56,13 @@ def card(maps: SteeringMaps, repo_id: str | None = None) -> str:
     base = metadata.get("model")
     # A model that was loaded from a folder has its path for a name, which is nobody's business.
     base = base if isinstance(base, str) and not os.path.exists(base) and _is_id(hub, base) else None
-    data = hub.ModelCardData(
-        library_name="lineas", base_model=base, tags=["lineas", "activation-steering", "steering-vector"]
-    )
+    tags = ["lineas", "activation-steering", "steering-vector"]
     facts = {"base model": base} | {name: metadata.get(name) for name in ("method", "layers", "pooling", "tokens")}
     facts["lineas"] = metadata.get("version")
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
     rows.append(f"| changed neurons | {maps.support} of {maps.d} ({maps.support / maps.d:.1%}) |")
     return _CARD.format(
-        data=data.to_yaml(),
+        data=hub.ModelCardData(library_name="lineas", base_model=base, tags=tags).to_yaml(),
         of=f" for {base}" if base else "",
         support=maps.support,
         d=maps.d,
@@ -98,6 +93,8 @@ def save_pretrained(maps: SteeringMaps, folder: str | os.PathLike[str], *, repo_
     ----------
     folder : str or PathLike
         Made where it is missing. ``maps.safetensors`` and ``README.md`` in it are replaced.
+    repo_id : str, optional
+        The repository that the card loads the maps from. Default: this folder.
 
     Returns
     -------
@@ -198,7 +195,7 @@ def download(name: str, revision: str | None, **options: Any) -> str:
     hub = _library(f"{nothing} here, and asking the hub")
     if not _is_id(hub, name):
         raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")
-    what = f"{name!r}" + (f" at revision {revision!r}" if revision is not None else "")
+    what = repr(name) + (f" at revision {revision!r}" if revision is not None else "")
     try:
         return hub.hf_hub_download(name, FILE, revision=revision, library_name="lineas", **options)
     except hub.errors.LocalEntryNotFoundError as error:

@@ -41,17 +41,14 @@ def spell_layers(layers: Any) -> Any:
 
 
 def check_tokens(tokens: Any) -> Selection:
-    """`tokens` as a selection; slices with Python's own integers.
+    """`tokens` as a selection, slices with Python's own integers; TypeError or ValueError where it is none.
 
-    Raises
-    ------
-    TypeError, ValueError
-        When it is none of ``"all"``, ``"last"``, ``"prompt"``, ``"generated"``, a slice of integers with a step above
-        0, and a callable.
+    Selections are `WORDS`, slices of integers with a step above 0, and callables.
     """
+    wanted = f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable"
     if isinstance(tokens, str):
         if tokens not in WORDS:
-            raise ValueError(f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {tokens!r}")
+            raise ValueError(f"{wanted}, got {tokens!r}")
         return tokens
     if isinstance(tokens, slice):
         parts = []
@@ -63,9 +60,7 @@ def check_tokens(tokens: Any) -> Selection:
             raise ValueError(f"tokens: the step of a slice must be above 0, got {parts[2]}")
         return slice(*parts)
     if not callable(tokens):
-        raise TypeError(
-            f"tokens must be {', '.join(map(repr, WORDS))}, a slice or a callable, got {type(tokens).__name__}"
-        )
+        raise TypeError(f"{wanted}, got {type(tokens).__name__}")
     return tokens
 
 
@@ -89,11 +84,7 @@ def show_tokens(tokens: Selection) -> str:
 def fitted_tokens(metadata: Mapping[str, Any]) -> Selection:
     """The selection that maps with this metadata were fitted for; "all" where it says nothing of it.
 
-    Raises
-    ------
-    ValueError
-        When it was a callable, which no file holds, or the maps are composed of some that were fitted for different
-        tokens.
+    ValueError where it was a callable, which no file holds, or differs among the maps that these are composed of.
     """
     parts = metadata.get("parts")
     if "tokens" not in metadata and isinstance(parts, list) and parts and all(isinstance(p, dict) for p in parts):

@@ -26,9 +26,8 @@ class SparsePath(Record):
     """Maps for falling penalties, of one module or of all modules of a model at one penalty for all.
 
     `lineas.sparse_path` makes one from arrays, `lineas.sparse_path_end_to_end` from a model. ``path.at(...)`` takes the
-    maps of a point, by its penalty, its support, its index, or the one with the least held-out loss; ``len(path)`` is
-    the number of points and ``path[k]`` the same as ``path.at(index=k)``. ``path.save(file)`` writes it for
-    `lineas.load`. Paths are equal if all but their metadata is.
+    maps of a point; ``len(path)`` is the number of points and ``path[k]`` the same as ``path.at(index=k)``.
+    ``path.save(file)`` writes it for `lineas.load`. Paths are equal if all but their metadata is.
 
     Attributes
     ----------
@@ -158,20 +157,15 @@ class SparsePath(Record):
                 raise IndexError(f"index must be from {-len(self)} to {len(self) - 1}, got {index}")
             return index % len(self)
         if penalty is not None:
-            return self._nearest(as_positive(penalty, "penalty"))
+            penalty, least = as_positive(penalty, "penalty"), self.penalties[-1]
+            if penalty < least * (1 - 1e-9):
+                raise ValueError(f"penalty must be at least {least:.6g}, the smallest of the path, got {penalty:.6g}")
+            return int(np.argmin(np.abs(np.log(self.penalties) - np.log(penalty))))
         count = self._count(support)
         k = self._sparser(count)
         if count and not self.support[k]:
-            raise self._skipped(count, k + 1)
+            raise self._skipped(count)
         return k
-
-    def _nearest(self, penalty: float) -> int:
-        """The index of the nearest penalty; see `index`."""
-        if penalty < self.penalties[-1] * (1 - 1e-9):
-            raise ValueError(
-                f"penalty must be at least {self.penalties[-1]:.6g}, the smallest of the path, got {penalty:.6g}"
-            )
-        return int(np.argmin(np.abs(np.log(self.penalties) - np.log(penalty))))
 
     def _count(self, support: Any) -> int:
         """`support` as a number of neurons."""
@@ -182,10 +176,9 @@ class SparsePath(Record):
             if not 0 <= count <= self.d:
                 raise ValueError(f"support must be from 0 to {self.d} neurons, got {support}")
             return count
-        share = float(support)
-        if not 0 <= share <= 1:
+        if not 0 <= support <= 1:
             raise ValueError(f"support must be a share from 0.0 to 1.0 or a whole number of neurons, got {support}")
-        return int(np.floor(share * self.d + 1e-9))
+        return int(np.floor(float(support) * self.d + 1e-9))
 
     def _sparser(self, count: int) -> int:
         """The index of the densest point of at most `count` neurons; see `index`."""
@@ -199,12 +192,13 @@ class SparsePath(Record):
         allowed = np.where(self.support <= count, self.support, -1)
         return int(len(self) - 1 - np.argmax(allowed[::-1]))
 
-    def _skipped(self, count: int, k: int, support: int | None = None) -> ValueError:
-        """The error where the path goes from no neuron to more than `count` of them, at point k or just above it."""
-        first = int(self.support[k]) if support is None else support
+    def _skipped(self, count: int, more: int | None = None) -> ValueError:
+        """The error where the path goes from no neuron to `more`, by default to the least support above `count`."""
+        k = int(np.argmin(np.where(self.support > count, self.support, self.d + 1)))
+        more = int(self.support[k]) if more is None else more
         return ValueError(
             f"support: no point of the path has a support from 1 to {count} of {self.d} neurons; the nearest are 0 and "
-            f"{first} ({first / self.d:.2%}), index {k}; a larger l1_ratio lets neurons in one by one"
+            f"{more} ({more / self.d:.2%}), index {k}; a larger l1_ratio lets neurons in one by one"
         )
 
     def at(
@@ -242,16 +236,19 @@ class SparsePath(Record):
         k = self.index(penalty=penalty, support=support, index=index, best=best)
         if self.moments is not None and penalty is not None and float(penalty) < self.penalties[0]:
             return self._solve(float(penalty))[2]
-        return self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
+        return self._point(k)[2]
+
+    def _point(self, k: int) -> tuple[float, int, SteeringMaps | AffineMap]:
+        """The penalty of a point, its support and its maps."""
+        penalty = float(self.penalties[k])
+        return penalty, int(self.support[k]), self._maps(self.weight[k], self.bias[k], penalty)
 
     def _solve(self, penalty: float) -> tuple[float, int, SteeringMaps | AffineMap]:
-        """The penalty, its support and its maps, solved exactly."""
+        """The same of any penalty, solved exactly."""
         assert self.moments is not None
-        grid = np.array([penalty])
-        is_double = self.weight.dtype == np.float64
-        largest = float(self.penalties[0])
-        weight, bias, _, _, _, support = _core.sparse_path(
-            self.moments, None, grid, self.l1_ratio, is_double, largest, get_num_threads()
+        is_double, largest = self.weight.dtype == np.float64, float(self.penalties[0])
+        weight, bias, *_, support = _core.sparse_path(
+            self.moments, None, np.array([penalty]), self.l1_ratio, is_double, largest, get_num_threads()
         )
         return penalty, int(support.sum()), self._maps(weight[0], bias[0], penalty)
 
@@ -266,19 +263,16 @@ class SparsePath(Record):
     def _densest(self, count: int) -> SteeringMaps | AffineMap:
         """The maps of at most `count` neurons at the smallest penalty, which need not be one of the path."""
         k = self._sparser(count)
-        found = self._maps(self.weight[k], self.bias[k], float(self.penalties[k]))
-        reached = int(self.support[k])
-        if reached == count or k + 1 == len(self):
-            return found
-        high, low, more = float(self.penalties[k]), float(self.penalties[k + 1]), int(self.support[k + 1])
+        high, reached, found = self._point(k)
+        low, more = float(self.penalties[min(k + 1, len(self) - 1)]), None
         while reached < count and high > low * (1 + 1e-9):
-            penalty, support, maps = self._solve(float(np.sqrt(high * low)))
-            if support > count:
-                low, more = penalty, support
+            tried = self._solve(float(np.sqrt(high * low)))
+            if tried[1] > count:
+                low, more, _ = tried
             else:
-                high, found, reached = penalty, maps, support
+                high, reached, found = tried
         if count and not reached:
-            raise self._skipped(count, k + 1, more)
+            raise self._skipped(count, more)
         return found
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .._lazy import lazy_method
 from .affine import AffineMap
-from .steering import SteeringMaps
+from .steering import SteeringMaps, each_module
 
 if TYPE_CHECKING:
     from .files import save
@@ -37,8 +37,6 @@ class Record:
         if type(other) is not type(self):
             return NotImplemented
         return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in _fields(type(self)) if f.compare)
-
-    __hash__ = None  # type: ignore[assignment]  # as in AffineMap
 
 
 def _fields(cls: Any) -> list[dataclasses.Field]:
@@ -147,11 +145,9 @@ def _maps(modules: Any, metadata: Any, name: str, tensors: dict[str, NDArray]) -
     sound = isinstance(modules, list) and all(isinstance(module, str) and module for module in modules)
     if not sound or len(set(modules)) != len(modules):
         raise ValueError("'modules' in the header must be different names that are not empty")
-    maps = {}
-    for module in modules:
+
+    def take(module: str) -> AffineMap:
         bias, weight = (_pop(tensors, _at(name, f"{module}.{part}")) for part in ("bias", "weight"))
-        try:
-            maps[module] = AffineMap(weight, bias)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"module {module!r}: {error}") from None
-    return SteeringMaps(maps, metadata)
+        return AffineMap(weight, bias)
+
+    return SteeringMaps(each_module(modules, take), metadata)

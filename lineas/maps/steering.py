@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +30,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
     Two SteeringMaps are equal if they hold equal maps under the same names in the same order; metadata does not
     count.
 
-    They are combined module by module, as single maps are (see `AffineMap`): ``second @ first`` applies `first`, then
-    `second`; ``a + b`` adds the changes that both make, ``a - b`` takes the second off again; ``0.5 * a`` is half of
-    the change. A module that one side lacks counts as the identity there; the modules of both are put in one execution
-    order, by those that both have and by the numbers in the names of the others.
+    They are combined module by module, as single maps are (see `AffineMap`). A module that one side lacks counts as the
+    identity there; the modules of both are put in one execution order, by those that both have and by the numbers in
+    the names of the others.
 
     Parameters
     ----------
@@ -98,10 +97,14 @@ class SteeringMaps(Mapping[str, AffineMap]):
         return sum(one.d for one in self._maps.values())
 
     def __getitem__(self, name: str) -> AffineMap:
-        try:
-            return self._maps[name]
-        except KeyError:
-            raise KeyError(f"no map for module {name!r}{hint(str(name), list(self), 'this')}") from None
+        self._check_known([name], KeyError)
+        return self._maps[name]
+
+    def _check_known(self, names: Iterable[Any], error: type[Exception] = ValueError) -> None:
+        """An error that lists similar names if there is no map for one of these."""
+        for name in names:
+            if name not in self._maps:
+                raise error(f"no map for module {name!r}{hint(str(name), list(self), 'this')}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -117,8 +120,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
             return NotImplemented
         return list(self._maps.items()) == list(other._maps.items())
 
-    __hash__ = None  # type: ignore[assignment]  # as in AffineMap, like the next
-    __array_ufunc__ = None
+    __array_ufunc__ = None  # as in AffineMap
 
     def __reduce__(self) -> tuple:
         return SteeringMaps, (self._maps, self._metadata)
@@ -153,20 +155,13 @@ class SteeringMaps(Mapping[str, AffineMap]):
             If there is no map for a name, or as `AffineMap.transform`, with the module named.
         """
         if not isinstance(activations, Mapping):
-            raise TypeError(
-                f"activations must be a mapping from module name to array, got {type(activations).__name__}"
-            )
-        unknown = [name for name in activations if name not in self._maps]
-        if unknown:
-            raise ValueError(f"no map for module {unknown[0]!r}{hint(str(unknown[0]), list(self), 'this')}")
-        strength = as_strength(strength)
-        out = {}
-        for name, z in activations.items():
-            try:
-                out[name] = self._maps[name].transform(z, strength, axis)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"activations[{name!r}]: {error}") from None
-        return out
+            kind = type(activations).__name__
+            raise TypeError(f"activations must be a mapping from module name to array, got {kind}")
+        self._check_known(activations)
+        s = as_strength(strength)
+        return each_module(
+            activations, lambda name: self[name].transform(activations[name], s, axis), "activations[{!r}]"
+        )
 
     def inverse(self) -> SteeringMaps:
         """Return the maps that undo these at strength 1.
@@ -176,12 +171,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         ValueError
             If a map has no inverse; names the module and the neuron.
         """
-        inverses = {}
-        for name, one in self._maps.items():
-            try:
-                inverses[name] = one.inverse()
-            except ValueError as error:
-                raise ValueError(f"module {name!r}: {error}") from None
+        inverses = each_module(self, lambda name: self[name].inverse())
         return SteeringMaps(inverses, describe("inverse", parts=[self._metadata]))
 
     def scaled(self, strength: float) -> SteeringMaps:
@@ -236,20 +226,16 @@ class SteeringMaps(Mapping[str, AffineMap]):
                 raise TypeError(f"prefix must be a string, got {type(prefix).__name__}")
             new = [prefix + name for name in self._maps]
         elif isinstance(change, Mapping):
-            unknown = [name for name in change if name not in self._maps]
-            if unknown:
-                raise ValueError(f"no map for module {unknown[0]!r}{hint(str(unknown[0]), list(self), 'this')}")
+            self._check_known(change)
             new = [change.get(name, name) for name in self._maps]
         elif callable(change):
             new = [change(name) for name in self._maps]
         else:
             raise TypeError(f"change must be a callable or a mapping, got {type(change).__name__}")
-        renamed: dict[str, AffineMap] = {}
-        for name, one in zip(new, self._maps.values(), strict=True):
-            if name in renamed:
-                raise ValueError(f"two modules would get the name {name!r}")
-            renamed[name] = one
-        return SteeringMaps(renamed, self._metadata)
+        twice = [name for name in new if new.count(name) > 1]
+        if twice:
+            raise ValueError(f"two modules would get the name {twice[0]!r}")
+        return SteeringMaps(dict(zip(new, self._maps.values(), strict=True)), self._metadata)
 
     def select(self, modules: str | list[str]) -> SteeringMaps:
         """Return the maps of the modules whose names match a glob, or any of a list of globs.
@@ -274,20 +260,14 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     def summary(self) -> str:
         """Return a text table: per module the neurons, the support and the size of the change of slope and shift."""
-        head = ("module", "neurons", "support", "||w-1||", "||b||")
-        rows = []
+        rows = [("module", "neurons", "support", "||w-1||", "||b||")]
         for name, one in self._maps.items():
-            slope, shift = (float(np.linalg.norm(x.astype(np.float64))) for x in (one.weight - 1, one.bias))
-            rows.append(
-                (name, f"{one.d}", f"{one.support} ({one.support / one.d:.1%})", f"{slope:.4g}", f"{shift:.4g}")
-            )
+            slope, shift = (f"{np.linalg.norm(x.astype(np.float64)):.4g}" for x in (one.weight - 1, one.bias))
+            rows.append((name, f"{one.d}", f"{one.support} ({one.support / one.d:.1%})", slope, shift))
         rows.append(("total", f"{self.d}", f"{self.support} ({self.support / self.d:.1%})", "", ""))
-        width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = []
-        for row in [head, *rows]:
-            cells = [row[0].ljust(width[0]), *(cell.rjust(size) for cell, size in zip(row[1:], width[1:], strict=True))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows]
+        return "\n".join(line.rstrip() for line in lines)
 
     if TYPE_CHECKING:
         attach = attach
@@ -313,11 +293,18 @@ def _combined(first: SteeringMaps, second: SteeringMaps, both: Callable[[str], A
     """`both` of the modules that both have, and the maps of the others as they are."""
     if not (isinstance(first, SteeringMaps) and isinstance(second, SteeringMaps)):
         return NotImplemented
-    combined = {}
-    for name in in_execution_order(list(first), list(second)):
-        try:
-            only = first if name not in second else second if name not in first else None
-            combined[name] = both(name) if only is None else only[name]
-        except ValueError as error:
-            raise ValueError(f"module {name!r}: {error}") from None
+    shared, either = first.keys() & second.keys(), {**first, **second}
+    order = in_execution_order(list(first), list(second))
+    combined = each_module(order, lambda name: both(name) if name in shared else either[name])
     return SteeringMaps(combined, describe(method, parts=[first._metadata, second._metadata]))
+
+
+def each_module(names: Iterable[str], make: Callable[[str], Any], label: str = "module {!r}") -> dict[str, Any]:
+    """What `make` makes of each name; its errors say of which."""
+    made = {}
+    for name in names:
+        try:
+            made[name] = make(name)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{label.format(name)}: {error}") from None
+    return made

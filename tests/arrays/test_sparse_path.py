@@ -9,6 +9,7 @@ from samples import DTYPES, assert_close, encode, sample
 import lineas
 from lineas import _core
 from lineas.arrays import reference
+from lineas.maps.path import SparsePath
 
 RATIOS = (0.0, 1.0, 0.5)
 
@@ -242,6 +243,25 @@ def test_a_support_that_a_group_skips_names_the_nearest():
         with pytest.raises(ValueError, match=message):
             find(support=10)
     assert path.at(support=0).support == 0
+
+
+def test_a_support_that_shrinks_again_at_the_last_penalty():
+    weight = np.ones((3, 4))
+    weight[1] = 2
+    path = SparsePath(
+        penalties=np.array([3.0, 2.0, 1.0]),
+        l1_ratio=0.5,
+        loss=np.ones(3),
+        held_out_loss=None,
+        modules=None,
+        widths=(4,),
+        weight=weight,
+        bias=np.zeros((3, 4)),
+    )
+    for find in (path.at, path.index):
+        with pytest.raises(ValueError, match=r"support from 1 to 2 of 4 neurons; the nearest are 0 and 4 .*, index 1;"):
+            find(support=2)
+    assert path.index(support=4) == 1 and path.index(support=0) == 2
 
 
 def test_points_by_penalty(path):
