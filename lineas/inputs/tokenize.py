@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .batches import Batch
 
@@ -42,18 +43,15 @@ class TokenRows:
 
     def batch(self, rows: Sequence[int] | NDArray) -> Batch:
         """The prompts `rows`, in that order, padded no further than they need."""
-        kwargs = {
-            key: self._pad([column[i] for i in rows], self.fills.get(key, 0)) for key, column in self.columns.items()
-        }
-        mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], 0)
+        kwargs = {key: self._pad([column[i] for i in rows], key) for key, column in self.columns.items()}
+        mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], "attention_mask")
         lengths = None if self.prompt_lengths is None else torch.tensor([self.prompt_lengths[i] for i in rows])
         return Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, prompt_length=lengths)
 
-    def _pad(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
-        for out, row in zip(padded, rows, strict=True):
-            out[-len(row) if self.left else 0 : None if self.left else len(row)] = torch.as_tensor(row)
-        return padded
+    def _pad(self, rows: Sequence[Sequence[int]], key: str) -> Tensor:
+        tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        side = "left" if self.left else "right"
+        return pad_sequence(tensors, batch_first=True, padding_value=self.fills.get(key, 0), padding_side=side)
 
 
 # --- what may be given ------------------------------------------------------------------------------------------------
@@ -92,25 +90,12 @@ def tokenize(
     start of its answer follows, as when it is generated. No beginning-of-text token is put twice: neither by a
     template, nor before a text that starts with one, as texts do that a template rendered.
 
-    Parameters
-    ----------
-    entries : sequence
-        At least one.
-    kind : str
-        The kind of the first of them, which all must share.
-    tokenizer : transformers tokenizer, optional
-        Needed for texts and conversations. It is not modified: padding is done here, on its ``padding_side`` (on the
-        right without a tokenizer), also where it has no pad token.
-    max_length : int, optional
-        Longer prompts are cut to so many tokens, on the tokenizer's ``truncation_side``.
-    argument : str
-        What to call the entries in error messages.
+    The tokenizer of transformers, which texts and conversations need, is not modified: padding is done here, on its
+    ``padding_side`` (on the right without a tokenizer), also where it has no pad token. Prompts of more than
+    `max_length` tokens are cut on its ``truncation_side``.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For entries of another kind, texts and conversations without a tokenizer, a tokenizer without a chat template,
-        and an entry without tokens.
+    TypeError or ValueError, which call the entries `argument`, for entries of another kind, texts and conversations
+    without a tokenizer, a tokenizer without a chat template, and an entry without tokens.
     """
     for i, entry in enumerate(entries):
         if not KINDS[kind](entry):
