@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-
-def eagerly() -> AbstractContextManager[object]:
-    """A block in which nothing that was compiled runs compiled.
-
-    A compiled model calls hooks only if it had some when it was compiled, and cannot be left by an exception. The
-    stance holds for the whole process, not for one thread.
-    """
-    # torch.compile imports it: without it nothing is compiled. The import alone takes seconds.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -43,7 +33,10 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
         for kind, devices in _accelerators(model).items():
             stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
-        stack.enter_context(eagerly())
+        # A compiled model calls hooks only if it had some when it was compiled, and cannot be left by an exception. The
+        # stance holds for the whole process. Without _dynamo, whose import takes seconds, nothing is compiled.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if gradients:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
