@@ -20,22 +20,12 @@ _CROSS = re.compile(r"\.(EncDecAttention|encoder_attn|cross_?attn|cross_?attenti
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of a model.
-
-    Attributes
-    ----------
-    args, kwargs : tuple, dict
-        The model is called as ``model(*args, **kwargs)``.
-    mask : Tensor [B, T] or None
-        Nonzero where a token is real; None where every one is.
-    prompt_length : Tensor [B] or None
-        Real tokens of each row before the answer that it ends with; None where rows are prompts alone.
-    """
+    """One call of a model: ``model(*args, **kwargs)``."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    mask: Tensor | None = None
-    prompt_length: Tensor | None = None
+    mask: Tensor | None = None  # [B, T], nonzero where a token is real; None where every one is
+    prompt_length: Tensor | None = None  # [B], real tokens before the answer of each row; None for prompts alone
 
     def mask_of(self, name: str, model: nn.Module) -> Tensor | None:
         """The mask [B, T] of the tokens that module `name` of `model` sees.

@@ -19,24 +19,12 @@ Tokenizer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Prompts as token ids, not padded yet.
+    """Prompts as token ids, not padded yet."""
 
-    Attributes
-    ----------
-    columns : dict of str to list
-        "input_ids" and what else the tokenizer gives for every token, each a list of one list a prompt.
-    prompt_lengths : list of int or None
-        Tokens before the answer that a conversation ends with; None where there are no answers.
-    fills : dict of str to int
-        What each column is padded with.
-    left : bool
-        Whether padding goes before the tokens.
-    """
-
-    columns: dict[str, list[list[int]]]
-    prompt_lengths: list[int] | None
-    fills: Mapping[str, int]
-    left: bool
+    columns: dict[str, list[list[int]]]  # "input_ids" and what else the tokenizer gives: a list for each prompt
+    prompt_lengths: list[int] | None  # tokens before the answer that a conversation ends with; None without answers
+    pad_id: int  # what "input_ids" are padded with; other columns with 0
+    left: bool  # whether padding goes before the tokens
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -50,8 +38,8 @@ class TokenRows:
 
     def _pad(self, rows: Sequence[Sequence[int]], key: str) -> Tensor:
         tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        side = "left" if self.left else "right"
-        return pad_sequence(tensors, batch_first=True, padding_value=self.fills.get(key, 0), padding_side=side)
+        fill, side = self.pad_id if key == "input_ids" else 0, "left" if self.left else "right"
+        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 
 # --- what may be given ------------------------------------------------------------------------------------------------
@@ -125,8 +113,8 @@ def tokenize(
         if not len(ids):
             raise ValueError(f"{argument}[{i}] has no tokens: {entries[i]!r}")
     # A tokenizer without a pad token pads with 0: any id will do under the mask.
-    fills = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "token_type_ids": 0}
-    return TokenRows(columns, lengths, fills, getattr(tokenizer, "padding_side", "right") == "left")
+    pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+    return TokenRows(columns, lengths, pad_id, getattr(tokenizer, "padding_side", "right") == "left")
 
 
 def _texts(texts: list[str], tokenizer: Tokenizer, cut: Mapping[str, Any]) -> dict[str, list[list[int]]]:
