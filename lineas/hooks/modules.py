@@ -107,14 +107,14 @@ def find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     takes hooks on modules that only stand for a part of a traced or exported model, and passes over them.
     """
     for spelling in _spellings(name):
-        module: nn.Module | None = unwrap(model)
-        path = spelling.split(".")
+        module, path = unwrap(model), spelling.split(".")
         for k, part in enumerate(path):
-            if module is not None:
-                _check_calls_parts(module, ".".join(path[k:]), name)
-                module = module._modules[part] if part in module._modules else None
-                module = None if module is None else unwrap(module)
-        if module is not None:
+            _check_calls_parts(module, ".".join(path[k:]), name)
+            child = module._modules[part] if part in module._modules else None
+            if child is None:
+                break
+            module = unwrap(child)
+        else:
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule):
                 raise ValueError(
                     f"module {name!r} cannot call hooks: it is a {type(module).__name__}; attach before "

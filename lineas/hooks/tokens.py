@@ -112,20 +112,17 @@ def _bound(value: int | None, length: Tensor | None) -> Any:
 
 
 def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) -> Tensor:
-    value = function(here)
+    name, value = name_of(function), function(here)
     if not isinstance(value, Tensor | np.ndarray):
-        raise TypeError(
-            f"tokens: {name_of(function)} must return a boolean tensor or array, got {type(value).__name__}"
-        )
+        raise TypeError(f"tokens: {name} must return a boolean tensor or array, got {type(value).__name__}")
     chosen = torch.as_tensor(value)
     if chosen.dtype != torch.bool:
         raise TypeError(
-            f"tokens: {name_of(function)} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a "
-            "callable"
+            f"tokens: {name} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a callable"
         )
     if chosen.shape != positions.shape:
         raise ValueError(
-            f"tokens: {name_of(function)} must return the shape {list(positions.shape)} of the tokens of this pass, "
+            f"tokens: {name} must return the shape {list(positions.shape)} of the tokens of this pass, "
             f"got {list(chosen.shape)}"
         )
     return chosen.to(positions.device)
