@@ -20,18 +20,10 @@ HOOK_THREADS = 1
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype computed in for activations of ``dtype``: float64 for float64, else float32.
-
-    Raises
-    ------
-    TypeError
-        If ``dtype`` is not float16, bfloat16, float32 or float64.
-    """
-    if dtype == torch.float64:
-        return torch.float64
-    if dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.float32
-    raise TypeError(f"activations must be float16, bfloat16, float32 or float64, got {dtype}")
+    """The dtype computed in for activations of `dtype`: float64 for float64, else float32; TypeError for others."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"activations must be float16, bfloat16, float32 or float64, got {dtype}")
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def on_engine(tensor: Tensor) -> bool:
@@ -50,12 +42,6 @@ def as_array(tensor: Tensor) -> NDArray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def as_tensor(array: NDArray, dtype: torch.dtype) -> Tensor:
-    """View an engine result as a tensor of ``dtype``; the inverse of `as_array`."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
-
-
 class _Affine(Function):
     """The engine's affine map.
 
@@ -65,7 +51,9 @@ class _Affine(Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor, strength: float, axis: int) -> Tensor:
-        flat = z.detach().contiguous().reshape(_blocks(z.shape, axis))
+        axis = axis % z.ndim
+        blocks = z.shape[:axis].numel(), z.shape[axis], z.shape[axis + 1 :].numel()  # outer, d, inner
+        flat = z.detach().contiguous().reshape(blocks)
         ctx.save_for_backward(flat, weight)
         ctx.strength, ctx.shape = strength, z.shape
         out = _core.affine_apply(as_array(flat), as_array(weight), as_array(bias), strength, HOOK_THREADS)
@@ -79,7 +67,7 @@ class _Affine(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         flat, weight = ctx.saved_tensors
-        grad_z, grad_weight, grad_bias = _core.affine_backward(
+        of_z, of_weight, of_bias = _core.affine_backward(
             as_array(flat),
             as_array(weight),
             ctx.strength,
@@ -87,19 +75,9 @@ class _Affine(Function):
             ctx.needs_input_grad[0],
             HOOK_THREADS,
         )
-        return (
-            None if grad_z is None else as_tensor(grad_z, flat.dtype).view(ctx.shape),
-            torch.from_numpy(grad_weight),
-            torch.from_numpy(grad_bias),
-            None,
-            None,
-        )
-
-
-def _blocks(shape: torch.Size, axis: int) -> tuple[int, int, int]:
-    """Shape [outer, d, inner] of a contiguous tensor of ``shape`` with its channels on ``axis``."""
-    axis = axis % len(shape)
-    return int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :]))
+        # bfloat16 comes as its bits.
+        grad_z = None if of_z is None else torch.from_numpy(of_z).view(flat.dtype).view(ctx.shape)
+        return grad_z, torch.from_numpy(of_weight), torch.from_numpy(of_bias), None, None
 
 
 def affine(z: Tensor, weight: Tensor, bias: Tensor, strength: float = 1.0, channel_axis: int = -1) -> Tensor:

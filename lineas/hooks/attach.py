@@ -1,7 +1,4 @@
-"""Maps into a model: the hook that applies one, the `Handle` on all of them, and `attach`.
-
-The top of lineas.hooks: it may use all of it, and `collect` and `capture` do not know it.
-"""
+"""Maps into a model: the hook that applies one, the `Handle` on all of them, and `attach`."""
 
 import itertools
 import re
@@ -79,8 +76,7 @@ class _Hook:
             return self._in_general(module, output)
         if strength == 0:
             return None
-        tensor = outputs.take(output, self.name)
-        axis = self._axis(module, tensor)
+        tensor, axis = self._activation(module, output)
         affine, weight, bias = self._ready(tensor, strength)
         # Not for images, where only the shape tells the axis.
         if axis == -1 and tensor.ndim < 4 and weight.dtype == tensor.dtype and type(weight) is Tensor:
@@ -93,18 +89,19 @@ class _Hook:
         strength = self.setting.scalar
         if strength is None or not self.setting.uniform:
             return self._in_general(module, output)
-        tensor = outputs.take(output, self.name)
-        axis = self._axis(module, tensor)
+        tensor, axis = self._activation(module, output)
         return outputs.put(output, blend(tensor, *self._at_strength(tensor, 1.0), strength, axis))
 
-    def _axis(self, module: nn.Module, tensor: Tensor) -> int:
+    def _activation(self, module: nn.Module, output: Any) -> tuple[Tensor, int]:
+        """The hidden state in an output, and the axis of its channels."""
+        tensor = outputs.take(output, self.name)
         axis = outputs.channel_axis(module, tensor, self.name)
         if tensor.shape[axis] != self.map.d:
             raise ValueError(
                 f"{self.name}: the map is for {self.map.d} neurons, the output has {tensor.shape[axis]} "
                 f"(shape {tuple(tensor.shape)})"
             )
-        return axis
+        return tensor, axis
 
     def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
@@ -131,8 +128,7 @@ class _Hook:
         strength = self.setting.now()
         if isinstance(strength, float) and strength == 0:
             return None
-        tensor = outputs.take(output, self.name)
-        axis = self._axis(module, tensor)
+        tensor, axis = self._activation(module, output)
         chosen = None
         if self.tokens != "all":
             chosen = self.tracker.current(self.name).chosen(self.tokens, self.name, module, tensor)
@@ -157,18 +153,16 @@ class _Hook:
     def _strengths(self, strengths: StrengthArray, module: nn.Module, tensor: Tensor) -> Tensor:
         """Strengths as a tensor that can be multiplied with `tensor`."""
         shape, where = strengths.values.shape, (tensor.device, working_dtype(tensor.dtype))
-        positions = None
-        if strengths.by_token and not strengths.of_pass:
-            here = self.tracker.current(self.name)
-            here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
-            positions = here.tokens().positions
-        copies = 1 if strengths.of_pass else self.tracker.copies(shape[0], tensor.shape[0])
-        by_token_of_pass = strengths.by_token and strengths.of_pass
-        if (
-            tensor.ndim < 2
-            or shape[0] * copies != tensor.shape[0]
-            or (by_token_of_pass and (tensor.ndim != 3 or shape[1] != tensor.shape[1]))
-        ):
+        positions, copies, fits = None, 1, tensor.ndim > 1
+        if not strengths.of_pass:
+            if strengths.by_token:
+                here = self.tracker.current(self.name)
+                here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
+                positions = here.tokens().positions
+            copies = self.tracker.copies(shape[0], tensor.shape[0])
+        elif strengths.by_token:
+            fits = tensor.ndim == 3 and shape[1] == tensor.shape[1]
+        if not fits or shape[0] * copies != tensor.shape[0]:
             raise ValueError(
                 f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}; a prompt may "
                 "have several rows where generate made them, and the maps were on from its first pass"
@@ -278,16 +272,12 @@ class Handle:
         """Follow the model's passes where a strength asks for it."""
         if isinstance(strength, Schedule):
             self._follow(None)
-        elif isinstance(strength, StrengthArray) and strength.by_token:
-            self._follow(f"a strength of the shape {list(strength.values.shape)}")
         elif isinstance(strength, StrengthArray):
-            self._follow(None, positions=False)
+            what = f"a strength of the shape {list(strength.values.shape)}" if strength.by_token else None
+            self._follow(what, positions=strength.by_token)
 
     def _follow(self, what: str | None, *, positions: bool = True) -> None:
-        """Follow the model's passes from now on; `what` it is that needs to know their tokens.
-
-        Where the tokens stand is worked out only with `positions`.
-        """
+        """Follow the model's passes, and their tokens if `positions`; `what` it is that needs a model with one text."""
         if what is not None and self._tracker.two_texts:
             raise ValueError(
                 f"{self._hooks[0].name}: {what} needs a model with one text, {self._tracker.label} has an encoder "

@@ -7,11 +7,12 @@ language-model head run, whatever wraps the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
@@ -26,7 +27,7 @@ class _Leave(BaseException):
 
 
 class Capture:
-    """Runs a model with hooks on named modules, and no further than needed.
+    """Runs a model with hooks on named modules.
 
     On its own, ``Capture().run(...)`` removes its hooks when the run ends. As a context manager it keeps the hooks
     of the latest run until the block ends, which a backward pass through gradient checkpointing needs: there the
@@ -38,7 +39,7 @@ class Capture:
     """
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()  # those that are held
         self._held = False
 
     def __enter__(self) -> Capture:
@@ -51,8 +52,7 @@ class Capture:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
 
     def run(
         self,
@@ -63,83 +63,49 @@ class Capture:
         last: str | None = None,
         forward: Forward | None = None,
     ) -> list[str]:
-        """Call the model, hand the outputs of the modules to `on_output`, and leave once `last` has fired.
+        """Call the model, hand the outputs of the modules to `on_output`, and leave once `last` has been called.
 
-        Parameters
-        ----------
-        model : torch.nn.Module
-        batch : Batch
-        names : sequence of str
-            Modules to watch.
-        on_output : callable
-            ``on_output(name, module, tensor)`` is called at every call of a watched module, with the hidden state of
-            its output; what it returns replaces that, None leaves it. It is called again when checkpointed layers
-            are recomputed, and must return the same values then; what it saves for its backward is its own.
-        last : str, optional
-            The module of `names` after whose first call the forward is left; None: once each has been called.
-        forward : callable, optional
-            See `call`.
+        ``on_output(name, module, tensor)`` is called at every call of a module of `names`, with the hidden state of its
+        output; what it returns replaces that, None leaves it. It is called again when checkpointed layers are
+        recomputed, and must return the same values then; what it saves for its backward is its own.
 
-        Returns
-        -------
-        list of str
-            The modules in the order of their first calls.
-
-        Raises
-        ------
-        ValueError
-            When a watched module was not called, or `last` was not. A module called twice counts with its first
-            call: the forward may be left before the second.
+        The forward is left after the first call of `last`, without it once each module has been called: a second call
+        of a module may be missed. Returns the modules in the order of their first calls; ValueError when one was not
+        called.
         """
         order: dict[str, None] = {}
         waiting = {last} if last is not None else set(names)
         leave = _Leave()
         running = True
 
-        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                tensor = outputs.take(output, name)
-                # Under checkpointing, tensors saved here must not be counted among those a recomputation saves again.
-                with torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
-                    replaced = on_output(name, module, tensor)
-                if running:
-                    order.setdefault(name)
-                    waiting.discard(name)
-                    if not waiting:
-                        raise leave
-                return None if replaced is None else outputs.put(output, replaced)
-
-            return hook
+        def hook(name: str, module: nn.Module, args: Any, output: Any) -> Any:
+            tensor = outputs.take(output, name)
+            # Under checkpointing, tensors saved here must not be counted among those a recomputation saves again.
+            with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+                replaced = on_output(name, module, tensor)
+            if running:
+                order.setdefault(name)
+                waiting.discard(name)
+                if not waiting:
+                    raise leave
+            return None if replaced is None else outputs.put(output, replaced)
 
         self.remove()
-        try:
+        with ExitStack() as hooks:  # takes them off on any exit, unless they are held
             for name in names:
-                handle = get_module(model, name).register_forward_hook(hook_for(name))
-                self._handles.append(handle)
+                hooks.enter_context(get_module(model, name).register_forward_hook(partial(hook, name)))
             try:
                 call(model, batch, forward)
             except _Leave as reason:
                 if reason is not leave:
                     raise
                 leave.__traceback__ = None  # it holds every frame of the forward, and those the activations
-        except BaseException:
-            self.remove()
-            raise
-        finally:
             running = False
-            if not self._held:
-                self.remove()
-        missing = [name for name in names if name not in order]
-        if missing:
-            self.remove()
-            raise ValueError(
-                f"module {missing[0]!r} was not called"
-                + (f" before {last!r}" if last in order else "")
-                + " when the model ran"
-                + (f" (nor were {len(missing) - 1} others)" if len(missing) > 1 else "")
-            )
+            missing = [name for name in names if name not in order]
+            if missing:
+                before = f" before {last!r}" if last in order else ""
+                others = f" (nor were {len(missing) - 1} others)" if len(missing) > 1 else ""
+                raise ValueError(f"module {missing[0]!r} was not called{before} when the model ran{others}")
+            if self._held:
+                self._hooks = hooks.pop_all()
         return list(order)
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor

@@ -63,13 +63,7 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
 
 
 def read_prompts(data: Any, argument: str, settings: RunSettings) -> Prompts:
-    """Read what a user handed over.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `lineas.inputs.prompts.read`; ValueError also for prompts alone where the generated tokens are asked for.
-    """
+    """`read` what a user handed over; ValueError also for prompts alone where the generated tokens are asked for."""
     prompts = read(data, argument, tokenizer=settings.tokenizer, max_length=settings.max_length)
     if settings.tokens == "generated" and not prompts.answered:
         raise ValueError(
@@ -94,11 +88,8 @@ def collect_batches(
         Capture().run(model, batch, names, on_output, forward=settings.forward)
         return found
 
-    parts: dict[str, list[NDArray[np.float32]]] = {}
-    for batch in batches:
-        for name, rows in pooled(batch).items():
-            parts.setdefault(name, []).append(rows)
-    return {name: np.concatenate(rows) for name, rows in parts.items()}
+    parts = [pooled(batch) for batch in batches]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def to_numpy(pooled: Tensor) -> NDArray[np.float32]:

@@ -88,10 +88,7 @@ class Pass:
     def chosen(self, selection: Selection, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         """What `selection` selects of the output of a module: bool [B, T] on its device; None where it is nothing.
 
-        Raises
-        ------
-        ValueError
-            When the output does not have the tokens of the pass, or the prompt's end is asked for and cannot be told.
+        ValueError when the output does not have the tokens of the pass, or the prompt's end is asked for and unknown.
         """
         self.check(name, module, tensor, show_tokens(selection))
         if self.prompt is None and needs_prompt_length(selection):
@@ -145,16 +142,8 @@ class _Local(threading.local):
 class Tracker:
     """Follows the forward passes of a model, each in its thread.
 
-    Parameters
-    ----------
-    root : torch.nn.Module
-        The model whose calls are passes.
-    setting : StrengthSetting
-
-    Attributes
-    ----------
-    needs_positions : bool
-        Whether to work out where the tokens of every pass stand; else passes are noted, and looked at when asked for.
+    With `needs_positions` it works out where the tokens of every pass stand; else passes are noted, and looked at when
+    asked for.
     """
 
     def __init__(self, root: nn.Module, setting: StrengthSetting) -> None:
@@ -185,13 +174,7 @@ class Tracker:
         self._forget()
 
     def current(self, name: str) -> Pass:
-        """The pass that this thread is in.
-
-        Raises
-        ------
-        RuntimeError
-            When there is none, since the module was run without the model.
-        """
+        """The pass that this thread is in; RuntimeError when there is none, or which one it is cannot be told."""
         local = self._local
         here = local.current
         if here is not None:
@@ -354,37 +337,28 @@ class Tracker:
         return max(mask.shape[1] - length, 0) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
 
     def _sequence_of(self, here: Pass) -> _Sequence:
-        """The sequence that a pass belongs to, found once."""
-        if here.sequence is None:
-            here.past, known = int(here.past), self._known(here)
-            here.begins, here.sequence = known is None, known or self._begun(here)
-        return here.sequence
-
-    def _known(self, here: Pass) -> _Sequence | None:
-        """The sequence that a pass goes on with."""
-        cache, growing = _cache_of(here.named), self._local.growing
-        if cache is not None:
-            return self._of(cache) if here.past else None
-        if self._is_uncached(here) and growing is not None and here.text is not None and _goes_on(growing, here.text):
-            growing.length += 1
-            return growing
-        return None
-
-    def _begun(self, here: Pass) -> _Sequence:
-        """A sequence that begins with a pass."""
-        sequence, cache, text = _Sequence(), _cache_of(here.named), here.text
+        """The sequence that a pass goes on with, or begins; found once."""
+        if here.sequence is not None:
+            return here.sequence
+        here.past = int(here.past)
+        cache, text, local = _cache_of(here.named), here.text, self._local
         assert text is not None
-        if cache is not None:
-            self._bind(cache, sequence)
-        elif self._is_uncached(here):
-            sequence.start = text.detach().clone() if text.ndim == 2 else text.detach()
-            sequence.length = text.shape[1]
-            self._local.growing = sequence
-        return sequence
-
-    def _is_uncached(self, here: Pass) -> bool:
-        """Whether every pass brings its text whole."""
-        return here.named.get("use_cache") is False or not self.can_cache
+        # Without a cache every pass brings its text whole.
+        whole = cache is None and (here.named.get("use_cache") is False or not self.can_cache)
+        known = None
+        if cache is not None and here.past:
+            known = self._of(cache)
+        elif whole and local.growing is not None and _goes_on(local.growing, text):
+            known = local.growing
+            known.length += 1
+        here.begins, here.sequence = known is None, known or _Sequence()
+        if here.begins and cache is not None:
+            self._bind(cache, here.sequence)
+        elif here.begins and whole:
+            here.sequence.start = text.detach().clone() if text.ndim == 2 else text.detach()
+            here.sequence.length = text.shape[1]
+            local.growing = here.sequence
+        return here.sequence
 
     def _of(self, cache: Any) -> _Sequence | None:
         entry = self._of_cache.get(id(cache))

@@ -1,6 +1,6 @@
 """The modules of a model: found by the names that they have in the innermost model, whatever wraps it or parts of it.
 
-Names, lists of blocks, widths of outputs. The bottom of lineas.hooks: it knows nothing of outputs, tokens and maps.
+Names, lists of blocks, widths of outputs.
 """
 
 from __future__ import annotations
@@ -61,22 +61,12 @@ def _spellings(name: str) -> Iterator[str]:
 def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> list[str]:
     """Names of the modules that `layers` matches, in the order of `named_modules`.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    layers : str, compiled regular expression, or a sequence of them
-        A string is a glob for the full dotted name (see `lineas._names.compile_glob`); a compiled regular expression
-        must match the full name. What is in a list is taken as meant.
-    argument : str, default "layers"
-        What to call `layers` in error messages.
+    A string is a glob for the full dotted name (see `lineas._names.compile_glob`); a compiled regular expression must
+    match the full name. What is in a list is taken as meant: ValueError when one that is not in a list matches more
+    than 100 modules, or modules inside one another.
 
-    Raises
-    ------
-    TypeError
-        When `layers` is something else.
-    ValueError
-        When nothing, or one entry of a sequence, matches no module, with names that look alike; or one that is not in a
-        sequence matches more than 100, or modules inside one another.
+    Error messages call it `argument`. TypeError also when it is something else; ValueError when nothing, or one entry
+    of a list, matches no module, with names that look alike.
     """
     patterns = [layers] if isinstance(layers, str | re.Pattern) else layers
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str | re.Pattern) for p in patterns):
@@ -113,21 +103,18 @@ def likely_slip(names: Sequence[str]) -> str | None:
 def find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """A module of `model`, and its name among `named_modules`, which may differ from `name` in parts of wrappers.
 
-    Raises
-    ------
-    ValueError
-        Where there is none, with names that look alike, or its hooks would not be called, or not be taken: torch takes
-        hooks on modules that only stand for a part of a traced or exported model, and passes over them.
+    ValueError where there is none, with names that look alike, or its hooks would not be called, or not be taken: torch
+    takes hooks on modules that only stand for a part of a traced or exported model, and passes over them.
     """
     for spelling in _spellings(name):
-        module: nn.Module | None = unwrap(model)
-        path = spelling.split(".")
+        module, path = unwrap(model), spelling.split(".")
         for k, part in enumerate(path):
-            if module is not None:
-                _check_calls_parts(module, ".".join(path[k:]), name)
-                module = module._modules[part] if part in module._modules else None
-                module = None if module is None else unwrap(module)
-        if module is not None:
+            _check_calls_parts(module, ".".join(path[k:]), name)
+            child = module._modules[part] if part in module._modules else None
+            if child is None:
+                break
+            module = unwrap(child)
+        else:
             if isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule):
                 raise ValueError(
                     f"module {name!r} cannot call hooks: it is a {type(module).__name__}; attach before "
@@ -159,12 +146,8 @@ def _check_calls_parts(module: nn.Module, part: str, name: str) -> None:
 def block_names(model: nn.Module) -> list[str]:
     """Names of the blocks of a transformer, its decoder layers, in order: the longest list of modules of one class.
 
-    Lists inside of blocks, such as those of experts, and lists of lists do not count.
-
-    Raises
-    ------
-    ValueError
-        Where there is no such list, or two are equally long, as in models with an encoder and a decoder.
+    Lists inside of blocks, such as those of experts, and lists of lists do not count. ValueError where there is no such
+    list, or two are equally long, as in models with an encoder and a decoder.
     """
     lists: dict[str, list[str]] = {}
     for name, module in {"": unwrap(model), **named_modules(model)}.items():

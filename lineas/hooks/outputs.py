@@ -1,7 +1,4 @@
-"""The hidden state in a module's output: take it out, put it back, and find its channels.
-
-Of lineas.hooks it knows the modules alone; everything that reads or maps outputs uses it.
-"""
+"""The hidden state in a module's output: take it out, put it back, and find its channels."""
 
 from __future__ import annotations
 
@@ -38,10 +35,7 @@ def _is_model_output(output: Any) -> bool:
 def take(output: Any, name: str = "module") -> Tensor:
     """The hidden state in a module's output: the tensor itself, or the first entry of a tuple, list or ModelOutput.
 
-    Raises
-    ------
-    TypeError
-        When there is no floating-point tensor in that place; names the module.
+    TypeError, which names the module, when there is no floating-point tensor in that place.
     """
     value = output
     if _is_model_output(output):
@@ -49,19 +43,15 @@ def take(output: Any, name: str = "module") -> Tensor:
     elif isinstance(output, tuple | list) and output:
         value = output[0]
     if not isinstance(value, Tensor):
+        kind = type(output).__name__
+        if isinstance(output, tuple | list):
+            kind += f" of ({', '.join(type(entry).__name__ for entry in output)})"
         raise TypeError(
-            f"{name}: the output must be a tensor, or a tuple, list or ModelOutput that starts with one, "
-            f"got {_describe(output)}"
+            f"{name}: the output must be a tensor, or a tuple, list or ModelOutput that starts with one, got {kind}"
         )
     if not value.is_floating_point():
         raise TypeError(f"{name}: the output must be a floating-point tensor, got {value.dtype}")
     return value
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, tuple | list):
-        return f"{type(output).__name__} of ({', '.join(type(entry).__name__ for entry in output)})"
-    return type(output).__name__
 
 
 def put(output: Any, tensor: Tensor) -> Any:
@@ -82,21 +72,16 @@ def channel_axis(module: nn.Module, tensor: Tensor, name: str = "") -> int:
     1 for convolutions, BatchNorm, GroupNorm and InstanceNorm at any number of dimensions, and in outputs of four and
     more axes also for pooling layers and for modules that hold convolutions or such norms of that width; else -1.
 
-    Raises
-    ------
-    ValueError
-        When a convolution was called without a batch axis, or an output of four or more axes comes from a module that
-        does not tell where its channels are, such as an activation function.
+    ValueError when a convolution was called without a batch axis, or an output of four or more axes comes from a module
+    that does not tell where its channels are, such as an activation function.
     """
-    if not isinstance(module, _CHANNELS_SECOND):
-        return -1 if tensor.ndim < 4 else _channel_axis_of_images(module, tensor, name)
-    if isinstance(module, nn.modules.conv._ConvNd) and tensor.ndim != len(module.kernel_size) + 2:
-        raise ValueError(f"{_called(module, name)} must have a batch axis, got shape {tuple(tensor.shape)}")
-    return 1
-
-
-def _channel_axis_of_images(module: nn.Module, tensor: Tensor, name: str) -> int:
-    """`channel_axis` of what may be [B, C, H, W] or [B, H, W, C]; the sizes of images are no evidence."""
+    if isinstance(module, _CHANNELS_SECOND):
+        if isinstance(module, nn.modules.conv._ConvNd) and tensor.ndim != len(module.kernel_size) + 2:
+            raise ValueError(f"{_called(module, name)} must have a batch axis, got shape {tuple(tensor.shape)}")
+        return 1
+    if tensor.ndim < 4:
+        return -1
+    # [B, C, H, W] or [B, H, W, C]: the sizes of images are no evidence.
     if isinstance(module, _OVER_PIXELS) or getattr(module, "data_format", None) == "channels_first":
         return 1
     parts = list(module.modules())
@@ -127,7 +112,4 @@ def to_tokens(module: nn.Module, tensor: Tensor, name: str = "") -> Tensor:
         )
     tokens = tensor.movedim(channel_axis(module, tensor, name), -1)
     # Sizes spelled out: -1 cannot be inferred for an empty batch.
-    count = 1
-    for size in tokens.shape[1:-1]:
-        count *= size
-    return tokens.reshape(tokens.shape[0], count, tokens.shape[-1]).contiguous()
+    return tokens.reshape(len(tokens), tokens.shape[1:-1].numel(), tokens.shape[-1]).contiguous()

@@ -1,7 +1,4 @@
-"""Pooling over tokens: the C engine on the CPU, the same mathematics in torch on every other device.
-
-Uses outputs, and what affine has of the engine.
-"""
+"""Pooling over tokens: the C engine on the CPU, the same mathematics in torch on every other device."""
 
 from __future__ import annotations
 
@@ -120,33 +117,14 @@ def pool_output(
     pooling: str,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Pool the output `tensor` of a module over its tokens, or pixels, to one row a prompt.
+    """`pool` the output `tensor` of a module over its tokens, or pixels, to one row a prompt.
 
-    Parameters
-    ----------
-    name, module : str, torch.nn.Module
-        The module, and what to call it in error messages.
-    tensor : Tensor
-        Its output: [B, T, d], [B T, d] in the order of [B, T, d], [B, d], or with further axes of positions; see
-        `outputs.to_tokens`.
-    mask : Tensor [B, T] or None
-        The attention mask of the module's tokens. Outputs without an axis of tokens, [B, d] and images, are pooled
-        without it.
-    pooling : str
-        See `lineas.hooks.pooling.pool`.
-    size : (int, int), optional
-        B and T, where they are known. An output of two axes must have B or B T rows; the experts of mixtures, and OPT,
-        see all tokens in one axis.
+    It is [B, T, d], [B T, d] in the order of [B, T, d], [B, d], or has further axes of positions (`outputs.to_tokens`);
+    without an axis of tokens, as in [B, d] and images, it is pooled without the mask [B, T]. Where the `size` (B, T) is
+    known, an output of two axes must have B or B T rows; the experts of mixtures, and OPT, see all tokens in one axis.
 
-    Returns
-    -------
-    Tensor [B, d], or [number of tokens, d] for "all"
-
-    Raises
-    ------
-    ValueError
-        When the mask is of another length than the output, or the output has rows for neither prompts nor tokens;
-        names the module.
+    ValueError, which names the module, when the mask is of another length than the output, or the output has rows for
+    neither prompts nor tokens.
     """
     if tensor.ndim == 2 and size is not None and len(tensor) != size[0]:
         prompts, length = size

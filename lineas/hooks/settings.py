@@ -139,13 +139,9 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
             return_annotation=inspect.signature(function).return_annotation
         )
         if function.__doc__ is not None:  # there is none under -OO
-            described = "\n".join(map(_parameters, reversed(cls.__mro__[:-1])))
+            texts = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__[:-1])]
+            described = "\n".join(text.partition("----------\n")[2] for text in texts)
             wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", described.strip(), 1)
         return wrapper
 
     return cast("_Taker[P, S]", decorate)
-
-
-def _parameters(cls: type) -> str:
-    """The entries of the section on parameters in the description of a class."""
-    return inspect.cleandoc(cls.__doc__ or "").partition("----------\n")[2]

@@ -1,14 +1,13 @@
-"""The modules of a model that maps can sit on, as a table, and those that suit best.
-
-Uses modules and outputs; `choose_layers` is what `collect` and fits read their layers by.
-"""
+"""The modules of a model that maps can sit on, as a table, and those that suit best."""
 
 import glob
 import html
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 from torch import nn
@@ -200,20 +199,10 @@ def sites(
 
 
 def choose_layers(model: nn.Module, layers: Layers | None, *, say: bool) -> tuple[list[str], Layers]:
-    """Names of the modules that a user chose, or of those that `sites` suggests, and what to note as "layers".
+    """Names of the modules that a user chose, and what to note as "layers".
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    layers : str, compiled regular expression, a sequence of them, or None
-        As in `resolve`; None for what is suggested.
-    say : bool
-        Whether a line on stderr says what that is.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `resolve` and `sites`; ValueError also where nothing is suggested.
+    None stands for those that `sites` suggests, which with `say` a line on stderr names; ValueError where there are
+    none.
     """
     if layers is not None:
         return resolve(model, layers), layers
@@ -251,27 +240,20 @@ def _run(
     """Shape and width of the outputs of modules, in the order of their first calls; only of those that take a map."""
     ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            try:
-                tensor = outputs.take(output, name)
-                axis = outputs.channel_axis(module, tensor, name)
-            except (TypeError, ValueError):
-                return
-            if tensor.ndim > 1:
-                ran.setdefault(name, (tuple(tensor.shape), tensor.shape[axis]))
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            tensor = outputs.take(output, name)
+            axis = outputs.channel_axis(module, tensor, name)
+        except (TypeError, ValueError):
+            return
+        if tensor.ndim > 1:
+            ran.setdefault(name, (tuple(tensor.shape), tensor.shape[axis]))
 
-        return hook
-
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in found.items():
-            handles.append(module.register_forward_hook(hook_for(name)))
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
         with frozen(model, gradients=False):
             call(model, batch, forward)
-    finally:
-        for handle in handles:
-            handle.remove()
     return ran
 
 
@@ -285,15 +267,12 @@ def _suggest(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> set[
     it, `post_feedforward_layernorm`), or the ones in their place. Others: every norm, as the paper does in UNets. Norms
     inside of norms and those of attention heads are no sites.
     """
-    norms = {name for name, module in modules.items() if _is_norm(module)}
+    candidates = {name: type(module).__name__ for name, module in modules.items() if _is_candidate(module)}
+    norms = {name for name, kind in candidates.items() if "norm" in kind.lower()}
     outer = [name for name in found if name in norms and not _OF_HEADS.search(name) and not _inside(name, norms)]
     blocks = [name for name in outer if _IN_A_BLOCK.search(name)]
     post = [name for name in blocks if _POST.search(name)]
     return set(post or [name for name in blocks if _AFTER_ATTENTION.search(name)] or outer)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and _is_candidate(module)
 
 
 def _inside(name: str, norms: set[str]) -> bool:

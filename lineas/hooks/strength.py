@@ -27,15 +27,10 @@ Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
 
 
 class StrengthArray:
-    """Strengths by row, [B], or by row and token, [B, T].
+    """Strengths by row, [B], or by row and token, [B, T]: float64 on the CPU, or wherever a schedule made them.
 
-    Parameters
-    ----------
-    values : Tensor [B] or [B, T]
-        float64, on the CPU, or wherever a schedule made them.
-    of_pass : bool
-        Whether the T columns are the tokens of one pass; else they are positions, and tokens past the last column take
-        that one.
+    The T columns are the tokens of one pass if `of_pass`; else they are positions, and tokens past the last column take
+    that one.
     """
 
     def __init__(self, values: Tensor, *, of_pass: bool = False) -> None:
@@ -72,13 +67,7 @@ class Schedule:
         self.function = function
 
     def at(self, tokens: Tokens) -> float | StrengthArray:
-        """The strength of a pass.
-
-        Raises
-        ------
-        TypeError, ValueError
-            When the function gives something that is no strength; names it.
-        """
+        """The strength of a pass; TypeError or ValueError, which names the function, when it gives none."""
         value = self.function(tokens)
         if callable(value):
             raise TypeError(f"strength: {self} must return a number or an array, got {type(value).__name__}")
@@ -101,12 +90,9 @@ StrengthValue: TypeAlias = float | StrengthArray | Schedule
 
 
 def read_strength(value: Any) -> StrengthValue:
-    """What a user set, checked, and in a form of one's own.
+    """What a user set, in a form of one's own.
 
-    Raises
-    ------
-    TypeError, ValueError
-        When it is no finite real number, no array of them with one or two axes, and no callable.
+    TypeError or ValueError when it is no finite real number, no array of them with one or two axes, and no callable.
     """
     if isinstance(value, Tensor):
         if value.is_complex():
@@ -147,16 +133,9 @@ _IN_CONTEXT: ContextVar[Mapping[StrengthSetting, StrengthValue]] = ContextVar(
 
 
 class StrengthSetting:
-    """The strength that all hooks of a handle read: one for all, and others for some threads or tasks.
+    """The strength that all hooks of a handle read: one `value` for all, and others for some threads or tasks.
 
-    Attributes
-    ----------
-    value : float, StrengthArray or Schedule
-        What holds where no block says otherwise.
-    uniform : bool
-        Whether `value` holds for all tokens and threads: none are selected, and no block is open in any thread.
-    scalar : Tensor [] or None
-        `value` as a tensor where it is a number: what compiled graphs read, in which numbers would be constants.
+    It is `uniform` where it holds for all tokens and threads: none are selected, and no block is open in any thread.
     """
 
     def __init__(self, value: StrengthValue, *, selective: bool = False) -> None:
@@ -168,6 +147,7 @@ class StrengthSetting:
 
     def set(self, value: StrengthValue) -> None:
         """Let `value` hold from the next pass on."""
+        # A number as a tensor []: compiled graphs read it, in which numbers would be constants.
         with torch.inference_mode(False):  # as in affine.parameters
             self.scalar = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else None
         self.value = value

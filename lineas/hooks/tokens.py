@@ -80,24 +80,19 @@ def needs_prompt_length(tokens: Selection) -> bool:
 
 
 def select(tokens: Selection, here: Tokens) -> Tensor:
-    """The selected ones of the tokens `here`, bool [B, T]; never padding.
+    """The selected ones of the tokens `here`, bool [B, T]; never padding. "all" needs no selection.
 
-    Raises
-    ------
-    TypeError, ValueError
-        When a callable gives something else than booleans [B, T].
+    TypeError or ValueError when a callable gives something else than booleans [B, T].
     """
     positions, length = here.positions, here.prompt_length
     assert positions is not None and here.mask is not None
     if callable(tokens):
         return _called(tokens, here, positions) & here.mask
-    if isinstance(tokens, str):
-        if tokens == "all":
-            return here.mask
-        if tokens != "last":
-            assert length is not None
-            after = positions >= length[:, None]
-            return (after if tokens == "generated" else ~after) & here.mask
+    if tokens in ("prompt", "generated"):
+        assert length is not None
+        after = positions >= length[:, None]
+        return (after if tokens == "generated" else ~after) & here.mask
+    if isinstance(tokens, str):  # "last"
         tokens = slice(-1, None)
     start, stop = (_bound(bound, length) for bound in (tokens.start or 0, tokens.stop))
     chosen = here.mask & (positions >= start)
@@ -117,20 +112,17 @@ def _bound(value: int | None, length: Tensor | None) -> Any:
 
 
 def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) -> Tensor:
-    value = function(here)
+    name, value = name_of(function), function(here)
     if not isinstance(value, Tensor | np.ndarray):
-        raise TypeError(
-            f"tokens: {name_of(function)} must return a boolean tensor or array, got {type(value).__name__}"
-        )
+        raise TypeError(f"tokens: {name} must return a boolean tensor or array, got {type(value).__name__}")
     chosen = torch.as_tensor(value)
     if chosen.dtype != torch.bool:
         raise TypeError(
-            f"tokens: {name_of(function)} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a "
-            "callable"
+            f"tokens: {name} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a callable"
         )
     if chosen.shape != positions.shape:
         raise ValueError(
-            f"tokens: {name_of(function)} must return the shape {list(positions.shape)} of the tokens of this pass, "
+            f"tokens: {name} must return the shape {list(positions.shape)} of the tokens of this pass, "
             f"got {list(chosen.shape)}"
         )
     return chosen.to(positions.device)
@@ -142,13 +134,7 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
 class BatchTokens:
     """The tokens of one batch that count in a fit: which maps act on, and which are pooled.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batch : Batch
-    settings : RunSettings
-        Of which `tokens` and `pooling` count. "all" leaves everything to the attention mask: maps act on padding too,
-        which nobody sees.
+    "all" leaves everything to the attention mask: maps act on padding too, which nobody sees.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, settings: RunSettings) -> None:
@@ -159,10 +145,7 @@ class BatchTokens:
     def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         """What of the output `tensor` of a module is pooled: [B, T], nonzero where it is, or None for everything.
 
-        Raises
-        ------
-        ValueError
-            When the output has no tokens, the attention mask is of another shape, or a row has no selected token.
+        ValueError when the output has no tokens, the attention mask another shape, or a row no selected token.
         """
         if self.tokens == "all":
             return self.batch.mask_of(name, self.model)
@@ -197,11 +180,12 @@ class BatchTokens:
             )
         else:
             real = mask.to(tensor.device) != 0
-        positions = (real.long().cumsum(dim=1) - 1).masked_fill(~real, -1)
         length = self.batch.prompt_length
+        given = (self.batch.kwargs.get("input_ids"), *self.batch.args[:1])
+        texts = (value for value in given if isinstance(value, Tensor) and value.shape == shape)
         here = Tokens(
-            ids=self._ids(shape),
-            positions=positions,
+            ids=next((text for text in texts if not text.is_floating_point()), None),
+            positions=(real.long().cumsum(dim=1) - 1).masked_fill(~real, -1),
             prompt_length=real.sum(dim=1) if length is None else length.to(tensor.device),
             mask=real,
             args=self.batch.args,
@@ -215,13 +199,6 @@ class BatchTokens:
                 f"{name}: {show_tokens(self.tokens)} selects none of the {int(real[row].sum())} tokens of row {row}"
             )
         return chosen
-
-    def _ids(self, shape: torch.Size) -> Tensor | None:
-        """The token ids of the batch, if it has any."""
-        for value in (self.batch.kwargs.get("input_ids"), *self.batch.args[:1]):
-            if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point():
-                return value
-        return None
 
 
 def check_site(name: str, module: nn.Module, tensor: Tensor, what: str) -> None:

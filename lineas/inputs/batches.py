@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,22 +20,12 @@ _CROSS = re.compile(r"\.(EncDecAttention|encoder_attn|cross_?attn|cross_?attenti
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of a model.
-
-    Attributes
-    ----------
-    args, kwargs : tuple, dict
-        The model is called as ``model(*args, **kwargs)``.
-    mask : Tensor [B, T] or None
-        Nonzero where a token is real; None where every one is.
-    prompt_length : Tensor [B] or None
-        Real tokens of each row before the answer that it ends with; None where rows are prompts alone.
-    """
+    """One call of a model: ``model(*args, **kwargs)``."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    mask: Tensor | None = None
-    prompt_length: Tensor | None = None
+    mask: Tensor | None = None  # [B, T], nonzero where a token is real; None where every one is
+    prompt_length: Tensor | None = None  # [B], real tokens before the answer of each row; None for prompts alone
 
     def mask_of(self, name: str, model: nn.Module) -> Tensor | None:
         """The mask [B, T] of the tokens that module `name` of `model` sees.
@@ -72,21 +62,18 @@ class Batch:
 def as_batch(data: Any, argument: str) -> Batch:
     """One batch that the user made: a mapping, a tensor, or a tuple or list of positional arguments.
 
-    Raises
-    ------
-    TypeError, ValueError
-        When it is none, is empty, or its ``"attention_mask"`` is not [batch, tokens] with a real token in every row.
+    TypeError or ValueError when it is none, is empty, or its ``"attention_mask"`` is not [batch, tokens] with a real
+    token in every row.
     """
     if isinstance(data, Tensor):
         return Batch(args=(data,))
-    if isinstance(data, tuple | list) and not any(isinstance(entry, str) for entry in data):
-        if not data:
-            raise ValueError(f"{argument} is empty")
-        return Batch(args=tuple(data))
-    if not isinstance(data, Mapping):
+    positional = isinstance(data, tuple | list) and not any(isinstance(entry, str) for entry in data)
+    if not positional and not isinstance(data, Mapping):
         raise TypeError(f"{argument} must be a mapping, a tensor or a tuple, got {type(data).__name__}")
     if not data:
         raise ValueError(f"{argument} is empty")
+    if positional:
+        return Batch(args=tuple(data))
     kwargs = dict(data)
     for key in ("input_ids", "attention_mask"):
         if kwargs.get(key) is not None and not isinstance(kwargs[key], Tensor):
@@ -104,29 +91,20 @@ def as_batch(data: Any, argument: str) -> Batch:
 
 
 def count(batch: Batch, argument: str) -> int:
-    """The number of prompts in a batch.
-
-    Raises
-    ------
-    ValueError
-        If the batch cannot be taken apart into prompts: tensors, arrays and lists must have one entry for each.
-    """
-    sizes = {key: len(value) for key, value in _entries(batch) if _has_rows(key, value, argument)}
+    """The number of prompts in a batch; ValueError unless every tensor, array and list has an entry for each."""
+    entries = [(f"entry {i}", value) for i, value in enumerate(batch.args)]
+    entries += [(repr(key), value) for key, value in batch.kwargs.items()]
+    sizes = {key: len(value) for key, value in entries if _has_rows(key, value, argument)}
     if not sizes:
         raise ValueError(f"{argument}: a batch without tensors, arrays or lists cannot be split into prompts")
-    first = next(iter(sizes))
+    first, expected = next(iter(sizes.items()))
     for key, size in sizes.items():
-        if size != sizes[first]:
+        if size != expected:
             raise ValueError(
                 f"{argument}: a batch can be split into prompts only where every tensor, array and list has an entry "
-                f"for each: {first} has {sizes[first]}, {key} has {size}"
+                f"for each: {first} has {expected}, {key} has {size}"
             )
-    return sizes[first]
-
-
-def _entries(batch: Batch) -> Iterator[tuple[str, Any]]:
-    yield from ((f"entry {i}", value) for i, value in enumerate(batch.args))
-    yield from ((repr(key), value) for key, value in batch.kwargs.items())
+    return expected
 
 
 def _has_rows(key: str, value: Any, argument: str) -> bool:
@@ -164,11 +142,9 @@ def split(batches: Sequence[Batch], size: int | None, argument: str) -> list[Bat
         return list(batches)
     parts = []
     for batch in batches:
-        prompts = count(batch, argument)
-        if prompts <= size:
+        rows = range(count(batch, argument))
+        if len(rows) <= size:
             parts.append(batch)
         else:
-            parts += [
-                take(batch, range(start, min(start + size, prompts)), argument) for start in range(0, prompts, size)
-            ]
+            parts += [take(batch, rows[start : start + size], argument) for start in range(0, len(rows), size)]
     return parts

@@ -18,16 +18,9 @@ WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     """Call `model` on `batch`, its tensors moved to the device of the model's first parameter.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    batch : Batch
-    forward : callable, optional
-        ``forward(model, data)`` calls the model in its own way; `data` is the mapping, tensor or tuple of the batch,
-        passed on without additions (a tuple of one arrives as its entry).
+    ``forward(model, data)`` calls the model in its own way; `data` is the mapping, tensor or tuple of the batch, passed
+    on without additions (a tuple of one arrives as its entry).
 
-    Notes
-    -----
     Without `forward` two arguments are added where the model's forward has them and the batch does not:
     ``use_cache=False``, and under left padding ``position_ids``, the cumulated mask - 1. Without them models with
     absolute positions, like GPT-2, see every prompt shifted by its padding.
@@ -36,7 +29,8 @@ def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     args, kwargs = _to(batch.args, device), _to(batch.kwargs, device)
     if forward is not None:
         return forward(model, Batch(args, kwargs).data)
-    accepted = _accepted(model)
+    # A wrapper's forward is (*args, **kwargs): the model inside tells.
+    accepted = inspect.signature(unwrap(model).forward).parameters
     if "use_cache" in accepted:
         kwargs.setdefault("use_cache", False)
     if "position_ids" in accepted and "position_ids" not in kwargs:
@@ -81,12 +75,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
-
-
-def _accepted(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments that the model's forward takes."""
-    # A wrapper's forward is (*args, **kwargs): the model inside tells.
-    return frozenset(inspect.signature(unwrap(model).forward).parameters)
 
 
 def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:

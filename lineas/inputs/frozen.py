@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-
-def eagerly() -> AbstractContextManager[object]:
-    """A block in which nothing that was compiled runs compiled.
-
-    A compiled model calls hooks only if it had some when it was compiled, and cannot be left by an exception. The
-    stance holds for the whole process, not for one thread.
-    """
-    # torch.compile imports it: without it nothing is compiled. The import alone takes seconds.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -32,42 +23,39 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     transformers checkpoints only there; their children, dropout modules among them, and their own dropout rates are
     off all the same.
 
-    Raises
-    ------
-    ValueError
-        With `gradients`, when weights were made under `torch.inference_mode`, torchao quantises activations, or
-        checkpointing is reentrant.
+    ValueError with `gradients` when weights were made under `torch.inference_mode`, torchao quantises activations, or
+    checkpointing is reentrant.
     """
     if gradients:
         _check_differentiable(model)
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if gradients else []
-    kept = _checkpointed(model) if gradients else []
-    rates = [(module, name, rate) for module in kept for name, rate in _dropout_rates(module)]
+    checkpointed = _checkpointed(model) if gradients else []
     with ExitStack() as stack:
-        _fork_rng(stack, model)
-        stack.enter_context(eagerly())
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
+        for kind, devices in _accelerators(model).items():
+            stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
+        # A compiled model calls hooks only if it had some when it was compiled, and cannot be left by an exception. The
+        # stance holds for the whole process. Without _dynamo, whose import takes seconds, nothing is compiled.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if gradients:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        try:
-            # The flags themselves, not eval(): some libraries merge adapters into the weights there.
-            for module, _ in modes:
-                module.training = False
-            for module in kept:
-                module.training = True
-            for module, name, _ in rates:
-                setattr(module, name, 0.0)
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for module, name, rate in rates:
-                setattr(module, name, rate)
-            for parameter in trained:
-                parameter.requires_grad_(True)
+
+        def put(target: nn.Module | nn.Parameter, name: str, value: Any) -> None:
+            stack.callback(setattr, target, name, getattr(target, name))
+            setattr(target, name, value)
+
+        # The flags themselves, not eval(): some libraries merge adapters into the weights there.
+        for module in model.modules():
+            put(module, "training", False)
+        for module in checkpointed:
+            put(module, "training", True)
+            for name in _dropout_rates(module):
+                put(module, name, 0.0)
+        for parameter in model.parameters() if gradients else ():
+            if parameter.requires_grad:
+                put(parameter, "requires_grad", False)
+        yield
 
 
 def _accelerators(model: nn.Module) -> dict[str, list[int]]:
@@ -79,23 +67,11 @@ def _accelerators(model: nn.Module) -> dict[str, list[int]]:
     return {kind: sorted(devices) for kind, devices in indices.items()}
 
 
-def _fork_rng(stack: ExitStack, model: nn.Module) -> None:
-    stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
-    for kind, devices in _accelerators(model).items():
-        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
-
-
 class RandomState:
-    """The state of torch's random numbers, on the CPU and on the accelerators of a model.
-
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-        By device, as it was when this was made.
-    """
+    """The state of torch's random numbers, on the CPU and on the accelerators of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors = {"cpu": torch.get_rng_state()}
+        self.tensors = {"cpu": torch.get_rng_state()}  # by device
         for kind, devices in _accelerators(model).items():
             for device in devices:
                 self.tensors[f"{kind}:{device}"] = torch.get_device_module(kind).get_rng_state(device)
@@ -114,10 +90,10 @@ def _checkpointed(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
 
 
-def _dropout_rates(module: nn.Module) -> list[tuple[str, float]]:
+def _dropout_rates(module: nn.Module) -> list[str]:
     """Rates that layers pass to functional dropout, or drop whole layers with, when they are in training mode."""
     return [
-        (name, value)
+        name
         for name, value in vars(module).items()
         if name.endswith(("dropout", "layerdrop")) and isinstance(value, float) and value
     ]

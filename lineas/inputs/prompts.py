@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +17,7 @@ BATCH_SIZE = 32
 
 
 class Prompts:
-    """A set of prompts: rows of tokens, or batches that the user made.
-
-    Parameters
-    ----------
-    made : TokenRows or list of Batch
-    argument : str
-        What error messages call the set.
-    """
+    """A set of prompts: rows of tokens, or batches that the user made. Error messages call it `argument`."""
 
     def __init__(self, made: tokenize.TokenRows | list[Batch], argument: str) -> None:
         self.made, self.argument = made, argument
@@ -53,11 +45,9 @@ class Prompts:
             size = batch_size or BATCH_SIZE
             return [self.made.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
         rows = np.asarray(rows)
-        starts = np.array([0, *itertools.accumulate(self.counts())])
+        starts = np.cumsum([0, *self.counts()])
         home = np.searchsorted(starts, rows, side="right") - 1
-        parts = [
-            batches.take(self.made[k], rows[home == k] - starts[k], self.argument) for k in np.unique(home).tolist()
-        ]
+        parts = [batches.take(self.made[k], rows[home == k] - starts[k], self.argument) for k in np.unique(home)]
         return batches.split(parts, batch_size, self.argument)
 
     def first(self) -> Batch:
@@ -76,24 +66,14 @@ class Prompts:
 def read(
     data: Any, argument: str, *, tokenizer: tokenize.Tokenizer | None = None, max_length: int | None = None
 ) -> Prompts:
-    """Read what a user handed over.
+    """Read what a user handed over: texts, conversations, token ids, a batch, or an iterable of batches.
 
-    Parameters
-    ----------
-    data : texts, conversations, token ids, batch, or iterable of batches
-        Texts are strings; conversations lists of messages with "role" and "content"; token ids lists of integers. A
-        batch is a mapping, called as ``model(**batch)``, whose ``"attention_mask"``, where there is one, is the mask of
-        its tokens; or a tensor or tuple, called as ``model(x)`` or ``model(*x)``. In an iterable of batches a list is
-        taken like a tuple, since that is what a `DataLoader` gives.
-    argument : str
-        What to call `data` in error messages.
-    tokenizer, max_length
-        As in `tokenize.tokenize`.
+    Texts are strings; conversations lists of messages with "role" and "content"; token ids lists of integers. A batch
+    is a mapping, called as ``model(**batch)``, whose ``"attention_mask"``, where there is one, is the mask of its
+    tokens; or a tensor or tuple, called as ``model(x)`` or ``model(*x)``. In an iterable of batches a list is taken
+    like a tuple, since that is what a `DataLoader` gives. Error messages call it `argument`.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For empty data, entries that are neither prompts nor batches, and as `tokenize.tokenize`.
+    TypeError or ValueError for empty data, entries that are neither prompts nor batches, and as `tokenize.tokenize`.
     """
     if isinstance(data, str):
         raise TypeError(f"{argument} is one string: give a list of texts")
@@ -128,26 +108,11 @@ def _kind(entries: Sequence[Any]) -> str | None:
 
 
 class Sampler:
-    """Mini-batches of a set of prompts.
+    """Mini-batches of `size` of the prompts, in parts of at most `batch_size`.
 
     Every epoch shuffles the prompts and deals them out in mini-batches of equal size; those left over wait for the
-    next. What a step gets depends on the seed and on its number alone.
-
-    Parameters
-    ----------
-    prompts : Prompts
-        The whole set.
-    size : int
-        Prompts in a mini-batch.
-    batch_size : int, optional
-        As in `Prompts.parts`.
-    seed : int
-        Of the shuffling.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than ``size`` prompts, or a batch cannot be taken apart into prompts.
+    next. What a step gets depends on the seed and on its number alone. ValueError if there are fewer than `size`
+    prompts, or a batch cannot be taken apart into prompts.
     """
 
     def __init__(self, prompts: Prompts, size: int, *, batch_size: int | None, seed: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .batches import Batch
 
@@ -18,42 +19,27 @@ Tokenizer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Prompts as token ids, not padded yet.
+    """Prompts as token ids, not padded yet."""
 
-    Attributes
-    ----------
-    columns : dict of str to list
-        "input_ids" and what else the tokenizer gives for every token, each a list of one list a prompt.
-    prompt_lengths : list of int or None
-        Tokens before the answer that a conversation ends with; None where there are no answers.
-    fills : dict of str to int
-        What each column is padded with.
-    left : bool
-        Whether padding goes before the tokens.
-    """
-
-    columns: dict[str, list[list[int]]]
-    prompt_lengths: list[int] | None
-    fills: Mapping[str, int]
-    left: bool
+    columns: dict[str, list[list[int]]]  # "input_ids" and what else the tokenizer gives: a list for each prompt
+    prompt_lengths: list[int] | None  # tokens before the answer that a conversation ends with; None without answers
+    pad_id: int  # what "input_ids" are padded with; other columns with 0
+    left: bool  # whether padding goes before the tokens
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
 
     def batch(self, rows: Sequence[int] | NDArray) -> Batch:
         """The prompts `rows`, in that order, padded no further than they need."""
-        kwargs = {
-            key: self._pad([column[i] for i in rows], self.fills.get(key, 0)) for key, column in self.columns.items()
-        }
-        mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], 0)
+        kwargs = {key: self._pad([column[i] for i in rows], key) for key, column in self.columns.items()}
+        mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], "attention_mask")
         lengths = None if self.prompt_lengths is None else torch.tensor([self.prompt_lengths[i] for i in rows])
         return Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, prompt_length=lengths)
 
-    def _pad(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
-        for out, row in zip(padded, rows, strict=True):
-            out[-len(row) if self.left else 0 : None if self.left else len(row)] = torch.as_tensor(row)
-        return padded
+    def _pad(self, rows: Sequence[Sequence[int]], key: str) -> Tensor:
+        tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        fill, side = self.pad_id if key == "input_ids" else 0, "left" if self.left else "right"
+        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 
 # --- what may be given ------------------------------------------------------------------------------------------------
@@ -92,25 +78,12 @@ def tokenize(
     start of its answer follows, as when it is generated. No beginning-of-text token is put twice: neither by a
     template, nor before a text that starts with one, as texts do that a template rendered.
 
-    Parameters
-    ----------
-    entries : sequence
-        At least one.
-    kind : str
-        The kind of the first of them, which all must share.
-    tokenizer : transformers tokenizer, optional
-        Needed for texts and conversations. It is not modified: padding is done here, on its ``padding_side`` (on the
-        right without a tokenizer), also where it has no pad token.
-    max_length : int, optional
-        Longer prompts are cut to so many tokens, on the tokenizer's ``truncation_side``.
-    argument : str
-        What to call the entries in error messages.
+    The tokenizer of transformers, which texts and conversations need, is not modified: padding is done here, on its
+    ``padding_side`` (on the right without a tokenizer), also where it has no pad token. Prompts of more than
+    `max_length` tokens are cut on its ``truncation_side``.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For entries of another kind, texts and conversations without a tokenizer, a tokenizer without a chat template,
-        and an entry without tokens.
+    TypeError or ValueError, which call the entries `argument`, for entries of another kind, texts and conversations
+    without a tokenizer, a tokenizer without a chat template, and an entry without tokens.
     """
     for i, entry in enumerate(entries):
         if not KINDS[kind](entry):
@@ -140,8 +113,8 @@ def tokenize(
         if not len(ids):
             raise ValueError(f"{argument}[{i}] has no tokens: {entries[i]!r}")
     # A tokenizer without a pad token pads with 0: any id will do under the mask.
-    fills = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "token_type_ids": 0}
-    return TokenRows(columns, lengths, fills, getattr(tokenizer, "padding_side", "right") == "left")
+    pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+    return TokenRows(columns, lengths, pad_id, getattr(tokenizer, "padding_side", "right") == "left")
 
 
 def _texts(texts: list[str], tokenizer: Tokenizer, cut: Mapping[str, Any]) -> dict[str, list[list[int]]]:
