@@ -311,8 +311,13 @@ def test_info_describes_maps_without_torch(maps_path):
     assert lineas.load(maps_path).summary() in done.stdout
 
 
-def test_info_refuses_other_files(folder, capsys):
+def test_info_refuses_other_files(folder, tmp_path, capsys):
     fails(capsys, cli.main(["info", str(folder / "source.txt")]), "source.txt")
+    file = tmp_path / "other.safetensors"
+    lineas.GaussianMap(np.eye(2), np.zeros(2)).save(file)
+    fails(capsys, cli.main(["info", str(file)]), "other.safetensors holds a GaussianMap, not steering maps")
+    lineas.sparse_path(np.arange(6.0).reshape(3, 2), np.ones((3, 2))).save(file)
+    fails(capsys, cli.main(["info", str(file)]), "other.safetensors is a sparse path: save the maps of one of its")
 
 
 def test_usage(capsys):
