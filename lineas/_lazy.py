@@ -9,7 +9,7 @@ from typing import Any
 
 
 def lazy_import(module: str, name: str | None = None) -> Any:
-    """Attribute `name` of ``lineas.<module>``, or the module itself; ImportError, which says what to install for torch."""
+    """Attribute `name` of ``lineas.<module>``, or the module itself; an ImportError says how to install torch."""
     try:
         found = import_module(f"lineas.{module}")
     except ModuleNotFoundError as error:

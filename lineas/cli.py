@@ -288,7 +288,9 @@ def _sites(args: argparse.Namespace) -> int:
 
 
 def _fold(args: argparse.Namespace) -> int:
-    """Put maps into the weights of a model, exactly or not at all, and write it as a folder that runs without lineas."""
+    """Put maps into the weights of a model, exactly or not at all, and write it as a folder that runs without
+    lineas.
+    """
     if args.output.exists():
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():

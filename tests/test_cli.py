@@ -1,5 +1,6 @@
 """The command line and the demo, on a tiny random model saved to disk."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -394,10 +395,8 @@ def test_demo_steers_at_full_strength_only_while_it_samples(tiny_demo, tmp_path,
 
 
 def test_demo_names_a_missing_package(tiny_demo, tmp_path, monkeypatch, capsys):
-    found = tiny_demo.importlib.util.find_spec
-    monkeypatch.setattr(
-        tiny_demo.importlib.util, "find_spec", lambda name: None if name == "vaderSentiment" else found(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vaderSentiment" else find(name))
     fails(capsys, cli.main(["demo", "--output", str(tmp_path)]), 'package vaderSentiment: pip install "lineas[demo]"')
 
 
