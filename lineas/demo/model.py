@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,12 @@ def _decode(package: Path, cached: Path) -> None:
     plain.generation_config = loaded.generation_config
 
     cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{CACHE_NAME}-", dir=cached.parent))
-    try:
-        plain.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with tempfile.TemporaryDirectory(prefix=f".{CACHE_NAME}-", dir=cached.parent) as place:
+        made = Path(place, "model")
+        plain.save_pretrained(made)
+        tokenizer.save_pretrained(made)
         try:
-            partial.rename(cached)
+            made.rename(cached)
         except OSError:
             if not cached.is_dir():  # else another process was quicker, and its copy is as good
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
