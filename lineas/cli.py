@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.prompt = [*args.prompt, *rest]
     try:
-        return args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("lineas: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lineas {lineas.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         """A command that `run` carries out and describes."""
         made = commands.add_parser(name, help=help, description=run.__doc__)
         made.set_defaults(run=run)
@@ -231,6 +231,7 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _report(result: FitResult) -> None:
+    """Print what a fit reached."""
     loss, held_out = result.history["loss"], result.history["held_out_loss"]
     if loss.size:
         print(f"loss: {loss[0]:.4g} before the first step, {loss[-1]:.4g} before the last")
@@ -242,7 +243,7 @@ def _report(result: FitResult) -> None:
         print(f"lineas: {result.stopped}; maps of step {result.best_step} kept", file=sys.stderr)
 
 
-def _generate(args: argparse.Namespace) -> int:
+def _generate(args: argparse.Namespace) -> None:
     """Continue prompts with maps on, to stdout."""
     prompts = args.prompt + ([] if args.prompts is None else _read_prompts(args.prompts))
     if not prompts:
@@ -252,9 +253,8 @@ def _generate(args: argparse.Namespace) -> int:
     model, tokenizer = _load_model(args)
     import torch
 
-    how: dict[str, Any] = {"do_sample": False}
-    if args.temperature != 0:
-        how = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    random = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    how = {"do_sample": False} if args.temperature == 0 else random
     with maps.attach(model) as handle, torch.inference_mode():
         for prompt in prompts:
             # Prompt by prompt: no padding, so any tokenizer will do, and a text does not depend on its neighbours.
@@ -273,24 +273,18 @@ def _generate(args: argparse.Namespace) -> int:
                 )
                 text = tokenizer.decode(tokens[0], skip_special_tokens=True)
                 print(text if len(strengths) == 1 else f"[{strength:g}] {text}", flush=True)
-    return 0
 
 
-def _sites(args: argparse.Namespace) -> int:
-    """List the modules of a model that can carry maps, by glob, with the suggested ones marked. Reads its
-    configuration, not its weights.
-    """
+def _sites(args: argparse.Namespace) -> None:
+    """List the modules that can carry maps, by glob, the suggested ones marked. Reads no weights of the model."""
     torch, transformers = _libraries()
     config = transformers.AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         print(lineas.sites(transformers.AutoModelForCausalLM.from_config(config)))
-    return 0
 
 
-def _fold(args: argparse.Namespace) -> int:
-    """Put maps into the weights of a model, exactly or not at all, and write it as a folder that runs without
-    lineas.
-    """
+def _fold(args: argparse.Namespace) -> None:
+    """Put maps into the weights of a model, exactly or not at all, and write it to a folder that needs no lineas."""
     if args.output.exists():
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():
@@ -305,10 +299,9 @@ def _fold(args: argparse.Namespace) -> int:
         tokenizer.save_pretrained(made)
         made.rename(args.output)
     print(f"{type(folded).__name__} with {len(maps)} maps at strength {args.strength:g}\nwritten to {args.output}")
-    return 0
 
 
-def _info(args: argparse.Namespace) -> int:
+def _info(args: argparse.Namespace) -> None:
     """Describe a file of maps."""
     maps = _load_maps(args.maps)
     print(repr(maps))
@@ -318,7 +311,6 @@ def _info(args: argparse.Namespace) -> int:
         if key != "history":  # long; the file keeps it
             print(f"{key}: {value}")
     print(f"\n{maps.summary()}")
-    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -344,9 +336,8 @@ def _read_prompts(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
-        ) from None
+        seen = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise ValueError(f"{path}: expected UTF-8 text, got {seen}") from None
     lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
     if path.suffix != ".jsonl":
         return list(lines.values())
@@ -374,10 +365,8 @@ def _read_sets(path: Path, fraction: float | None) -> tuple[list[Any], list[Any]
         raise ValueError(f"--held-out-fraction: expected 0 < x < 1, got {fraction:g}")
     kept = len(prompts) - round(fraction * len(prompts))
     if min(kept, len(prompts) - kept) < 2:
-        raise ValueError(
-            f"--held-out-fraction: expected at least 2 prompts on each side, "
-            f"got {kept} fitted and {len(prompts) - kept} held out of {path}"
-        )
+        seen = f"{kept} fitted and {len(prompts) - kept} held out of {path}"
+        raise ValueError(f"--held-out-fraction: expected at least 2 prompts on each side, got {seen}")
     return prompts[:kept], prompts[kept:]
 
 
@@ -387,9 +376,8 @@ def _libraries() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise ImportError(
-            f'this command needs torch and transformers: pip install "lineas[torch]" ({error})'
-        ) from error
+        install = f'pip install "lineas[torch]" ({error})'
+        raise ImportError(f"this command needs torch and transformers: {install}") from error
     return torch, transformers
 
 
