@@ -49,31 +49,31 @@ _FOR_ALL: dict[str, dict[str, Any]] = {
         "help": "tokens that the maps are for, here and when they generate: all, last (whose output a token is "
         "predicted from), prompt, generated (answers of conversations), or a slice of positions such as -3:",
     },
-    "max_length": {"type": int, "metavar": "N", "help": "cut prompts to N tokens"},
-    "batch_size": {"type": int, "metavar": "N", "help": "prompts in a forward pass (default: 32)"},
+    "max_length": {"type": int, "help": "cut prompts to N tokens"},
+    "batch_size": {"type": int, "help": "prompts in a forward pass (default: 32)"},
 }
 _END_TO_END: dict[str, dict[str, Any]] = {
     "loss_layers": {"nargs": "+", "metavar": "GLOB", "help": "modules at which the distance is taken"},
-    "steps": {"type": int, "metavar": "N", "help": "steps"},
+    "steps": {"type": int, "help": "steps"},
     "lr": {"type": _rate, "metavar": "RATE", "help": "learning rate; auto finds it from the loss"},
-    "l1": {"type": float, "metavar": "X", "help": "lasso penalty"},
-    "group": {"type": float, "metavar": "X", "help": "group lasso penalty of each module"},
+    "l1": {"type": float, "help": "lasso penalty"},
+    "group": {"type": float, "help": "group lasso penalty of each module"},
     "scaling": {"help": "layer-mean, paper or reference"},
     "optimizer": {"help": "sgd or adam"},
-    "mini_batch": {"type": int, "metavar": "N", "help": "source prompts in a step (default: all)"},
-    "patience": {"type": int, "metavar": "N", "help": "steps without a lower held-out loss that end the fit"},
-    "strengths": {
-        "type": float, "nargs": "+", "metavar": "X", "help": "strengths that held-out prompts choose of (default: 1)"
-    },
+    "mini_batch": {"type": int, "help": "source prompts in a step (default: all)"},
+    "patience": {"type": int, "help": "steps without a lower held-out loss that end the fit"},
+    "strengths": {"type": float, "nargs": "+", "help": "strengths that held-out prompts choose of (default: 1)"},
     "checkpoint": {
-        "metavar": "FILE", "help": "keep the fit in a file, written after every step; go on with it where it is there"
+        "type": Path,
+        "help": "keep the fit in a file, written after every step; go on with it where it is there",
     },
-    "seed": {"type": int, "metavar": "N", "help": "seed of the fit"},
+    "seed": {"type": int, "help": "seed of the fit"},
     "held_out_fraction": {
-        "type": float, "metavar": "X", "help": "keep this share of both files, from their ends, out of the fit and "
-        "choose the best maps by it"
+        "type": float,
+        "help": "keep this share of both files, from their ends, out of the fit and choose the best maps by it",
     },
-}  # fmt: skip
+}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +176,8 @@ def _add_settings(command: Any, options: dict[str, dict[str, Any]]) -> None:
     for name, option in options.items():
         default = getattr(settings.FitSettings, name, None)
         shown = "" if default is None or "default" in option["help"] else f" (default: {default})"
-        command.add_argument(_flag(name), **option | {"help": option["help"] + shown})
+        named = {"metavar": _METAVARS.get(option.get("type"))} | option
+        command.add_argument(_flag(name), **named | {"help": option["help"] + shown})
 
 
 def _flag(name: str) -> str:

@@ -48,10 +48,10 @@ _explorers: weakref.WeakKeyDictionary[Any, weakref.ref[Explorer]] = weakref.Weak
 class Explorer(anywidget.AnyWidget):
     """Explore maps in a notebook: sliders for sparsity and strength, with pictures and text that follow.
 
-    Shows the loss along the path, which modules and neurons are changed at the chosen point, and the most changed
-    neurons; with a model, its text without the maps and with them. The maps are on the model from the start, at what
-    the sliders say, until ``close()``: whatever else runs the model is steered, too. A model has one explorer at a
-    time: a second one takes the maps of the first off.
+    A Jupyter widget: it shows the loss along the path, which modules and neurons are changed at the chosen point, and
+    the most changed neurons; with a model, its text without the maps and with them. The maps are on the model from the
+    start, at what the sliders say, until ``close()`` or the end of a with-block, also after an error: whatever else
+    runs the model is steered, too. A model has one explorer at a time: a second one takes the maps of the first off.
 
     Where no browser is, there is a still picture: in the saved notebook, and by ``plot()``.
 
@@ -96,10 +96,6 @@ class Explorer(anywidget.AnyWidget):
         and there is a model.
     IndexError
         If `index` is out of range.
-
-    Notes
-    -----
-    A Jupyter widget. As a with-block it is closed at its end, also after an error.
 
     Examples
     --------
