@@ -1,7 +1,7 @@
 """The demo (``lineas demo``): steer a small language model from negative to positive and look at what it costs.
 
-Fits maps end to end between the two sentence sets in ``lineas/data``, then samples from the same prompts at several
-strengths. Everything it prints is measured in that run, on sentences that the fit did not see.
+Fits maps end to end between the two sentence sets in ``lineas/demo/data``, then samples from the same prompts at
+several strengths. Everything it prints is measured in that run, on sentences that the fit did not see.
 """
 
 from __future__ import annotations
@@ -108,26 +108,21 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
 
     prompts = sentences("neutral_prompts.txt")[: size.prompts]
     texts = sentences("neutral_text.txt")[: size.neutral_texts]
-    samples: dict[float, list[list[str]]] = {}
-    loss: dict[float, float] = {}
-    with (
-        result.maps.attach(model) as handle,
-        tqdm(total=len(STRENGTHS) * size.rounds, desc="sample", unit="batch") as bar,
-    ):
-        for strength in STRENGTHS:
+    count, new_tokens = size.samples_per_round, size.new_tokens
+    samples: dict[float, list[list[str]]] = {strength: [[] for _ in prompts] for strength in STRENGTHS}
+    rows, batches = [], len(STRENGTHS) * size.rounds
+    with result.maps.attach(model) as handle, tqdm(total=batches, desc="sample", unit="batch") as bar:
+        for strength, groups in samples.items():
             handle.strength = strength
-            loss[strength] = text_loss(model, tokenizer, texts)
-            samples[strength] = [[] for _ in prompts]
-            for k in range(size.rounds):
-                # The same seed at every strength: the same random numbers, so that only the maps differ.
-                found = sample(
-                    model, tokenizer, prompts, size.samples_per_round, seed=seed + k, new_tokens=size.new_tokens
-                )
-                for kept, new in zip(samples[strength], found, strict=True):
+            loss = text_loss(model, tokenizer, texts)
+            # The same seeds at every strength: the same random numbers, so that only the maps differ.
+            for k in range(seed, seed + size.rounds):
+                found = sample(model, tokenizer, prompts, count, seed=k, new_tokens=new_tokens)
+                for kept, new in zip(groups, found, strict=True):
                     kept.extend(new)
                 bar.update()
+            rows.append(score(groups, loss, strength, seed))
 
-    rows = [score(samples[s], loss[s], s, seed) for s in STRENGTHS]
     show_samples(prompts, samples, size.shown)
     show_scores(rows)
     show_cost(result, rows)
