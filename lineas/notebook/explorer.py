@@ -405,10 +405,10 @@ class Explorer(anywidget.AnyWidget):
         return "\n".join([*lines, f"strength {self.strength:g}"])
 
     def _draw_path(self, loss: Axes, modules: Axes) -> None:
-        path, points = self._path, np.arange(len(self._path))
-        loss.plot(points, path.loss, color=BLUE, label="fitted")
+        path = self._path
+        loss.plot(path.loss, color=BLUE, label="fitted")
         if path.held_out_loss is not None:
-            loss.plot(points, path.held_out_loss, color=ORANGE, linestyle="--", label="held out")
+            loss.plot(path.held_out_loss, color=ORANGE, linestyle="--", label="held out")
         loss.plot(self.index, path.loss[self.index], "o", color=BLUE)
         loss.set_ylabel("loss")
         loss.set_xlim(-0.5, len(path) - 0.5)
