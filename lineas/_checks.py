@@ -27,11 +27,6 @@ def is_tensor(x: object) -> "TypeGuard[torch.Tensor]":
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def is_bfloat16(dtype: np.dtype) -> bool:
-    """Whether `dtype` is the bfloat16 of ml_dtypes, which NumPy itself does not know."""
-    return dtype.name == "bfloat16" and dtype.itemsize == 2
-
-
 def widen(x: NDArray) -> NDArray:
     """`x` in its working type: float64 stays; float32, float16 and uint16 (bfloat16 bits) become float32."""
     if x.dtype == np.uint16:
@@ -115,7 +110,7 @@ def as_engine(x: Any, name: str) -> NDArray:
             raise TypeError(f"{name} must be {_ACCEPTED}, got dtype {x.dtype}")
         return np.require(_from_tensor(x, name), requirements=["C", "A"])
     array = _from_object(x, name)
-    if is_bfloat16(array.dtype):
+    if array.dtype.name == "bfloat16":  # of ml_dtypes: NumPy itself does not know it
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return np.require(array, requirements=["C", "A"]).view(np.uint16)
@@ -173,7 +168,7 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
         check_dense(x, name)
         x = _from_tensor(x.double() if x.is_floating_point() else x, name)
     array = _from_object(x, name)
-    if array.dtype.kind not in "biuf" and not is_bfloat16(array.dtype):
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
     if array.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), one weight a row, got shape {array.shape}")

@@ -9,13 +9,7 @@ from typing import Any
 
 
 def lazy_import(module: str, name: str | None = None) -> Any:
-    """Return attribute `name` of ``lineas.<module>``, or the module itself.
-
-    Raises
-    ------
-    ImportError
-        If the module needs a package that is not installed; names what to install where that is torch.
-    """
+    """Attribute `name` of ``lineas.<module>``, or the module itself; an ImportError says how to install torch."""
     try:
         found = import_module(f"lineas.{module}")
     except ModuleNotFoundError as error:
@@ -26,17 +20,11 @@ def lazy_import(module: str, name: str | None = None) -> Any:
 
 
 class lazy_method:
-    """A method that is a function of a module further down the import order, with the object as its first argument.
+    """A method that is ``lineas.<module>.<name>``, from further down the import order.
 
-    Signature, description and types stand with the function. Where its module cannot be imported there is one that
-    raises the ImportError when it is called, so that looking at an object is no error.
-
-    Parameters
-    ----------
-    module, name : str
-        The function ``lineas.<module>.<name>``.
-    static : bool, default False
-        It does not get the object.
+    The object is the function's first argument unless it is `static`. Signature, description and types stand with the
+    function. Where its module cannot be imported there is one that raises the ImportError when it is called, so that
+    looking at an object is no error.
     """
 
     def __init__(self, module: str, name: str, *, static: bool = False) -> None:

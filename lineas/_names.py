@@ -7,6 +7,9 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
+# What a glob is made of: parts with their dots, any text, a set of characters, or one character.
+_GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\[!?+.[^]]*]|.", re.DOTALL)
+
 
 def compile_glob(glob: str) -> re.Pattern[str]:
     """A regular expression for the full dotted names that a glob matches.
@@ -15,25 +18,15 @@ def compile_glob(glob: str) -> re.Pattern[str]:
     several and ``[!...]`` for any other; ``**`` for any number of parts: ``model.**`` is all that is below ``model``,
     and ``**.norm`` every ``norm``, also at the top.
     """
-    out, k = [], 0
-    while k < len(glob):
-        if glob.startswith("**", k):
-            starts, k = k == 0 or glob[k - 1] == ".", k + 2
-            if starts and glob.startswith(".", k):
-                out.append(r"(?:[^.]+\.)*")
-                k += 1
-            else:
-                out.append(".*")
-            continue
-        others = glob.startswith("[!", k)
-        end = glob.find("]", k + 2 + others) + 1 if glob[k] == "[" else 0
-        if end:  # without its anchor
-            out.append((r"(?!\.)" if others else "") + fnmatch.translate(glob[k:end])[:-2])
-            k = end
-            continue
-        out.append({"*": "[^.]*", "?": "[^.]"}.get(glob[k], re.escape(glob[k])))
-        k += 1
-    return re.compile("".join(out))
+    return re.compile("".join(map(_translated, _GLOB_TOKEN.findall(glob))))
+
+
+def _translated(token: str) -> str:
+    """A regular expression for a part of a glob that stands for itself or for others."""
+    if token.startswith("[") and token != "[":
+        some = fnmatch.translate(token)[:-2]  # without its anchor
+        return rf"(?!\.){some}" if token.startswith("[!") else some
+    return {"**.": r"(?:[^.]+\.)*", "**": ".*", "*": "[^.]*", "?": "[^.]"}.get(token, re.escape(token))
 
 
 def is_glob(text: str) -> bool:

@@ -11,16 +11,12 @@ def _default() -> int:
     text = os.environ.get("LINEAS_NUM_THREADS", "").strip()
     if not text:
         # The affinity mask, not the machine: containers and schedulers hand out part of it.
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        count = int(text)
+        return as_int(int(text), "LINEAS_NUM_THREADS", low=1)
     except ValueError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"the environment variable LINEAS_NUM_THREADS must be a whole number >= 1, got {text!r}")
-    return count
+        message = f"the environment variable LINEAS_NUM_THREADS must be a whole number >= 1, got {text!r}"
+        raise ValueError(message) from None
 
 
 def get_num_threads() -> int:
@@ -62,7 +58,4 @@ def set_num_threads(n: int) -> None:
         If `n` is smaller than 1.
     """
     global _threads
-    count = as_int(n, "n")
-    if count < 1:
-        raise ValueError(f"n must be at least 1, got {count}")
-    _threads = count
+    _threads = as_int(n, "n", low=1)

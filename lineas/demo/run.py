@@ -1,12 +1,11 @@
 """The demo (``lineas demo``): steer a small language model from negative to positive and look at what it costs.
 
-Fits maps end to end between the two sentence sets in ``lineas/data``, then samples from the same prompts at several
-strengths. Everything it prints is measured in that run, on sentences that the fit did not see.
+Fits maps end to end between the two sentence sets in ``lineas/demo/data``, then samples from the same prompts at
+several strengths. Everything it prints is measured in that run, on sentences that the fit did not see.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import textwrap
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import lineas
 
 from . import sentences
-from .model import load_smollm2
+from .model import check_packages, load_smollm2
 
 if TYPE_CHECKING:
     from ..fitting.result import FitResult
@@ -75,7 +74,7 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
     ImportError
         If a package that the demo needs is not installed; names what to install.
     """
-    _check_packages()
+    check_packages("torch", "transformers", "matplotlib", "vaderSentiment")
     size = QUICK if quick else FULL
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -109,38 +108,27 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
 
     prompts = sentences("neutral_prompts.txt")[: size.prompts]
     texts = sentences("neutral_text.txt")[: size.neutral_texts]
-    samples: dict[float, list[list[str]]] = {}
-    loss: dict[float, float] = {}
-    with (
-        result.maps.attach(model) as handle,
-        tqdm(total=len(STRENGTHS) * size.rounds, desc="sample", unit="batch") as bar,
-    ):
-        for strength in STRENGTHS:
+    count, new_tokens = size.samples_per_round, size.new_tokens
+    samples: dict[float, list[list[str]]] = {strength: [[] for _ in prompts] for strength in STRENGTHS}
+    rows, batches = [], len(STRENGTHS) * size.rounds
+    with result.maps.attach(model) as handle, tqdm(total=batches, desc="sample", unit="batch") as bar:
+        for strength, groups in samples.items():
             handle.strength = strength
-            loss[strength] = text_loss(model, tokenizer, texts)
-            samples[strength] = [[] for _ in prompts]
-            for k in range(size.rounds):
-                # The same seed at every strength: the same random numbers, so that only the maps differ.
-                found = sample(
-                    model, tokenizer, prompts, size.samples_per_round, seed=seed + k, new_tokens=size.new_tokens
-                )
-                for kept, new in zip(samples[strength], found, strict=True):
+            loss = text_loss(model, tokenizer, texts)
+            # The same seeds at every strength: the same random numbers, so that only the maps differ.
+            for k in range(seed, seed + size.rounds):
+                found = sample(model, tokenizer, prompts, count, seed=k, new_tokens=new_tokens)
+                for kept, new in zip(groups, found, strict=True):
                     kept.extend(new)
                 bar.update()
+            rows.append(score(groups, loss, strength, seed))
 
-    rows = [score(samples[s], loss[s], s, seed) for s in STRENGTHS]
     show_samples(prompts, samples, size.shown)
     show_scores(rows)
     show_cost(result, rows)
-    (output / "samples.json").write_text(
-        json.dumps(
-            [{"prompt": p, **{f"{s:g}": samples[s][k] for s in STRENGTHS}} for k, p in enumerate(prompts)],
-            indent=1,
-            ensure_ascii=False,
-        ),
-        encoding="utf-8",
-    )
-    (output / "scores.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    by_prompt = [{"prompt": p, **{f"{s:g}": samples[s][k] for s in STRENGTHS}} for k, p in enumerate(prompts)]
+    for file, content in (("samples.json", by_prompt), ("scores.json", rows)):
+        (output / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     total = time.perf_counter() - start
     print(f"\n{total:.0f} s in all, {fitted_in:.0f} s of them to load and fit. In {output}:")
     print("  maps.safetensors   the maps: lineas.load(path).attach(model, strength=...)")
@@ -214,14 +202,12 @@ def score(samples: Sequence[Sequence[str]], loss: float, strength: float, seed: 
 
 def draw(result: FitResult, path: Path) -> None:
     """Save the loss curve and the support of each layer as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from ..notebook import plot
 
     # Without pyplot: no global state, and no display is looked for.
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     plot.history(result, ax=left).set_title("Loss of the fit")
     plot.support(result.maps, ax=right).set_title("Support of each layer")
@@ -266,9 +252,3 @@ def show_cost(result: FitResult, rows: Sequence[dict[str, Any]]) -> None:
     ]
     print()
     print("\n".join(textwrap.fill(line, 112, initial_indent="  ", subsequent_indent="    ") for line in lines))
-
-
-def _check_packages() -> None:
-    for package in ("torch", "transformers", "matplotlib", "vaderSentiment"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f'the demo needs the package {package}: pip install "lineas[demo]"')

@@ -1,31 +1,30 @@
-// The browser's half of lineas.explore: draws what lineas/explorer.py sends, and says which point and strength are
-// chosen. Lengths are in units of a drawing 960 wide, which is scaled to the width of the notebook's cell.
+// The browser's half of lineas.explore: draws what explorer.py sends, and says which point and strength are chosen.
+// Lengths are in units of a drawing 960 wide, which is scaled to the width of the notebook's cell.
 
 const WIDTH = 960;
 const LEFT = 74;
+const SVG = "http://www.w3.org/2000/svg";
 // Of Okabe and Ito's palette, as in explorer.css. A canvas that is not in the page yet cannot ask the style sheet.
-const BLUE = [0, 114, 178];
-const SKY = [86, 180, 233];
-const dark = () => document.body.dataset.jpThemeLight === "false";
+const blue = () => (document.body.dataset.jpThemeLight === "false" ? "#56b4e9" : "#0072b2");
 
-function html(parent, tag, attributes = {}, text = "") {
-  const node = document.createElement(tag);
+function add(parent, node, attributes, text) {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.textContent = text;
   parent.append(node);
   return node;
 }
 
-function svg(parent, tag, attributes = {}, text = "") {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.textContent = text;
-  parent.append(node);
-  return node;
+const html = (parent, tag, attributes = {}, text = "") => add(parent, document.createElement(tag), attributes, text);
+const svg = (parent, tag, attributes = {}, text = "") =>
+  add(parent, document.createElementNS(SVG, tag), attributes, text);
+
+function tell(model, name, value) {
+  model.set(name, value);
+  model.save_changes();
 }
 
 function number(x, digits = 3) {
-  if (x === null || x === undefined) return "–";
+  if (x === null) return "–";
   if (x === 0) return "0";
   const size = Math.abs(x);
   return size >= 1e5 || size < 1e-3 ? x.toExponential(digits - 1) : String(Number(x.toPrecision(digits)));
@@ -35,9 +34,10 @@ const signed = (x) => (Math.abs(x) < 1e3 ? x.toFixed(3) : x.toPrecision(4)).repl
 
 const share = (part, whole) => `${((100 * part) / whole).toFixed(part * 100 < whole * 10 ? 2 : 1)} %`;
 
+const percent = (part, whole) => `${(100 * part) / whole}%`;
+
 // Binary data comes as a DataView that need not be aligned.
-const counts = (view) =>
-  new Uint32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+const counts = (view) => new Uint32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 
 const shorten = (text, most) => (text.length > most ? `…${text.slice(1 - most)}` : text);
 
@@ -53,26 +53,17 @@ function ticks(low, high, count) {
 
 // A heat map with one pixel a cell, which the browser enlarges. `part(row, column)` is from 0 to 1.
 function paint(canvas, rows, columns, part) {
-  const [red, green, blue] = dark() ? SKY : BLUE;
   canvas.width = columns;
   canvas.height = rows;
   const context = canvas.getContext("2d");
-  const image = context.createImageData(columns, rows);
-  for (let row = 0, at = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++, at += 4) {
+  context.fillStyle = blue();
+  for (let row = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++) {
       const value = part(row, column);
-      image.data.set([red, green, blue, value > 0 ? 255 * (0.25 + 0.75 * value) : 14], at);
+      context.globalAlpha = value > 0 ? 0.25 + 0.75 * value : 0.055;
+      context.fillRect(column, row, 1, 1);
     }
   }
-  context.putImageData(image, 0, 0);
-}
-
-function place(canvas, box, height) {
-  const percent = (part, whole) => `${(100 * part) / whole}%`;
-  canvas.style.left = percent(box.x, WIDTH);
-  canvas.style.width = percent(box.width, WIDTH);
-  canvas.style.top = percent(box.y, height);
-  canvas.style.height = percent(box.height, height);
 }
 
 function controls(root, model, path, id) {
@@ -81,10 +72,7 @@ function controls(root, model, path, id) {
     html(box, "label", { for: `${id}-${name}` }, label);
     const input = html(box, "input", { type: "range", id: `${id}-${name}`, ...settings });
     const output = html(box, "output", { for: `${id}-${name}` });
-    input.addEventListener("input", () => {
-      model.set(name, Number(input.value));
-      model.save_changes();
-    });
+    input.addEventListener("input", () => tell(model, name, Number(input.value)));
     return { input, output };
   };
   const last = path.support.length - 1;
@@ -99,78 +87,100 @@ function pictures(root, model, path) {
   const points = path.support.length;
   const total = path.widths.reduce((a, b) => a + b);
   const onPath = points > 1;
-  const rowHeight = Math.max(4, Math.min(60, Math.floor(230 / modules)));
-  const mapHeight = Math.max(40, modules * rowHeight);
   const mapTop = onPath ? 196 : 76;
+  const mapHeight = Math.max(40, modules * Math.max(4, Math.min(60, Math.floor(230 / modules))));
+  const below = mapTop + mapHeight;
   const listRow = 29;
-  const height = Math.max(mapTop + mapHeight + 40, 36 + path.rows * listRow + 8);
+  const height = Math.max(below + 40, 36 + path.rows * listRow + 8);
   const curve = { x: LEFT, y: 28, width: 286, height: 126 };
   const along = { x: LEFT, y: mapTop, width: 286, height: mapHeight };
-  const cells = onPath
-    ? { x: 388, y: mapTop, width: 306, height: mapHeight }
-    : { x: LEFT, y: mapTop, width: 620, height: mapHeight };
+  const cells = { x: onPath ? 388 : LEFT, y: mapTop, width: onPath ? 306 : 620, height: mapHeight };
   const list = { x: 730, width: WIDTH - 730 };
 
   const stage = html(root, "div", { class: "lx-stage" });
   const drawing = svg(stage, "svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img" });
-  const text = (x, y, className, words) => svg(drawing, "text", { x, y, class: className }, words);
+  const text = (x, y, className, words = "") => svg(drawing, "text", { x, y, class: className }, words);
+  const line = (x1, x2, y, className) => svg(drawing, "line", { x1, x2, y1: y, y2: y, class: className });
+  const place = (node, box) =>
+    Object.assign(node.style, {
+      left: percent(box.x, WIDTH),
+      width: percent(box.width, WIDTH),
+      top: percent(box.y, height),
+      height: percent(box.height, height),
+    });
+  const canvas = (box) => {
+    const node = html(stage, "canvas", { "aria-hidden": "true" });
+    place(node, box);
+    return node;
+  };
   const pointX = (k) => along.x + ((k + 0.5) / points) * along.width;
 
   // What never changes: names of modules, titles, axes.
   const every = Math.ceil((modules * 12) / mapHeight);
   for (let row = 0; row < modules; row += every) {
-    const label = text(LEFT - 6, cells.y + ((row + 0.5) * mapHeight) / modules + 4, "lx-right lx-quiet", "");
-    label.textContent = shorten(path.labels[row], 11);
-    svg(label, "title", {}, path.names[row]);
+    const y = cells.y + ((row + 0.5) * mapHeight) / modules + 4;
+    svg(text(LEFT - 6, y, "lx-right lx-quiet", shorten(path.labels[row], 11)), "title", {}, path.names[row]);
   }
-  const below = mapTop + mapHeight;
   text(cells.x, mapTop - 8, "lx-title", "Changed neurons");
   text(cells.x + cells.width, below + 14, "lx-right lx-quiet", "last");
   text(cells.x, below + 14, "lx-quiet", "first");
   text(cells.x + cells.width / 2, below + 14, "lx-middle lx-quiet", "neurons of a module");
+  if (path.pattern) text(cells.x, below + 30, "lx-quiet", `rows: ${path.pattern}`);
+  const cellMap = canvas(cells);
+
+  // Colour scale, beside the title of the cells.
+  const scaleBox = { x: cells.x + cells.width - 96, y: mapTop - 17, width: 60, height: 10 };
+  const scale = canvas(scaleBox);
+  text(scaleBox.x - 5, mapTop - 8, "lx-right lx-quiet", "0");
+  text(cells.x + cells.width, mapTop - 8, "lx-right lx-quiet", "100 %");
+  const drawn = [() => paint(scale, 1, 30, (_, column) => column / 29)]; // pictures that change with the theme alone
+
+  // The list: module, neuron, slope, shift.
+  const columns = [list.x, list.x + 116, list.x + 174, WIDTH];
+  const listed = (y, className, words = []) =>
+    columns.map((x, k) => text(x, y, `${k ? "lx-right" : ""} ${className}`, words[k]));
   text(list.x, 16, "lx-title", "Most changed neurons");
-  const columns = { module: list.x, neuron: list.x + 116, slope: list.x + 174, shift: WIDTH };
-  text(columns.module, 36, "lx-quiet", path.names[0] ? "module" : "");
-  text(columns.neuron, 36, "lx-right lx-quiet", "neuron");
-  text(columns.slope, 36, "lx-right lx-quiet", "slope");
-  text(columns.shift, 36, "lx-right lx-quiet", "shift");
-  svg(drawing, "line", { x1: list.x, x2: WIDTH, y1: 42, y2: 42, class: "lx-axis" });
-  const cellMap = html(stage, "canvas", { "aria-hidden": "true" });
-  place(cellMap, cells, height);
+  listed(36, "lx-quiet", [path.names[0] ? "module" : "", "neuron", "slope", "shift"]);
+  line(list.x, WIDTH, 42, "lx-axis");
+  const rows = Array.from({ length: path.rows }, (_, k) => {
+    const y = 48 + k * listRow;
+    const [groove, bar] = ["lx-groove", "lx-bar"].map((className) =>
+      svg(drawing, "rect", { x: list.x, y: y + 19, height: 3, width: list.width, class: className }),
+    );
+    return { groove, bar, words: listed(y + 13, "") };
+  });
+
+  // What is said of the point.
+  const said = { x: cells.x, y: onPath ? 54 : 16 };
+  const big = text(said.x, said.y, "lx-big");
+  const lines = [0, 1, 2, 3].map((k) => text(said.x, said.y + 24 + 19 * k, ""));
 
   let cursor = [];
   const dots = [];
-  const drawn = []; // pictures that change with the theme alone
   if (onPath) {
-    const finite = [...(path.loss ?? []), ...(path.heldOut ?? [])].filter((value) => value !== null);
-    const low = Math.min(...finite);
-    const high = Math.max(...finite);
-    const span = high > low ? high - low : 1;
-    const lossY = (value) => curve.y + curve.height * (0.95 - (0.9 * (value - low)) / span);
+    text(said.x, 16, "lx-title", "This point");
     text(curve.x, 16, "lx-title", "Loss along the path");
-    if (finite.length) {
-      for (const value of ticks(low, low + span, 4)) {
-        svg(drawing, "line", { x1: curve.x, x2: curve.x + curve.width, y1: lossY(value), y2: lossY(value), class: "lx-axis" });
-        text(LEFT - 6, lossY(value) + 4, "lx-right lx-quiet", String(value));
-      }
+    const finite = [...path.loss, ...(path.heldOut ?? [])].filter((value) => value !== null);
+    const low = Math.min(...finite);
+    const span = Math.max(...finite) - low || 1;
+    const lossY = (value) => curve.y + curve.height * (0.95 - (0.9 * (value - low)) / span);
+    for (const value of finite.length ? ticks(low, low + span, 4) : []) {
+      line(curve.x, curve.x + curve.width, lossY(value), "lx-axis");
+      text(LEFT - 6, lossY(value) + 4, "lx-right lx-quiet", String(value));
     }
-    for (const [values, className] of [[path.loss, ""], [path.heldOut, "held-out"]]) {
-      if (!values) continue;
-      const line = values.map((value, k) => (value === null ? null : `${pointX(k)},${lossY(value)}`));
-      svg(drawing, "polyline", {
-        points: line.filter((at) => at !== null).join(" "),
-        class: `lx-curve ${className && `lx-${className}`}`,
-      });
-      dots.push({ values, lossY, className: `lx-dot ${className && `lx-of-${className}`}` });
+    const series = [{ values: path.loss, className: "", name: "fitted", x: curve.x + curve.width - 132 }];
+    if (path.heldOut)
+      series.push({ values: path.heldOut, className: "lx-held-out", name: "held out", x: curve.x + curve.width - 62 });
+    for (const { values, className, name, x } of series) {
+      const corners = values.map((value, k) => (value === null ? "" : `${pointX(k)},${lossY(value)}`));
+      svg(drawing, "polyline", { points: corners.join(" "), class: `lx-curve ${className}` });
+      if (series.length === 1) continue; // one curve needs no legend
+      line(x - 4, x + 14, 12, `lx-curve ${className}`);
+      text(x + 18, 16, "lx-quiet", name);
     }
-    if (path.heldOut) {
-      const legend = [["", "fitted", 132], ["lx-held-out", "held out", 62]];
-      for (const [className, words, back] of legend) {
-        const x = curve.x + curve.width - back;
-        svg(drawing, "line", { x1: x - 4, x2: x + 14, y1: 12, y2: 12, class: `lx-curve ${className}` });
-        text(x + 18, 16, "lx-quiet", words);
-      }
-    }
+    for (const { values, className } of series) // above all curves
+      dots.push({ values, lossY, node: svg(drawing, "circle", { r: 5, class: `lx-dot ${className}` }) });
+
     text(along.x, mapTop - 8, "lx-title", "Changed share of each module");
     const shown = [...new Set([0, 1, 2, 3].map((k) => Math.round((k * (points - 1)) / 3)))];
     shown.forEach((k, i) => {
@@ -179,61 +189,27 @@ function pictures(root, model, path) {
       text(x, below + 14, `${anchor} lx-quiet`, number(path.penalties[k], 2));
     });
     text(along.x + along.width / 2, below + 30, "lx-middle lx-quiet", "sparser   ←   penalty   →   denser");
-    const map = html(stage, "canvas", { "aria-hidden": "true" });
-    place(map, along, height);
+    const map = canvas(along);
     const support = counts(path.moduleSupport);
     drawn.push(() => paint(map, modules, points, (row, k) => support[k * modules + row] / path.widths[row]));
-  }
-  if (path.pattern) text(cells.x, below + 30, "lx-quiet", `rows: ${path.pattern}`);
 
-  // Colour scale, beside the title of the cells.
-  const scale = html(stage, "canvas", { "aria-hidden": "true" });
-  const scaleBox = { x: cells.x + cells.width - 96, y: mapTop - 17, width: 60, height: 10 };
-  place(scale, scaleBox, height);
-  text(scaleBox.x - 5, mapTop - 8, "lx-right lx-quiet", "0");
-  text(cells.x + cells.width, mapTop - 8, "lx-right lx-quiet", "100 %");
-  drawn.push(() => paint(scale, 1, 30, (_, column) => column / 29));
-
-  // What changes.
-  const said = { x: cells.x, y: onPath ? 54 : 16 };
-  const big = text(said.x, said.y, "lx-big", "");
-  const lines = [0, 1, 2, 3].map((k) => text(said.x, said.y + 24 + 19 * k, "", ""));
-  if (onPath) text(said.x, 16, "lx-title", "This point");
-  const rows = Array.from({ length: path.rows }, (_, k) => {
-    const y = 48 + k * listRow;
-    svg(drawing, "rect", { x: list.x, y: y + 19, height: 3, width: list.width, class: "lx-groove" });
-    const bar = svg(drawing, "rect", { x: list.x, y: y + 19, height: 3, width: 0, class: "lx-bar" });
-    const name = text(columns.module, y + 13, "", "");
-    return {
-      bar,
-      name,
-      neuron: text(columns.neuron, y + 13, "lx-right", ""),
-      slope: text(columns.slope, y + 13, "lx-right", ""),
-      shift: text(columns.shift, y + 13, "lx-right", ""),
-    };
-  });
-  if (onPath) {
-    for (const dot of dots) dot.node = svg(drawing, "circle", { r: 5, class: dot.className });
     // Points can also be chosen in the pictures themselves. Over the canvases, which lie above the drawing.
-    const top = html(stage, "div");
-    Object.assign(top.style, { position: "absolute", cursor: "crosshair", touchAction: "none" });
-    place(top, { x: along.x, y: curve.y, width: along.width, height: below - curve.y }, height);
+    const tall = below - curve.y;
+    const top = html(stage, "div", { class: "lx-over" });
+    place(top, { x: along.x, y: curve.y, width: along.width, height: tall });
     const choose = (event) => {
       const box = top.getBoundingClientRect();
       const k = Math.floor((points * (event.clientX - box.left)) / box.width);
-      model.set("index", Math.max(0, Math.min(points - 1, k)));
-      model.save_changes();
+      tell(model, "index", Math.max(0, Math.min(points - 1, k)));
     };
     top.addEventListener("pointerdown", (event) => {
       top.setPointerCapture(event.pointerId);
       choose(event);
     });
     top.addEventListener("pointermove", (event) => event.buttons && choose(event));
-    const tall = below - curve.y;
-    cursor = [{ top: 0, height: curve.height }, { top: along.y - curve.y, height: along.height }].map((part) => {
-      const line = html(top, "div", { class: "lx-cursor" });
-      Object.assign(line.style, { top: `${(100 * part.top) / tall}%`, height: `${(100 * part.height) / tall}%` });
-      return line;
+    cursor = [curve, along].map((box) => {
+      const node = html(top, "div", { class: "lx-cursor" });
+      return Object.assign(node.style, { top: percent(box.y - curve.y, tall), height: percent(box.height, tall) });
     });
   }
 
@@ -245,24 +221,23 @@ function pictures(root, model, path) {
       lines[1].textContent = `penalty ${number(path.penalties[k])}`;
       lines[2].textContent = `loss ${number(path.loss[k], 4)}`;
       lines[3].textContent = path.heldOut ? `held-out loss ${number(path.heldOut[k], 4)}` : "";
-      for (const line of cursor) line.style.left = `${(100 * (k + 0.5)) / points}%`;
+      for (const style of cursor) style.left = percent(k + 0.5, points);
       for (const { node, values, lossY } of dots) {
         node.style.display = values[k] === null ? "none" : "";
         node.setAttribute("cx", pointX(k));
-        node.setAttribute("cy", values[k] === null ? 0 : lossY(values[k]));
+        node.setAttribute("cy", lossY(values[k]));
       }
     }
-    drawing.setAttribute("aria-label", `${path.support[k]} of ${total} neurons changed, loss ${number(path.loss?.[k])}`);
+    drawing.setAttribute("aria-label", `${path.support[k]} of ${total} neurons changed, loss ${number(path.loss[k])}`);
   }
 
   function drawCells() {
     const changed = counts(model.get("_point_data").cells);
     const count = path.columns;
     paint(cellMap, modules, count, (row, column) => {
-      const width = path.widths[row];
-      const start = Math.floor((column * width) / count);
-      const size = Math.max(Math.floor(((column + 1) * width) / count), start + 1) - start;
-      return changed[row * count + column] / size;
+      const start = Math.floor((column * path.widths[row]) / count);
+      const stop = Math.floor(((column + 1) * path.widths[row]) / count);
+      return changed[row * count + column] / Math.max(stop - start, 1);
     });
   }
 
@@ -270,15 +245,17 @@ function pictures(root, model, path) {
     const strength = model.get("strength");
     const found = model.get("_point_data").top;
     const size = ([, , weight, bias]) => Math.hypot(weight - 1, bias);
-    rows.forEach(({ bar, name, neuron, slope, shift }, k) => {
+    rows.forEach(({ groove, bar, words }, k) => {
       const row = found[k];
       bar.setAttribute("width", row ? (list.width * size(row)) / size(found[0]) : 0);
-      bar.previousSibling.style.display = row ? "" : "none";
-      name.textContent = row ? shorten(path.labels[row[0]], 14) : "";
-      if (row) svg(name, "title", {}, path.names[row[0]]);
-      neuron.textContent = row ? row[1] : "";
-      slope.textContent = row ? signed(1 + strength * (row[2] - 1)) : "";
-      shift.textContent = row ? signed(strength * row[3]) : "";
+      groove.style.display = row ? "" : "none";
+      for (const node of words) node.textContent = "";
+      if (!row) return;
+      const [module, neuron, weight, bias] = row;
+      const name = shorten(path.labels[module], 14);
+      const said = [name, neuron, signed(1 + strength * (weight - 1)), signed(strength * bias)];
+      words.forEach((node, column) => (node.textContent = said[column]));
+      svg(words[0], "title", {}, path.names[module]);
     });
   }
 
@@ -295,14 +272,13 @@ function texts(root, model, id) {
   const live = html(html(ask, "label", { class: "lx-live" }), "input", { type: "checkbox" });
   live.parentNode.append(" follow the sliders");
   const button = html(ask, "button", {}, "Generate");
-  const panel = (className) => {
+  const panel = (className, title) => {
     const said = html(box, "div", { class: `lx-said ${className}` });
-    return { title: html(said, "h4"), words: html(said, "p", { "aria-live": "polite" }) };
+    return { title: html(said, "h4", {}, title), words: html(said, "p", { "aria-live": "polite" }) };
   };
-  const unsteered = panel("");
-  const steered = panel("lx-steered");
+  const unsteered = panel("", "Unsteered");
+  const steered = panel("lx-steered", "Steered");
   const status = html(box, "div", { class: "lx-status", role: "status" });
-  unsteered.title.textContent = "Unsteered";
 
   // With all that is shown: messages about sliders may still wait their turn.
   function generate(renew) {
@@ -314,13 +290,9 @@ function texts(root, model, id) {
     if (event.key === "Enter" && !button.disabled) generate(true);
     event.stopPropagation(); // a notebook has shortcuts of one letter
   });
-  prompt.addEventListener("change", () => {
-    model.set("prompt", prompt.value);
-    model.save_changes();
-  });
+  prompt.addEventListener("change", () => tell(model, "prompt", prompt.value));
   live.addEventListener("change", () => {
-    model.set("live_text", live.checked);
-    model.save_changes();
+    tell(model, "live_text", live.checked);
     if (live.checked) generate(false);
   });
 
@@ -331,13 +303,14 @@ function texts(root, model, id) {
     box.classList.toggle("lx-busy", busy);
     button.disabled = busy || !attached;
     status.classList.toggle("lx-error", text.state === "error");
-    const stale = text.state === "done" && (text.index !== model.get("index") || text.strength !== model.get("strength"));
     if (!attached) status.textContent = "The maps were taken off the model.";
     else if (busy) status.textContent = "Generating …";
     else if (text.state === "error") status.textContent = text.message;
-    else if (stale) status.textContent = "The sliders have moved since: generate again.";
     else if (text.state === "idle") status.textContent = "";
-    else status.textContent = text.unsteered === text.steered ? "Both texts are the same." : "Marked: from where the texts differ.";
+    else if (text.index !== model.get("index") || text.strength !== model.get("strength"))
+      status.textContent = "The sliders have moved since: generate again.";
+    else if (text.unsteered === text.steered) status.textContent = "Both texts are the same.";
+    else status.textContent = "Marked: from where the texts differ.";
     steered.title.textContent = "unsteered" in text ? `Steered, strength ${number(text.strength)}` : "Steered";
     const before = text.unsteered ?? "";
     const after = text.steered ?? "";
@@ -392,20 +365,16 @@ function render({ model, el }) {
     said?.drawText();
     root.dataset.strength = value;
   }
-  const listeners = [
-    ["change:index", onIndex],
-    ["change:_point_data", onPoint],
-    ["change:strength", onStrength],
-  ];
+  const listeners = [["index", onIndex], ["_point_data", onPoint], ["strength", onStrength]];
   if (said) {
-    listeners.push(["change:_text_data", said.drawText], ["change:_attached", said.drawText]);
-    listeners.push(["change:prompt", said.drawPrompt], ["change:live_text", said.drawPrompt]);
+    listeners.push(["_text_data", said.drawText], ["_attached", said.drawText]);
+    listeners.push(["prompt", said.drawPrompt], ["live_text", said.drawPrompt]);
     said.drawPrompt();
     for (const slider of [sparsity, strength]) {
       slider?.input.addEventListener("change", () => model.get("live_text") && said.generate(false));
     }
   }
-  for (const [event, listener] of listeners) model.on(event, listener);
+  for (const [name, listener] of listeners) model.on(`change:${name}`, listener);
   onIndex();
   onPoint();
   onStrength();
@@ -417,7 +386,7 @@ function render({ model, el }) {
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
   return () => {
     theme.disconnect();
-    for (const [event, listener] of listeners) model.off(event, listener);
+    for (const [name, listener] of listeners) model.off(`change:${name}`, listener);
   };
 }
 

@@ -10,6 +10,7 @@ import io
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ from ..fitting.result import FitResult
 from ..maps.affine import AffineMap
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
-from .plot import BLUE, GREY, ORANGE, _short_names
+from .plot import BLUE, GREY, ORANGE, _matplotlib, _name_ticks, _short_names
 
 try:
     import anywidget
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 CELLS = 128  # columns of the heat map of neurons
 TOP = 12  # rows of the list of most changed neurons
+_SHARES: dict[str, Any] = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
 
 # The explorer whose maps are on a model. Weak on both sides, since an explorer holds its model.
 _explorers: weakref.WeakKeyDictionary[Any, weakref.ref[Explorer]] = weakref.WeakKeyDictionary()
@@ -46,10 +48,10 @@ _explorers: weakref.WeakKeyDictionary[Any, weakref.ref[Explorer]] = weakref.Weak
 class Explorer(anywidget.AnyWidget):
     """Explore maps in a notebook: sliders for sparsity and strength, with pictures and text that follow.
 
-    Shows the loss along the path, which modules and neurons are changed at the chosen point, and the most changed
-    neurons; with a model, its text without the maps and with them. The maps are on the model from the start, at what
-    the sliders say, until ``close()``: whatever else runs the model is steered, too. A model has one explorer at a
-    time: a second one takes the maps of the first off.
+    A Jupyter widget: it shows the loss along the path, which modules and neurons are changed at the chosen point, and
+    the most changed neurons; with a model, its text without the maps and with them. The maps are on the model from the
+    start, at what the sliders say, until ``close()`` or the end of a with-block, also after an error: whatever else
+    runs the model is steered, too. A model has one explorer at a time: a second one takes the maps of the first off.
 
     Where no browser is, there is a still picture: in the saved notebook, and by ``plot()``.
 
@@ -62,7 +64,8 @@ class Explorer(anywidget.AnyWidget):
     tokenizer : transformers tokenizer, optional
         For text, by ``model.generate``.
     index : int, optional
-        The point to start from. Default: that with the least held-out loss, without one the middle of the path.
+        The point to start from, negative ones from the end. Default: that with the least held-out loss, without one
+        the middle of the path.
     strength : float, default 1.0
         The strength to start from.
     max_strength : float, default 2.0
@@ -79,14 +82,8 @@ class Explorer(anywidget.AnyWidget):
 
     Attributes
     ----------
-    index : int
-        The chosen point of the path, which may be set at any time (negative ones count from the end).
-    strength : float
-        The strength of the maps, which may be set at any time; it reaches the model at once.
-    prompt : str
-        The text to continue.
-    live_text : bool
-        Whether the steered text is made anew whenever a slider is let go.
+    index, strength, prompt, live_text : int, float, str, bool
+        What is chosen now, as above. Each may be set at any time; the first two reach the model at once.
 
     Raises
     ------
@@ -99,10 +96,6 @@ class Explorer(anywidget.AnyWidget):
         and there is a model.
     IndexError
         If `index` is out of range.
-
-    Notes
-    -----
-    A Jupyter widget. As a with-block it is closed at its end, also after an error.
 
     Examples
     --------
@@ -149,6 +142,8 @@ class Explorer(anywidget.AnyWidget):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
         self._given = path.maps if isinstance(path, FitResult) else path
         self._path = _as_path(self._given)
+        names = self._path.modules
+        self._pattern, self._labels = ("", [""]) if names is None else _short_names(list(names))
         self._cells = _cells(self._path.widths)
         self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, max_new_tokens
         self._text_of = generate or (self._continue if tokenizer is not None else None)
@@ -161,18 +156,17 @@ class Explorer(anywidget.AnyWidget):
         if model is not None:
             if not isinstance(maps, SteeringMaps):
                 raise ValueError("model: a path or map of one array names no module of a model; fit {module: array}")
-            handle = maps.attach(model, strength)
+            self._handle = maps.attach(model, strength)
             former = _explorers.get(model, lambda: None)()
             if former is not None:
                 former.detach()  # else a cell that is run twice would steer twice
             _explorers[model] = weakref.ref(self)
-            self._handle = handle
         super().__init__(
             index=index,
             strength=strength,
             prompt=prompt,
             live_text=live_text,
-            _path_data=_path_data(self._path, max_strength, self._text_of is not None),
+            _path_data=self._curves() | {"maxStrength": max_strength, "text": self._text_of is not None},
             _point_data=self._point(index),
             _text_data={"state": "idle"},
             _attached=self._handle is not None,
@@ -227,14 +221,39 @@ class Explorer(anywidget.AnyWidget):
         if self._handle is not None:
             self._handle.strength = change["new"]
 
+    def _curves(self) -> dict[str, Any]:
+        """What the browser has to know of the path, once."""
+
+        def numbers(values: NDArray | None) -> list[float | None] | None:
+            # JSON has no NaN.
+            return None if values is None else [float(v) if np.isfinite(v) else None for v in values]
+
+        path = self._path
+        return {
+            "pattern": self._pattern,
+            "labels": self._labels,
+            "names": list(path.modules or [""]),
+            "widths": [int(d) for d in path.widths],
+            "columns": len(self._cells[0]) // len(path.widths),
+            "rows": TOP,
+            "penalties": numbers(path.penalties),
+            "loss": numbers(path.loss),
+            "heldOut": numbers(path.held_out_loss),
+            "support": path.support.tolist(),
+            "moduleSupport": path.module_support.astype("<u4").tobytes(),
+        }
+
     def _point(self, index: int) -> dict[str, Any]:
         """What the browser has to know of a point: changed neurons a cell, and the most changed neurons."""
-        weight, bias = self._path.weight[index], self._path.bias[index]
-        return {
-            "index": index,
-            "cells": _changed_in(self._cells, weight, bias).astype("<u4").tobytes(),
-            "top": [list(row) for row in _most_changed(self._path, index)],
-        }
+        cells = self._changed_in_cells(index).astype("<u4").tobytes()
+        return {"index": index, "cells": cells, "top": _most_changed(self._path, index)}
+
+    def _changed_in_cells(self, index: int) -> NDArray[np.int64]:
+        """Number of changed neurons of every cell of the heat map."""
+        start, stop = self._cells
+        total = np.zeros(self._path.d + 1, np.int64)
+        np.cumsum((self._path.weight[index] != 1) | (self._path.bias[index] != 0), out=total[1:])
+        return total[stop] - total[start]
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
@@ -271,15 +290,14 @@ class Explorer(anywidget.AnyWidget):
         chosen = {"prompt": self.prompt, "index": self.index, "strength": self.strength}
         shown = self._text_data
         self._text_data = {**shown, "state": "busy"}
+        unsteered = shown.get("unsteered") if shown.get("prompt") == self.prompt and not renew else None
         try:
-            if renew or shown.get("prompt") != self.prompt or "unsteered" not in shown:
+            if unsteered is None:
                 self._handle.strength = 0.0
                 try:
                     unsteered = self._text_of(self.prompt)
                 finally:
                     self._handle.strength = self.strength
-            else:
-                unsteered = shown["unsteered"]
             steered = self._text_of(self.prompt)
         except BaseException as error:
             self._text_data = {"state": "error", "message": f"{type(error).__name__}: {error}"}
@@ -307,10 +325,8 @@ class Explorer(anywidget.AnyWidget):
         if self._handle is None or self._text_of is None or content.get("type") != "generate":
             return
         self.prompt, self.index, self.strength = content["prompt"], content["index"], content["strength"]
-        try:
+        with suppress(Exception):  # shown in the widget, where the button was pressed
             self._show_text(renew=content["renew"])
-        except Exception:
-            pass  # shown in the widget, where the button was pressed
 
     def detach(self) -> None:
         """Take the maps off the model; the pictures stay. Does nothing where they are off already."""
@@ -362,23 +378,19 @@ class Explorer(anywidget.AnyWidget):
         ImportError
             If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('drawing needs matplotlib: pip install "lineas[plot]"') from error
-        figure = Figure(figsize=(12, 5.4), layout="constrained")
-        on_path = len(self._path) > 1
-        axes = figure.subplot_mosaic(
-            [["loss", "text", "top"], ["path", "cells", "top"]] if on_path else [["cells", "top"]],
-            width_ratios=[1, 1, 0.75] if on_path else [2, 0.75],
-            height_ratios=[1, 1.8] if on_path else [1],
-        )
-        self._draw_cells(axes["cells"], names=not on_path)
-        self._draw_top(axes["top"])
-        if on_path:
+        figure = _matplotlib("figure").Figure(figsize=(12, 5.4), layout="constrained")
+        if len(self._path) == 1:
+            axes = figure.subplot_mosaic([["cells", "top"]], width_ratios=[2, 0.75])
+            _name_ticks(axes["cells"].yaxis, self._labels)
+        else:
+            rows = [["loss", "text", "top"], ["path", "cells", "top"]]
+            axes = figure.subplot_mosaic(rows, width_ratios=[1, 1, 0.75], height_ratios=[1, 1.8])
+            axes["cells"].set_yticks([])
             self._draw_path(axes["loss"], axes["path"])
             axes["text"].axis("off")
             axes["text"].text(0, 0.5, self._words(), va="center", linespacing=1.7, fontsize=12)
+        self._draw_cells(axes["cells"])
+        self._draw_top(axes["top"])
         return figure
 
     def _words(self) -> str:
@@ -393,18 +405,16 @@ class Explorer(anywidget.AnyWidget):
         return "\n".join([*lines, f"strength {self.strength:g}"])
 
     def _draw_path(self, loss: Axes, modules: Axes) -> None:
-        path, points = self._path, np.arange(len(self._path))
-        loss.plot(points, path.loss, color=BLUE, label="fitted")
+        path = self._path
+        loss.plot(path.loss, color=BLUE, label="fitted")
         if path.held_out_loss is not None:
-            loss.plot(points, path.held_out_loss, color=ORANGE, linestyle="--", label="held out")
+            loss.plot(path.held_out_loss, color=ORANGE, linestyle="--", label="held out")
         loss.plot(self.index, path.loss[self.index], "o", color=BLUE)
         loss.set_ylabel("loss")
         loss.set_xlim(-0.5, len(path) - 0.5)
         loss.legend(frameon=False)
-        share = path.module_support.T / np.array(path.widths)[:, None]
-        _, labels = _labels(path)
-        modules.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        _name_rows(modules, labels)
+        modules.imshow(path.module_support.T / np.array(path.widths)[:, None], **_SHARES)
+        _name_ticks(modules.yaxis, self._labels)
         ticks = np.unique(np.linspace(0, len(path) - 1, 4).astype(int))
         for ax in (loss, modules):
             ax.axvline(self.index, color=GREY, linewidth=1)
@@ -413,24 +423,19 @@ class Explorer(anywidget.AnyWidget):
         modules.set_xlabel("penalty")
         modules.set_title("share of neurons changed along the path", fontsize=10)
 
-    def _draw_cells(self, ax: Axes, names: bool) -> None:
+    def _draw_cells(self, ax: Axes) -> None:
         start, stop = self._cells
-        changed = _changed_in(self._cells, self._path.weight[self.index], self._path.bias[self.index])
-        share = (changed / (stop - start)).reshape(len(self._path.widths), -1)
-        image = ax.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        ax.figure.colorbar(image, ax=ax, label="share changed", location="right")
-        _name_rows(ax, _labels(self._path)[1] if names else [])
+        share = (self._changed_in_cells(self.index) / (stop - start)).reshape(len(self._path.widths), -1)
+        ax.figure.colorbar(ax.imshow(share, **_SHARES), ax=ax, label="share changed", location="right")
         ax.set_xticks([])
         ax.set_xlabel(f"neurons, first to last, in {share.shape[1]} cells")
         ax.set_title(f"changed neurons: {self.support:,} of {self._path.d:,}", fontsize=10)
 
     def _draw_top(self, ax: Axes) -> None:
-        _, labels = _labels(self._path)
         rows = _most_changed(self._path, self.index)
-        sizes = [np.hypot(weight - 1, bias) for _, _, weight, bias in rows]
         places = np.arange(len(rows))
-        ax.barh(places, sizes, color=BLUE)
-        names = [f"{labels[module]} · {neuron}".removeprefix(" · ") for module, neuron, *_ in rows]
+        ax.barh(places, [np.hypot(weight - 1, bias) for *_, weight, bias in rows], color=BLUE)
+        names = [f"{self._labels[module]} · {neuron}".removeprefix(" · ") for module, neuron, *_ in rows]
         ax.set_yticks(places, names)
         ax.set_ylim(TOP - 0.5, -0.5)
         ax.set_xlabel("size of change, $\\sqrt{(w-1)^2+b^2}$")
@@ -473,14 +478,7 @@ def _cells(widths: tuple[int, ...]) -> tuple[NDArray, NDArray]:
     return (first + start).ravel(), (first + stop).ravel()
 
 
-def _changed_in(cells: tuple[NDArray, NDArray], weight: NDArray, bias: NDArray) -> NDArray:
-    """Number of changed neurons of every cell."""
-    total = np.zeros(len(weight) + 1, np.int64)
-    np.cumsum((weight != 1) | (bias != 0), out=total[1:])
-    return total[cells[1]] - total[cells[0]]
-
-
-def _most_changed(path: SparsePath, index: int) -> list[tuple[int, int, float, float]]:
+def _most_changed(path: SparsePath, index: int) -> list[list[Any]]:
     """Module, neuron, slope and shift of the neurons with the largest sqrt((w - 1)^2 + b^2), largest first."""
     weight, bias = path.weight[index], path.bias[index]
     size = (weight - 1) ** 2 + bias**2
@@ -489,40 +487,5 @@ def _most_changed(path: SparsePath, index: int) -> list[tuple[int, int, float, f
     chosen = chosen[size[chosen] > 0]
     first = np.concatenate(([0], np.cumsum(path.widths)))
     module = np.searchsorted(first, chosen, side="right") - 1
-    rows = zip(module, chosen - first[module], weight[chosen], bias[chosen], strict=True)
-    return [(int(m), int(neuron), float(w), float(b)) for m, neuron, w, b in rows]
-
-
-def _labels(path: SparsePath) -> tuple[str, list[str]]:
-    """What the modules' names share, and what tells them apart."""
-    return ("", [""]) if path.modules is None else _short_names(list(path.modules))
-
-
-def _name_rows(ax: Axes, labels: list[str]) -> None:
-    every = max(1, -(-len(labels) // 15))  # more labels than that run into each other
-    ax.set_yticks(np.arange(len(labels))[::every], labels[::every])
-
-
-def _path_data(path: SparsePath, max_strength: float, text: bool) -> dict[str, Any]:
-    """What the browser has to know once."""
-
-    def numbers(values: NDArray | None) -> list[float | None] | None:
-        # JSON has no NaN.
-        return None if values is None else [float(v) if np.isfinite(v) else None for v in values]
-
-    pattern, labels = _labels(path)
-    return {
-        "pattern": pattern,
-        "labels": labels,
-        "names": list(path.modules or [""]),
-        "widths": [int(d) for d in path.widths],
-        "columns": min(CELLS, max(path.widths)),
-        "rows": TOP,
-        "penalties": numbers(path.penalties),
-        "loss": numbers(path.loss),
-        "heldOut": numbers(path.held_out_loss),
-        "support": path.support.tolist(),
-        "moduleSupport": path.module_support.astype("<u4").tobytes(),
-        "maxStrength": max_strength,
-        "text": text,
-    }
+    columns = (module, chosen - first[module], weight[chosen], bias[chosen])
+    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]

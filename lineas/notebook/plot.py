@@ -8,16 +8,18 @@ Okabe and Ito and the colour map cividis, which colour-blind readers can tell ap
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import as_int
-from ..maps.affine import at_strength
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     from ..maps.affine import AffineMap
     from ..maps.path import SparsePath
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 MOST_LABELS = 16  # more of them along one axis run into each other
+_FITTED: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3.5}
+_HELD_OUT: dict[str, Any] = {"color": ORANGE, "marker": "s", "markersize": 3.5}
 
 
 def history(result: Any, ax: Axes | None = None) -> Axes:
@@ -55,10 +59,9 @@ def history(result: Any, ax: Axes | None = None) -> Axes:
     if "loss" not in values:
         raise ValueError(f"result: the history has no 'loss', only {sorted(values)}")
     ax = _axes(ax)
-    _line(ax, values["loss"], "fitted sets", BLUE, "o")
-    held_out = np.asarray(values.get("held_out_loss", ()))
-    if held_out.size:
-        _line(ax, held_out, "held-out sets", ORANGE, "s")
+    ax.plot(values["loss"], label="fitted sets", **_FITTED)
+    if np.size(values.get("held_out_loss", ())):
+        ax.plot(values["held_out_loss"], label="held-out sets", **_HELD_OUT)
     best = getattr(result, "best_step", None)
     if best is not None:
         ax.axvline(best, color=GREY, linewidth=1, linestyle=":", label=f"maps kept: step {best}")
@@ -83,11 +86,9 @@ def support(maps: SteeringMaps, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     pattern, labels = _short_names(list(maps))
-    shares = [100.0 * m.support / m.weight.size for m in maps.values()]
-    ax.bar(np.arange(len(labels)), shares, color=BLUE)
-    every = -(-len(labels) // MOST_LABELS)
-    ax.set_xticks(np.arange(len(labels))[::every], labels[::every])
-    if max(len(label) for label in labels) > 4:
+    ax.bar(np.arange(len(maps)), [100.0 * m.support / m.d for m in maps.values()], color=BLUE)
+    _name_ticks(ax.xaxis, labels)
+    if max(map(len, labels)) > 4:
         ax.tick_params(axis="x", labelrotation=90)
     ax.set_ylim(0, 105)
     ax.set_xlabel(f"module ({pattern})" if pattern else "module")
@@ -127,19 +128,21 @@ def quantiles(
 
     Raises
     ------
+    TypeError
+        If `strength` is not a real number.
     ValueError
-        If a sample is not 2-D, is empty or is not as wide as the map, or `neuron` is out of range.
+        If a sample is not 2-D, is empty or is not as wide as the map, `neuron` is out of range, or `strength` is not
+        finite.
     """
-    width = map.weight.size
-    before = _column(source, "source", width, neuron)
-    wanted = _column(target, "target", width, neuron)
-    slope, shift = at_strength(float(map.weight[neuron]), float(map.bias[neuron]), strength)
-    after = slope * before + shift
+    before, wanted = _sample(source, "source", map.d), _sample(target, "target", map.d)
+    if not 0 <= neuron < map.d:
+        raise ValueError(f"neuron: expected 0 <= neuron < {map.d}, got {neuron}")
+    after = map.transform(before, strength)
     ax = _axes(ax)
     label = "source, mapped" if strength == 1.0 else f"source, mapped at strength {strength:g}"
-    _quantile_line(ax, before, "source", color=GREY, linestyle="--")
-    _quantile_line(ax, wanted, "target", color=ORANGE, linewidth=2.5)
-    _quantile_line(ax, after, label, color=BLUE)
+    _quantile_line(ax, before[:, neuron], "source", color=GREY, linestyle="--")
+    _quantile_line(ax, wanted[:, neuron], "target", color=ORANGE, linewidth=2.5)
+    _quantile_line(ax, after[:, neuron], label, color=BLUE)
     ax.set_xlabel("quantile level")
     ax.set_ylabel(f"activation of neuron {neuron}")
     ax.legend(frameon=False)
@@ -177,32 +180,26 @@ def most_changed(
     Raises
     ------
     TypeError
-        If `n` is not an integer.
+        As `quantiles`, or if `n` is not an integer.
     ValueError
         As `quantiles`, or if `n` is out of range or `axes` are not n.
     """
     n = as_int(n, "n")
-    width = map.weight.size
-    if not 1 <= n <= width:
-        raise ValueError(f"n: expected 1 <= n <= {width}, the map's width, got {n}")
-    rows = _sample(source, "source", width).astype(np.float64)
-    slopes, shifts = at_strength(map.weight.astype(np.float64), map.bias, 1)
-    moved = np.mean((slopes * rows + shifts - rows) ** 2, axis=0)
+    if not 1 <= n <= map.d:
+        raise ValueError(f"n: expected 1 <= n <= {map.d}, the map's width, got {n}")
+    source = _sample(source, "source", map.d)
+    moved = np.mean((map.transform(source) - source) ** 2, axis=0)
     columns = min(n, 3)
-    size = (2.6 * columns + 0.6, 2.4 * -(-n // columns) + 0.4)
-    drawn = _panels(axes, n, "one a neuron", nrows=-(-n // columns), ncols=columns, figsize=size)
+    rows = -(-n // columns)
+    size = (2.6 * columns + 0.6, 2.4 * rows + 0.4)
+    drawn = _panels(axes, n, "one a neuron", nrows=rows, ncols=columns, figsize=size)
     order = np.argsort(-moved, kind="stable")
     for k, (ax, neuron) in enumerate(zip(drawn, order[:n].tolist(), strict=True)):
         quantiles(source, target, map, neuron, strength=strength, ax=ax)
         ax.set_title(f"neuron {neuron}", fontsize="medium")
         ax.set_ylabel("activation" if k % columns == 0 else "")
         ax.get_legend().remove()
-    handles, labels = drawn[0].get_legend_handles_labels()
-    if axes is None:
-        across = 3 if columns > 1 else 1
-        drawn[0].get_figure().legend(handles, labels, loc="outside upper center", ncols=across, frameon=False)
-    else:
-        drawn[0].legend(handles, labels, frameon=False)
+    _legend(drawn[0], above=axes is None, columns=3 if columns > 1 else 1)
     return drawn
 
 
@@ -234,48 +231,44 @@ def path(path: SparsePath, axes: Sequence[Axes] | None = None) -> NDArray:
     drawn = _panels(axes, 3, "for loss, support and modules", nrows=3, figsize=(7.2, 7.5), sharex=True)
     loss, support, modules = drawn
     penalties = np.asarray(path.penalties, np.float64)
-    _curve(loss, penalties, path.loss, "fitted data", BLUE, "o")
-    _curve(support, penalties, 100.0 * path.support / path.d, "all modules", BLUE, "o")
-    _module_shares(modules, path, penalties)
+    loss.plot(penalties, path.loss, label="fitted data", **_FITTED)
+    support.plot(penalties, 100.0 * path.support / path.d, label="all modules", **_FITTED)
+    edges = _edges(penalties)
+    _module_shares(modules, path, edges)
     if path.held_out_loss is not None:
-        _curve(loss, penalties, path.held_out_loss, "held-out data", ORANGE, "s")
+        loss.plot(penalties, path.held_out_loss, label="held-out data", **_HELD_OUT)
         best = path.index(best=True)
         modules.axvline(penalties[best], color="white", linewidth=2.5)  # a rim, so that the line shows on dark cells
         for ax in drawn:
             label = f"least held-out loss: penalty {penalties[best]:.3g}"
             ax.axvline(penalties[best], color=GREY, linewidth=1.2, linestyle=":", label=label)
-    edges = _edges(penalties)
     for ax in drawn:
         ax.set_xscale("log")
         ax.set_xlim(edges[0], edges[-1])
     loss.set_ylabel("loss (squared W2)")
-    if axes is None:  # above the panels, where no curve runs through it
-        loss.get_figure().legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    else:
-        loss.legend(frameon=False)
+    _legend(loss, above=axes is None)
     support.set_ylabel("neurons changed (%)")
     support.set_ylim(0, 105)
     modules.set_xlabel("penalty (falling: maps grow denser)")
     return drawn
 
 
-def _axes(ax: Axes | None) -> Axes:
-    return _pyplot().subplots(layout="constrained")[1] if ax is None else ax
-
-
-def _pyplot() -> Any:
+def _matplotlib(module: str) -> Any:
+    """A module of matplotlib; ImportError that says what to install."""
     try:
-        import matplotlib.pyplot as plt
+        return import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ImportError('drawing needs matplotlib: pip install "lineas[plot]"') from error
-    return plt
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return _matplotlib("pyplot").subplots(layout="constrained")[1] if ax is None else ax
 
 
 def _panels(axes: Sequence[Axes] | None, count: int, purpose: str, **layout: Any) -> NDArray:
     """The given axes, if they are `count`, or those of a new figure, laid out as `pyplot.subplots` is told; flat."""
     if axes is None:
-        panels: Any = _pyplot().subplots(layout="constrained", squeeze=False, **layout)[1]
-        drawn = panels.ravel()
+        drawn = _matplotlib("pyplot").subplots(layout="constrained", squeeze=False, **layout)[1].ravel()
         for spare in drawn[count:]:
             spare.remove()
         return drawn[:count]
@@ -285,52 +278,40 @@ def _panels(axes: Sequence[Axes] | None, count: int, purpose: str, **layout: Any
     return given
 
 
-def _curve(ax: Axes, penalties: NDArray, values: NDArray, label: str, color: str, marker: str) -> None:
-    ax.plot(penalties, values, color=color, marker=marker, markersize=3.5, label=label)
+def _legend(ax: Axes, *, above: bool, columns: int = 3) -> None:
+    """The legend of some axes: above all panels of their figure, where no curve runs through it, or inside them."""
+    if above:
+        handles, labels = ax.get_legend_handles_labels()
+        ax.figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    else:
+        ax.legend(frameon=False)
 
 
 def _edges(penalties: NDArray) -> NDArray:
     """Borders of the cells around falling penalties: geometric means, and as far outside at both ends."""
     logs = np.log(penalties)
-    middles = (logs[1:] + logs[:-1]) / 2
-    first = middles[0] if middles.size else logs[0] - 0.5
-    last = middles[-1] if middles.size else logs[-1] + 0.5
-    return np.exp(np.concatenate(([2 * logs[0] - first], middles, [2 * logs[-1] - last])))
+    around = np.pad(logs, 1, "reflect", reflect_type="odd") if logs.size > 1 else logs + np.array([1, 0, -1])
+    return np.exp((around[1:] + around[:-1]) / 2)
 
 
-def _module_shares(ax: Axes, path: SparsePath, penalties: NDArray) -> None:
+def _module_shares(ax: Axes, path: SparsePath, edges: NDArray) -> None:
     """The heat map of `path`: modules from top to bottom, in percent of the neurons of each."""
     shares = 100.0 * path.module_support.T / np.asarray(path.widths)[:, None]
     borders = np.arange(len(shares) + 1) - 0.5
-    mesh = ax.pcolormesh(_edges(penalties), borders, shares, cmap="cividis", vmin=0, vmax=100, rasterized=True)
-    figure = ax.get_figure()
-    assert figure is not None  # axes that can be drawn into have one
-    figure.colorbar(mesh, ax=ax, label="neurons changed (%)")
-    pattern, labels = _short_names(list(path.modules)) if path.modules is not None else ("", ["array"])
-    every = -(-len(labels) // MOST_LABELS)
-    ax.set_yticks(np.arange(len(labels))[::every], labels[::every], fontsize="small")
+    mesh = ax.pcolormesh(edges, borders, shares, cmap="cividis", vmin=0, vmax=100, rasterized=True)
+    ax.figure.colorbar(mesh, ax=ax, label="neurons changed (%)")
+    pattern, labels = _short_names(list(path.modules or ["array"]))
+    _name_ticks(ax.yaxis, labels, fontsize="small")
     ax.set_ylim(len(shares) - 0.5, -0.5)
     ax.set_ylabel("module")
     ax.set_title(pattern, loc="left", fontsize="small")
 
 
-def _line(ax: Axes, values: ArrayLike, label: str, color: str, marker: str) -> None:
-    values = np.asarray(values)
-    ax.plot(np.arange(values.size), values, color=color, marker=marker, markersize=3.5, label=label)
-
-
-def _sample(sample: ArrayLike, name: str, width: int) -> NDArray:
+def _sample(sample: ArrayLike, name: str, width: int) -> NDArray[np.float64]:
     array = np.asarray(sample)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] != width:
         raise ValueError(f"{name}: expected shape (n, {width}) with n >= 1, the map's width, got {array.shape}")
-    return array
-
-
-def _column(sample: ArrayLike, name: str, width: int, neuron: int) -> NDArray[np.float64]:
-    array = _sample(sample, name, width)
-    if not 0 <= neuron < width:
-        raise ValueError(f"neuron: expected 0 <= neuron < {width}, got {neuron}")
-    return array[:, neuron].astype(np.float64)
+    return array.astype(np.float64)
 
 
 def _quantile_line(ax: Axes, column: NDArray[np.float64], label: str, **style: Any) -> None:
@@ -339,16 +320,23 @@ def _quantile_line(ax: Axes, column: NDArray[np.float64], label: str, **style: A
     ax.plot(levels, np.sort(column), label=label, **style)
 
 
+def _name_ticks(axis: Axis, labels: list[str], **style: Any) -> None:
+    """Label the ticks 0, 1, ... of an axis, as many as have room."""
+    every = -(-len(labels) // MOST_LABELS)
+    axis.set_ticks(np.arange(len(labels))[::every], labels[::every], **style)
+
+
 def _short_names(names: list[str]) -> tuple[str, list[str]]:
     """Split dotted names into what they share, as one pattern, and what tells them apart."""
+
+    def leading(parts: Sequence[Sequence[str]]) -> int:
+        """How many parts at the beginning are the same in all names."""
+        return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
+
     parts = [name.split(".") for name in names]
-    shortest = min(len(p) for p in parts)
-    start = 0
-    while start < shortest - 1 and len({p[start] for p in parts}) == 1:
-        start += 1
-    end = 0
-    while end < shortest - 1 - start and len({p[-1 - end] for p in parts}) == 1:
-        end += 1
+    most = min(map(len, parts)) - 1  # one part at least is left of every name
+    start = min(leading(parts), most)
+    end = min(leading([p[::-1] for p in parts]), most - start)
     if len(names) == 1 or start + end == 0:
         return "", names
     pattern = ".".join([*parts[0][:start], "*", *parts[0][len(parts[0]) - end :]])

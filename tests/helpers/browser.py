@@ -1,6 +1,6 @@
 """JupyterLab and a headless Chromium, for tests and pictures.
 
-python tests/browser.py NOTEBOOK PICTURE    # run a notebook and take a picture of the explorer in it
+python tests/helpers/browser.py NOTEBOOK PICTURE    # run a notebook and take a picture of the explorer in it
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def lab(folder: Path) -> Iterator[str]:
         settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers"))),
             "JUPYTER_CONFIG_DIR": f"{home}/config",
             "JUPYTER_DATA_DIR": f"{home}/data",
             "JUPYTER_RUNTIME_DIR": f"{home}/run",
