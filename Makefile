@@ -110,6 +110,7 @@ lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'
 	.venv-test/bin/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cpp')
 	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check lineas tests
 	.venv-test/bin/mypy lineas
 
 # ---- the engine alone, as a static library, with its tests and example: no Python is linked --------------------------

@@ -49,10 +49,15 @@ def check_dense(x: "torch.Tensor", name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {kind}layout {x.layout}, dtype {x.dtype}")
 
 
+def double(x: "torch.Tensor") -> "torch.Tensor":
+    """`x` in float64, which sums over many numbers need; in float32 on Apple's MPS, which has no float64."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def as_dense(x: "torch.Tensor", name: str) -> "torch.Tensor":
-    """A dense tensor, its integers as float64; TypeError as `check_dense`."""
+    """A dense tensor, its integers as `double`; TypeError as `check_dense`."""
     check_dense(x, name)
-    return x.double() if str(x.dtype).removeprefix("torch.") in _INTEGERS else x
+    return double(x) if str(x.dtype).removeprefix("torch.") in _INTEGERS else x
 
 
 def result_dtype(x: Any, array: NDArray) -> np.dtype:
@@ -166,7 +171,7 @@ def as_mass(x: Any, rows: int, name: str) -> NDArray:
     """
     if is_tensor(x):
         check_dense(x, name)
-        x = _from_tensor(x.double() if x.is_floating_point() else x, name)
+        x = _from_tensor(double(x) if x.is_floating_point() else x, name)
     array = _from_object(x, name)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
@@ -213,11 +218,6 @@ def as_finite(value: Any, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
-
-
-def as_strength(strength: Any, name: str = "strength") -> float:
-    """`as_finite` for strengths."""
-    return as_finite(strength, name)
 
 
 def as_not_negative(value: Any, name: str) -> float:

@@ -26,17 +26,10 @@ def sort_columns(samples: Sequence[Array], names: Sequence[str], threads: int) -
     """Sort every column of every sample [n, d], ascending, into new float32 or float64 arrays."""
 
 def wasserstein(
-    u: Sequence[Array],
-    v: Sequence[Array],
-    weight: Sequence[Array] | None,
-    bias: Sequence[Array] | None,
-    u_mass: Sequence[Array | None] | None,
-    v_mass: Sequence[Array | None] | None,
-    v_sorted: bool,
-    gradient: int,
-    u_names: Sequence[str],
-    v_names: Sequence[str],
-    threads: int,
+    u: Sequence[Array], v: Sequence[Array],
+    weight: Sequence[Array] | None, bias: Sequence[Array] | None,
+    u_mass: Sequence[Array | None] | None, v_mass: Sequence[Array | None] | None,
+    v_sorted: bool, gradient: int, u_names: Sequence[str], v_names: Sequence[str], threads: int,
 ) -> tuple[list[Array], list[Array] | None, list[Array] | None, list[Array] | None]:
     """Squared W2 per neuron of (weight * u + bias) against v, for a batch of modules.
 
@@ -96,16 +89,8 @@ def prox_sparse_group(x: Array, tau: float, l1: float, group: float) -> Array:
     """prox of tau (l1 ||x||_1 + group sqrt(d) ||x||_2) at x [d], float32 or float64, as a new array."""
 
 def step(
-    weight: Array,
-    bias: Array,
-    grad_weight: Array,
-    grad_bias: Array,
-    offsets: Array,
-    lr: float,
-    l1: float,
-    group: float,
-    l1_bias: float,
-    group_bias: float,
+    weight: Array, bias: Array, grad_weight: Array, grad_bias: Array, offsets: Array,
+    lr: float, l1: float, group: float, l1_bias: float, group_bias: float,
     adam: tuple[Array, Array, Array, Array, int, float, float, float] | None,
     threads: int,
 ) -> tuple[float, int]:
@@ -120,14 +105,9 @@ def step(
     """
 
 def fit_local(
-    source: Sequence[Array],
-    target: Sequence[Array],
-    source_mass: Sequence[Array | None] | None,
-    target_mass: Sequence[Array | None] | None,
-    method: str,
-    source_names: Sequence[str],
-    target_names: Sequence[str],
-    threads: int,
+    source: Sequence[Array], target: Sequence[Array],
+    source_mass: Sequence[Array | None] | None, target_mass: Sequence[Array | None] | None,
+    method: str, source_names: Sequence[str], target_names: Sequence[str], threads: int,
 ) -> tuple[list[Array], list[Array]]:
     """Closed-form maps "mean", "gaussian" or "linear" of source[k] [n_k, d_k] to target[k] [m_k, d_k].
 
@@ -136,13 +116,9 @@ def fit_local(
     """
 
 def quantile_moments(
-    source: Sequence[Array],
-    target: Sequence[Array],
-    source_mass: Sequence[Array | None] | None,
-    target_mass: Sequence[Array | None] | None,
-    source_names: Sequence[str],
-    target_names: Sequence[str],
-    threads: int,
+    source: Sequence[Array], target: Sequence[Array],
+    source_mass: Sequence[Array | None] | None, target_mass: Sequence[Array | None] | None,
+    source_names: Sequence[str], target_names: Sequence[str], threads: int,
 ) -> list[Array]:
     """Moments of the paired quantiles of source[k] [n_k, d_k] and target[k] [m_k, d_k]: float64 [5, d_k] each.
 
@@ -153,13 +129,8 @@ def largest_penalty(moments: Sequence[Array], l1_ratio: float) -> Array:
     """float64 [L]: the smallest penalty of each module at which its sparse map is the identity."""
 
 def sparse_path(
-    moments: Sequence[Array],
-    held_out: Sequence[Array] | None,
-    penalties: Array,
-    l1_ratio: float,
-    double: bool,
-    largest: float,
-    threads: int,
+    moments: Sequence[Array], held_out: Sequence[Array] | None,
+    penalties: Array, l1_ratio: float, double: bool, largest: float, threads: int,
 ) -> tuple[Array, Array, Array, Array | None, Array, Array]:
     """Sparse maps of L modules (moments [5, d_l], finite) at float64 penalties [K] > 0, best in falling order.
 

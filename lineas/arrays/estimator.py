@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._checks import as_mass, as_strength
+from .._checks import as_finite, as_mass
 from ..maps.affine import AffineMap
 from .closed_form import fit
 from .wasserstein import wasserstein
@@ -114,7 +114,7 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             setting `source` is none of the labels, or another setting is out of range.
         """
         rows, labels = validate_data(self, X, y, dtype=(np.float64, np.float32), ensure_min_samples=2)
-        as_strength(self.strength)
+        as_finite(self.strength, "strength")
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) != 2:
             raise ValueError(f"y must have two labels, source and target, got {_labels(classes)}")

@@ -10,10 +10,10 @@ from .. import _core
 from .._checks import (
     as_dense,
     as_engine,
+    as_finite,
     as_mass,
     as_not_negative,
     as_sample,
-    as_strength,
     is_tensor,
     result_dtype,
     widen,
@@ -100,7 +100,7 @@ class GaussianMap(Record):
         ValueError
             If the last axis of `z` is not d long, or `strength` is not finite.
         """
-        s = as_strength(strength)
+        s = as_finite(strength, "strength")
         matrix, bias = (1 - s) * np.eye(self.bias.size) + s * self.matrix, s * self.bias
         array: Any = as_dense(z, "z") if is_tensor(z) else as_engine(z, "z")
         if tuple(array.shape[-1:]) != bias.shape:
@@ -108,10 +108,10 @@ class GaussianMap(Record):
         if is_tensor(array):
             import torch
 
-            from ..hooks.affine import working_dtype
+            from ..hooks.affine import moved, working_dtype
 
             dtype = working_dtype(array.dtype)
-            slopes, shifts = (torch.from_numpy(x).to(array.device, dtype) for x in (matrix, bias))
+            slopes, shifts = (moved(torch.from_numpy(x), array.device, dtype) for x in (matrix, bias))
             return (array.to(dtype) @ slopes.mT + shifts).to(array.dtype)
         work = widen(array)
         out = work @ matrix.T.astype(work.dtype) + bias.astype(work.dtype)

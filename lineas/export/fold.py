@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_flag, as_strength
-from ..hooks.affine import parameters
+from .._checks import as_finite, as_flag
+from ..hooks.affine import moved, parameters
 from ..hooks.attach import attach
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
@@ -94,7 +94,7 @@ def fold(
         without a gain. Also if maps are attached to the model, these maps are for some tokens only, a module is
         missing or has another width, or `check` finds a difference.
     """
-    strength = as_strength(strength)
+    strength = as_finite(strength, "strength")
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:
         raise ValueError("convert makes a model of another class: it cannot be done in place")
@@ -193,7 +193,7 @@ def _outputs(model: nn.Module, batches: list[Batch], forward: Forward | None) ->
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output.detach().to("cpu", torch.float64)
+            yield moved(output.detach(), *WIDE)
     elif isinstance(output, Mapping):
         yield from (tensor for value in output.values() for tensor in _tensors(value))
     elif isinstance(output, tuple | list):

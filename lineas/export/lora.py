@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_int, as_strength
+from .._checks import as_finite, as_int
 from ..hooks.affine import parameters
 from ..hooks.modules import model_name
 from ..hooks.settings import optional
@@ -93,7 +93,7 @@ def to_peft_lora(
         raise ImportError('a LoRA adapter needs PEFT: pip install "lineas[peft]"') from error
     from safetensors.torch import save
 
-    strength = as_strength(strength)
+    strength = as_finite(strength, "strength")
     if bias is not None and not isinstance(bias, bool):
         raise TypeError(f"bias must be True, False or None, got {bias!r}")
     rank = optional(as_int, rank, "rank", low=1)

@@ -53,7 +53,7 @@ class ParameterChanges:
 
     def vector(self, name: str, kind: str) -> Tensor:
         """`read` in float64 on the CPU."""
-        return self.read(name, kind).to(*WIDE)
+        return moved(self.read(name, kind), *WIDE)
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
         """Note a new value of a parameter; Refusal where another module has the same parameter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,8 +29,6 @@ class IncrementalSettings(RunSettings):
     """
 
     method: str = "linear"
-
-    recorded: ClassVar[tuple[str, ...]] = ("method", *RunSettings.recorded)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +57,6 @@ class ObjectiveSettings(RunSettings):
     held_out: Any = None
     scaling: str = "layer-mean"
     seed: int = 0
-
-    recorded: ClassVar[tuple[str, ...]] = ("scaling", "seed", *RunSettings.recorded)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,12 +121,6 @@ class FitSettings(ObjectiveSettings):
     steps: int = 20
     patience: int | None = 5
     checkpoint: str | os.PathLike[str] | None = None
-
-    recorded: ClassVar[tuple[str, ...]] = (
-        *ObjectiveSettings.recorded,
-        *("strengths", "mini_batch", "l1", "group", "l1_bias", "group_bias", "optimizer", "lr", "betas", "steps"),
-        "patience",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,11 +192,6 @@ class PathSettings(ObjectiveSettings):
     refit_steps: int = 0
     refit_support: float = 0.5
     lr: float | str = "auto"
-
-    recorded: ClassVar[tuple[str, ...]] = (
-        *ObjectiveSettings.recorded,
-        *("l1_ratio", "steps", "refit_steps", "refit_support", "lr"),
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

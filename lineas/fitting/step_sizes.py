@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._checks import double
 from .objective import NonFinite, Objective, Task
 from .parameters import MapParameters, Penalties, ProximalOptimizer
 
@@ -47,7 +48,7 @@ class Iterate:
         """Steps and changes of the gradient from `other`: float64 [2 D] each, or float32 where there is no float64."""
         steps = torch.cat([self.weight - other.weight, self.bias - other.bias])
         changes = torch.cat([self.grad_weight - other.grad_weight, self.grad_bias - other.grad_bias])
-        return _wide(steps), _wide(changes)
+        return double(steps), double(changes)
 
     def first_rate(self) -> float:
         """The rate at which a linear loss would reach 0, its lower bound: a step of Polyak (1969).
@@ -55,20 +56,15 @@ class Iterate:
         For a quadratic it is half the inverse of its curvature along the gradient, or longer where the minimum is above
         0; a loss multiplied by a number gives the rate divided by it.
         """
-        squared = sum(float(_wide(grad).square().sum()) for grad in (self.grad_weight, self.grad_bias))
+        squared = sum(float(double(grad).square().sum()) for grad in (self.grad_weight, self.grad_bias))
         return self.loss / squared if squared > 0 and self.loss > 0 else 1.0
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Values in float64, which sums over many of them need, where the device has it."""
-    return values if values.device.type == "mps" else values.double()
 
 
 def penalty_of(at: Iterate, penalties: Penalties, widths: Sequence[int]) -> float:
     """The penalty of the maps of an iterate; see `ProximalOptimizer`."""
     l1, group, l1_bias, group_bias = penalties
     total = 0.0
-    for x, lasso, ridge in ((_wide(at.weight) - 1, l1, group), (_wide(at.bias), l1_bias, group_bias)):
+    for x, lasso, ridge in ((double(at.weight) - 1, l1, group), (double(at.bias), l1_bias, group_bias)):
         total += lasso * float(x.abs().sum())
         total += ridge * sum(math.sqrt(len(part)) * float(part.norm()) for part in x.split(list(widths)) if ridge)
     return total

@@ -1,0 +1,6 @@
+"""Maps in a model, and activations out of it, by forward hooks. Uses `inputs`, `maps` and of `arrays` the activations.
+
+`modules` finds modules, `outputs` their hidden states; `affine` and `pooling` work on tensors; `tokens`, `strength` and
+`forward_state` say which tokens are mapped, and how strongly; `attach` stands on them. `capture` runs a model no
+further than needed, `sites` suggests modules, `collect` takes activations with both. `settings` needs no torch.
+"""

@@ -9,12 +9,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+from dataclasses import dataclass, fields
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from .._checks import as_choice, as_flag, as_int
 from .._names import near_names
 from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
+
+# What metadata of maps have elsewhere, or cannot hold.
+_NOT_RECORDED = {
+    *("layers", "loss_layers", "pooling", "tokens", "penalties", "n_penalties", "min_ratio"),
+    *("tokenizer", "forward", "progress", "held_out", "init", "checkpoint"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +64,6 @@ class RunSettings:
     tokens: Selection = "all"
     progress: bool = True
 
-    # Kept in the metadata of maps, under "settings".
-    recorded: ClassVar[tuple[str, ...]] = ("max_length", "batch_size")
-
     def __post_init__(self) -> None:
         self._set(
             max_length=optional(as_int, self.max_length, "max_length", low=1),
@@ -82,8 +85,8 @@ class RunSettings:
             object.__setattr__(self, name, value)
 
     def record(self) -> dict[str, Any]:
-        """The settings that the metadata of maps keep."""
-        values = {name: getattr(self, name) for name in self.recorded}
+        """The settings that the metadata of maps keep, as JSON has them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_RECORDED}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

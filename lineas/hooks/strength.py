@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .._checks import as_strength
+from .._checks import as_finite
 from ..maps.metadata import name_of
 from .affine import moved
 from .tokens import Tokens
@@ -107,9 +107,9 @@ def read_strength(value: Any) -> StrengthValue:
     elif callable(value):
         return Schedule(value)
     else:
-        return as_strength(value)
+        return as_finite(value, "strength")
     if values.ndim == 0:
-        return as_strength(values.item())
+        return as_finite(values.item(), "strength")
     if values.ndim > 2 or not values.numel():
         raise ValueError(f"strength must be a number, [rows] or [rows, tokens], got the shape {list(values.shape)}")
     if not values.isfinite().all():

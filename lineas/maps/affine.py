@@ -14,8 +14,8 @@ from .. import _core
 from .._checks import (
     as_dense,
     as_engine,
+    as_finite,
     as_int,
-    as_strength,
     as_vector,
     is_number,
     is_tensor,
@@ -164,7 +164,7 @@ class AffineMap:
         ValueError
             If `axis` of `z` does not have d channels, or `strength` is not finite.
         """
-        strength = as_strength(strength)
+        strength = as_finite(strength, "strength")
         array: Any = as_dense(z, "z") if is_tensor(z) else as_engine(z, "z")
         shape, axis = tuple(array.shape), as_int(axis, "axis")
         if not -len(shape) <= axis < len(shape) or shape[axis] != self.d:
@@ -184,7 +184,7 @@ class AffineMap:
 
     def scaled(self, strength: float) -> AffineMap:
         """Return the map that at strength 1 does what this one does at `strength`."""
-        return rounded(*at_strength(*self._wide(), as_strength(strength)), self.dtype)
+        return rounded(*at_strength(*self._wide(), as_finite(strength, "strength")), self.dtype)
 
     def __mul__(self, strength: float) -> AffineMap:
         return self.scaled(strength) if is_number(strength) else NotImplemented

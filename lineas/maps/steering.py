@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._checks import as_strength, is_number
+from .._checks import as_finite, is_number
 from .._lazy import lazy_method
 from .._names import hint, in_execution_order, matching
 from .affine import AffineMap
@@ -158,7 +158,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
             kind = type(activations).__name__
             raise TypeError(f"activations must be a mapping from module name to array, got {kind}")
         self._check_known(activations)
-        s = as_strength(strength)
+        s = as_finite(strength, "strength")
         return each_module(
             activations, lambda name: self[name].transform(activations[name], s, axis), "activations[{!r}]"
         )
@@ -176,7 +176,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     def scaled(self, strength: float) -> SteeringMaps:
         """Return the maps that at strength 1 do what these do at `strength`."""
-        s = as_strength(strength)
+        s = as_finite(strength, "strength")
         scaled = {name: one.scaled(s) for name, one in self._maps.items()}
         return SteeringMaps(scaled, describe("scaled", strength=s, parts=[self._metadata]))
 

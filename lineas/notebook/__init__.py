@@ -1,0 +1,1 @@
+"""Pictures, and the instrument of `lineas.explore`. Uses maps, paths and results; matplotlib, anywidget."""

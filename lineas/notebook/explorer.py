@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import as_int, as_positive, as_strength
+from .._checks import as_finite, as_int, as_positive
 from ..fitting.result import FitResult
 from ..maps.affine import AffineMap
 from ..maps.path import SparsePath
@@ -150,7 +150,7 @@ class Explorer(anywidget.AnyWidget):
         self._handle: Handle | None = None
         if index is None:
             index = len(self._path) // 2 if self._path.held_out_loss is None else self._path.index(best=True)
-        index, strength = self._path.index(index=index), as_strength(strength)
+        index, strength = self._path.index(index=index), as_finite(strength, "strength")
         max_strength = as_positive(max_strength, "max_strength")  # before anything is attached
         maps = self._at(index)
         if model is not None:
@@ -207,7 +207,7 @@ class Explorer(anywidget.AnyWidget):
 
     @traitlets.validate("strength")
     def _check_strength(self, proposal: Mapping[str, Any]) -> float:
-        return as_strength(proposal["value"])
+        return as_finite(proposal["value"], "strength")
 
     def _at(self, index: int) -> SteeringMaps | AffineMap:
         return self._path.at(index=index) if isinstance(self._given, SparsePath) else self._given
