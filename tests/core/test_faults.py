@@ -164,8 +164,7 @@ def outcomes(tmp_path_factory):
     preload = " ".join(filter(None, [str(shim), os.environ.get("LD_PRELOAD")]))
     asan = os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0:allocator_may_return_null=1"
     run = subprocess.run(
-        [sys.executable, "-c", "from test_faults import child; child()"],
-        cwd=HERE,
+        [sys.executable, __file__],
         env=os.environ | SAME_PATH | {"LD_PRELOAD": preload, "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": asan},
         capture_output=True,
         text=True,
@@ -185,3 +184,7 @@ def test_a_request_that_fails(outcomes, label):
     if not label.startswith("error"):
         assert points > 0 or label == "moments_merge"  # which returns a small, ready-made number
         assert found["canary"][2] > 0  # a leak would have been seen
+
+
+if __name__ == "__main__":
+    child()
