@@ -165,6 +165,22 @@ def random_maps(model: nn.Module, glob: str | list[str], *, gain: bool = True, s
     return lineas.SteeringMaps(maps)
 
 
+def one_map(name: str, d: int, weight: float = 1.5, bias: float = 0.5) -> lineas.SteeringMaps:
+    """The same map for each of d neurons of one module."""
+    return lineas.SteeringMaps({name: lineas.AffineMap(np.full(d, weight), np.full(d, bias))})
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state of a model, for same_state."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    """Whether names and bits are those of before."""
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
+
+
 def run(model: nn.Module) -> torch.Tensor:
     """What the model makes of fixed inputs: of language models, the hidden state before the final norm.
 
