@@ -21,8 +21,8 @@ from ..maps.metadata import Selection, show_tokens
 from .strength import Schedule, StrengthSetting, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
 
-# The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24.
-CACHES = ("cache", "past_key_values", "cache_params")
+# The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24. RWKV's is a list.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
 # Arguments that say that several texts share a row.
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
@@ -37,7 +37,7 @@ class _Sequence:
     step: int = -1  # passes so far, counted from 0
     real: Tensor | None = None  # real tokens so far [B], where masks tell only those of a pass
     start: Tensor | None = None  # the prompt itself, where there is no cache to know the text by
-    length: int = 0  # columns after the last pass, likewise
+    length: int = 0  # columns after the last pass, likewise, and where the cache holds states, which do not grow
     copied: dict[int, bool] = field(default_factory=dict)  # whether the rows are of so many prompts, each several times
 
 
@@ -47,7 +47,7 @@ class Pass:
     def __init__(self, text: Tensor | None, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         self.text, self.args, self.named = text, args, named
         self.shape = None if text is None else (text.shape[0], text.shape[1])
-        self.past: int | Tensor = 0  # columns in the cache
+        self.past: int | Tensor | None = 0  # columns in the cache; None: they cannot be told
         self.located = text is None
         self.sequence: _Sequence | None = None
         self.begins = False
@@ -236,8 +236,11 @@ class Tracker:
             local.steps += 1
         else:
             here.past = self._past(named, text.shape[1])
+            cache = _cache_of(named)
             if self.needs_positions:
                 self._locate(here)
+            elif cache is not None and _columns(cache) is None:  # what is not counted now is never known
+                self._sequence_of(here)
         local.current = here
 
     def _text(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
@@ -263,7 +266,13 @@ class Tracker:
             )
         rows, length = text.shape[:2]
         mask = named.get("attention_mask")
-        sequence, past = self._sequence_of(here), int(here.past)
+        sequence, past = self._sequence_of(here), here.past
+        if past is None:
+            raise ValueError(
+                f"{self.label} goes on with states of which nothing tells how many tokens they have seen: keep the "
+                "maps on from the first pass of a text, or give an attention_mask of all its tokens"
+            )
+        assert isinstance(past, int)
         begins = here.begins or sequence.step < 0  # what began before it was followed begins now
         total: int | Tensor
         if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -315,59 +324,64 @@ class Tracker:
         here.step = sequence.step
         here.prompt = None if sequence.split else sequence.prompt
 
-    def _past(self, named: Mapping[str, Any], length: int) -> int | Tensor:
-        """How many columns are in the cache before a pass of so many; a tensor where only the device knows."""
+    def _past(self, named: Mapping[str, Any], length: int) -> int | Tensor | None:
+        """Columns in the cache before a pass of so many; a tensor where only the device knows, None where nothing does.
+
+        Caches of states alone do not tell. What passes brought into them is then counted here.
+        """
         cache, mask = _cache_of(named), named.get("attention_mask")
         if cache is None:
             return 0
-        tell = getattr(cache, "get_seq_length", None)
-        if callable(tell):
-            try:
-                told = tell()
-                return told.clone() if isinstance(told, Tensor) else int(told)  # the pass will count on in it
-            except (ValueError, TypeError):  # a cache of states alone, which do not grow
-                pass
-        elif isinstance(cache, tuple | list) and cache:
-            first = cache[0][0] if isinstance(cache[0], tuple | list) and cache[0] else None
-            if isinstance(first, Tensor) and first.ndim > 1:
-                return first.shape[-2]
+        told = _columns(cache)
+        if told is not None:
+            return told
+        known = self._of(cache)
+        if not _has_states(cache, known is not None):
+            return 0
+        if known is not None:
+            return known.length
         position = named.get("cache_position")
         if isinstance(position, Tensor) and position.numel():
             return position[0]
-        return max(mask.shape[1] - length, 0) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+        columns = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+        return columns - length if columns > length else None
 
     def _sequence_of(self, here: Pass) -> _Sequence:
         """The sequence that a pass goes on with, or begins; found once."""
         if here.sequence is not None:
             return here.sequence
-        here.past = int(here.past)
+        if isinstance(here.past, Tensor):
+            here.past = int(here.past)
         cache, text, local = _cache_of(here.named), here.text, self._local
         assert text is not None
         # Without a cache every pass brings its text whole.
         whole = cache is None and (here.named.get("use_cache") is False or not self.can_cache)
         known = None
-        if cache is not None and here.past:
+        if cache is not None and here.past != 0:
             known = self._of(cache)
         elif whole and local.growing is not None and _goes_on(local.growing, text):
             known = local.growing
             known.length += 1
-        here.begins, here.sequence = known is None, known or _Sequence()
+        if known is not None and cache is not None:
+            known.length = (here.past or 0) + text.shape[1]
+        here.begins, here.sequence = known is None, known or _Sequence(length=(here.past or 0) + text.shape[1])
         if here.begins and cache is not None:
             self._bind(cache, here.sequence)
         elif here.begins and whole:
             here.sequence.start = text.detach().clone() if text.ndim == 2 else text.detach()
-            here.sequence.length = text.shape[1]
             local.growing = here.sequence
         return here.sequence
 
     def _of(self, cache: Any) -> _Sequence | None:
-        entry = self._of_cache.get(id(cache))
-        if entry is not None and entry[0]() is cache:
+        key = _identity(cache)
+        entry = self._of_cache.get(id(key))
+        if entry is not None and entry[0]() is key:
             return entry[1]
-        return self._local.loose if isinstance(cache, tuple | list) else None
+        return self._local.loose if key is cache and isinstance(cache, tuple | list) else None
 
     def _bind(self, cache: Any, sequence: _Sequence) -> None:
         """Know the sequence by its cache from now on."""
+        cache = _identity(cache)
         key, known = id(cache), self._of_cache
         try:
             known[key] = weakref.ref(cache, lambda _: known.pop(key, None)), sequence
@@ -401,7 +415,55 @@ class Tracker:
 
 def _cache_of(named: Mapping[str, Any]) -> Any:
     """The cache among arguments or outputs, if there is one."""
-    return next((named[key] for key in CACHES if named.get(key) is not None), None)
+    for key in CACHES:
+        cache = named.get(key)
+        if cache is not None and (key != "state" or _is_state_list(cache)):
+            return cache
+    return None
+
+
+def _is_state_list(cache: Any) -> bool:
+    """Whether a cache is RWKV's: a list of states, whose tensors are written into."""
+    return isinstance(cache, list) and bool(cache) and all(isinstance(entry, Tensor) for entry in cache)
+
+
+def _identity(cache: Any) -> Any:
+    """The object by which a cache is known: of a list of states, which can have no weak reference, the first."""
+    return cache[0] if _is_state_list(cache) else cache
+
+
+def _columns(cache: Any) -> int | Tensor | None:
+    """How many columns are in a cache; a tensor where only the device knows, None where it holds states alone."""
+    told = getattr(cache, "seqlen_offset", None)  # xLSTM's
+    tell = getattr(cache, "get_seq_length", None)
+    if callable(tell) and not _states_alone(cache):
+        try:
+            told = tell()
+        except (ValueError, TypeError):  # transformers' answer where there are states alone
+            return None
+    elif isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list) and cache[0]:
+        first = cache[0][0]
+        return first.shape[-2] if isinstance(first, Tensor) and first.ndim > 1 else None
+    if told is None:
+        return None
+    return told.clone() if isinstance(told, Tensor) else int(told)  # the pass will count on in it
+
+
+def _states_alone(cache: Any) -> bool:
+    """Whether every layer of a cache of transformers holds a state, which does not grow, and no keys and values."""
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
+
+
+def _has_states(cache: Any, known: bool) -> bool:
+    """Whether a cache of states has seen tokens; one that does not say has if it is `known`, or a list of them."""
+    tell = getattr(cache, "has_previous_state", None)
+    if callable(tell):
+        try:
+            return bool(tell())
+        except ValueError:  # it has no layers yet
+            return False
+    return tell if isinstance(tell, bool) else known or _is_state_list(cache)
 
 
 def _alike(rows: Tensor, groups: int) -> bool:

@@ -183,7 +183,9 @@ def output_width(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
     if "norm" not in type(module).__name__.lower():
         return None
-    # Language models bring RMSNorm classes of their own, whose gain alone tells the width.
+    # Language models bring RMSNorm classes of their own, whose gain alone tells the width; as a buffer it is no gain.
+    if "weight" in module._buffers:
+        return None
     if isinstance(weight, Tensor) and not is_lazy(weight):
         return weight.shape[0] if weight.ndim == 1 else None
     # Those of diffusion transformers scale and shift what a norm inside of them gives.

@@ -24,13 +24,16 @@ from .modules import likely_slip, named_modules, output_width, resolve
 
 # Norms between attention and feed-forward, where their name does not say "post"; with a number before them, in a block.
 _AFTER_ATTENTION = re.compile(
-    r"\.ln_2$"  # GPT-2 and its like
+    r"\.ln_?2$"  # GPT-2 and its like, RWKV
     r"|\.norm_2$"  # MPT
     r"|\.layer_norm2$"  # CLIP, SigLIP
     r"|\.layernorm_after$"  # ViT
     r"|\.final_layer_norm$"  # OPT, BART, Whisper: of the layer, not of the model
     r"|\.attention\.output\.LayerNorm$"  # BERT and its like
     r"|\.sa_layer_norm$"  # DistilBERT
+    r"|\.(pre_ff_layernorm|channel_pre_norm|norm_ffn)$"  # Jamba, Bamba and Falcon-H1, RecurrentGemma, xLSTM
+    r"|\.layers\.\d+\.ffn_norm$"  # LFM2
+    r"|backbone\.layers\.\d+\.norm$"  # Mamba, whose blocks are one thing alone
     r"|encoder\.block\.\d+\.layer\.1\.layer_norm$|decoder\.block\.\d+\.layer\.2\.layer_norm$"  # T5
 )
 _POST = re.compile(r"\.post_\w*norm$")

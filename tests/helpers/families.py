@@ -37,6 +37,8 @@ class Family:
         How many modules these match.
     generate : callable, optional
         ``generate(model, batch, use_cache)`` returns greedy tokens.
+    selects : bool
+        Whether maps can act on some tokens only at these sites.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     sites: list[str]
     count: int
     generate: Callable[[nn.Module, Any, bool], torch.Tensor] | None = None
+    selects: bool = True
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -74,7 +77,9 @@ def greedy(model: nn.Module, batch: dict[str, torch.Tensor], use_cache: bool) ->
     return model.generate(**inputs, **settings, use_cache=use_cache)
 
 
-def decoder(name: str, config: type, model: type, sites: list[str], count: int = LAYERS, **settings: Any) -> Family:
+def decoder(
+    name: str, config: type, model: type, sites: list[str], count: int = LAYERS, selects: bool = True, **settings: Any
+) -> Family:
     """A decoder-only language model of transformers."""
     common = {
         "vocab_size": zoo.VOCABULARY,
@@ -88,7 +93,7 @@ def decoder(name: str, config: type, model: type, sites: list[str], count: int =
         "eos_token_id": 1,
         "bos_token_id": 1,
     }
-    return Family(name, lambda: model(config(**common | settings)), prompts, sites, count, greedy)
+    return Family(name, lambda: model(config(**common | settings)), prompts, sites, count, greedy, selects)
 
 
 POST = [f"{BLOCKS}.post_attention_layernorm"]
@@ -106,11 +111,70 @@ LANGUAGE_MODELS = [
     decoder("GPT-2", tf.GPT2Config, tf.GPT2LMHeadModel, ["transformer.h.*.ln_2"]),
     decoder("GPT-NeoX", tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM, ["gpt_neox.layers.*.post_attention_layernorm"]),
     decoder("OLMo2", tf.Olmo2Config, tf.Olmo2ForCausalLM, POST_BOTH, 4),
-    decoder("OPT", tf.OPTConfig, tf.OPTForCausalLM, ["model.decoder.layers.*.final_layer_norm"], ffn_dim=2 * WIDTH,
-            word_embed_proj_dim=WIDTH),
+    decoder("OPT", tf.OPTConfig, tf.OPTForCausalLM, ["model.decoder.layers.*.final_layer_norm"], selects=False,
+            ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH),
     decoder("Mixtral", tf.MixtralConfig, tf.MixtralForCausalLM, POST, num_local_experts=4),
     decoder("Qwen3-MoE", tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM, POST, **HEADS, num_experts=4,
             num_experts_per_tok=2, moe_intermediate_size=WIDTH),
+]  # fmt: skip
+
+
+def states(
+    name: str, config: type, model: type, sites: list[str], count: int = LAYERS, batch: Any = prompts, **settings: Any
+) -> Family:
+    """A language model of transformers whose layers, some or all, keep a state in place of keys and values."""
+    common = {"vocab_size": zoo.VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    return Family(name, lambda: model(config(**common | ids | settings)), batch, sites, count, greedy)
+
+
+def one_length(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Prompts without padding, for models that take padding for tokens."""
+    return {"input_ids": tokens_alone(count, seed)}
+
+
+def greedy_alone(model: nn.Module, batch: dict[str, torch.Tensor], use_cache: bool) -> torch.Tensor:
+    """RWKV of transformers goes on with states only where there is one text."""
+    return torch.cat([greedy(model, {"input_ids": row[None]}, use_cache) for row in batch["input_ids"]])
+
+
+def xlstm() -> nn.Module:
+    sizes = {"hidden_size": 128, "num_heads": 8, "num_blocks": LAYERS, "chunk_size": 16}  # its smallest
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    return tf.xLSTMForCausalLM(tf.xLSTMConfig(vocab_size=zoo.VOCABULARY, num_hidden_layers=LAYERS, **sizes, **ids))
+
+
+ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 2 * WIDTH}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LINEAR = {f"linear_{part}": 2 for part in ("num_value_heads", "num_key_heads")} | {
+    f"linear_{part}_head_dim": 8 for part in ("key", "value")
+}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1}
+
+STATE_MODELS = [
+    states("Mamba", tf.MambaConfig, tf.MambaForCausalLM, ["backbone.layers.*.norm"], state_size=4),
+    states("Mamba-2", tf.Mamba2Config, tf.Mamba2ForCausalLM, ["backbone.layers.*.norm"], state_size=4, num_heads=4,
+           head_dim=8, n_groups=1, chunk_size=8),
+    states("Falcon-Mamba", tf.FalconMambaConfig, tf.FalconMambaForCausalLM, ["backbone.layers.*.norm"], state_size=4),
+    Family("RWKV", lambda: tf.RwkvForCausalLM(tf.RwkvConfig(
+        vocab_size=zoo.VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, attention_hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH, context_length=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )), one_length, ["rwkv.blocks.*.ln2"], LAYERS, greedy_alone),
+    Family("xLSTM", xlstm, one_length, ["backbone.blocks.*.norm_ffn"], LAYERS, greedy),
+    states("Jamba", tf.JambaConfig, tf.JambaForCausalLM, ["model.layers.*.pre_ff_layernorm"], **ATTENTION, **EXPERTS,
+           attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, use_mamba_kernels=False),
+    states("Bamba", tf.BambaConfig, tf.BambaForCausalLM, ["model.layers.*.pre_ff_layernorm"], **ATTENTION, **MAMBA2,
+           attn_layer_indices=[1]),
+    states("LFM2", tf.Lfm2Config, tf.Lfm2ForCausalLM, ["model.layers.*.ffn_norm"], **ATTENTION,
+           layer_types=["conv", "full_attention"]),
+    states("Falcon-H1", tf.FalconH1Config, tf.FalconH1ForCausalLM, ["model.layers.*.pre_ff_layernorm"], **ATTENTION,
+           **MAMBA2, mamba_d_ssm=32),
+    states("RecurrentGemma", tf.RecurrentGemmaConfig, tf.RecurrentGemmaForCausalLM,
+           ["model.layers.*.channel_pre_norm"], 3, one_length, **ATTENTION, num_hidden_layers=3, lru_width=WIDTH,
+           attention_window_size=32, head_dim=8),
+    states("Qwen3-Next", tf.Qwen3NextConfig, tf.Qwen3NextForCausalLM, POST, **ATTENTION, **EXPERTS, **HEADS, **LINEAR,
+           layer_types=["linear_attention", "full_attention"], moe_intermediate_size=WIDTH,
+           shared_expert_intermediate_size=WIDTH),
 ]  # fmt: skip
 
 
@@ -172,9 +236,9 @@ def x_greedy(model: nn.Module, batch: torch.Tensor, use_cache: bool) -> torch.Te
 TEXT_MODELS = [
     Family("BERT", bert, prompts, ["encoder.layer.*.attention.output.LayerNorm"], LAYERS),
     Family("T5", t5, question_and_answer, ["decoder.block.*.layer.2.layer_norm", "encoder.block.*.layer.1.layer_norm"],
-           2 * LAYERS, greedy),
+           2 * LAYERS, greedy, selects=False),
     Family("x-transformers", x_decoder, tokens_alone, ["attn_layers.final_norm", "attn_layers.layers.*.0.0"],
-           2 * LAYERS + 1, x_greedy),
+           2 * LAYERS + 1, x_greedy, selects=False),
 ]  # fmt: skip
 
 
@@ -293,4 +357,4 @@ IMAGE_MODELS = [
     Family("nn.Sequential", zoo.mlp, rows, [], 0),
 ]  # fmt: skip
 
-FAMILIES = [*LANGUAGE_MODELS, *TEXT_MODELS, *IMAGE_MODELS]
+FAMILIES = [*LANGUAGE_MODELS, *STATE_MODELS, *TEXT_MODELS, *IMAGE_MODELS]
