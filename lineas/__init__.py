@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .fitting.incremental import fit_incremental
     from .fitting.result import EndToEndPath, FitResult
     from .fitting.sparse_path import sparse_path_end_to_end
-    from .hooks.attach import Handle
+    from .hooks.attach import Handle, attached, detach
     from .hooks.collect import collect
     from .hooks.sites import Sites, sites
     from .hooks.tokens import Tokens
@@ -45,7 +45,9 @@ _LAZY = {
     "Handle": ("hooks.attach", "Handle", "torch"),
     "Sites": ("hooks.sites", "Sites", "torch"),
     "Tokens": ("hooks.tokens", "Tokens", "torch"),
+    "attached": ("hooks.attach", "attached", "torch"),
     "collect": ("hooks.collect", "collect", "torch"),
+    "detach": ("hooks.attach", "detach", "torch"),
     "explore": ("notebook.explorer", "Explorer", "anywidget"),
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
@@ -68,10 +70,12 @@ __all__ = [
     "SparsePath",
     "SteeringMaps",
     "Tokens",
+    "attached",
     "baselines",
     "bures_map",
     "collect",
     "covariance",
+    "detach",
     "explore",
     "fit",
     "fit_end_to_end",

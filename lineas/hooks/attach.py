@@ -1,6 +1,5 @@
-"""Maps into a model: the hook that applies one, the `Handle` on all of them, and `attach`."""
+"""Maps into a model: `attach`, the `Handle` that it returns, and which maps are on."""
 
-import itertools
 import re
 import sys
 import threading
@@ -9,175 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .._checks import as_flag
 from .._warn import warn
 from ..inputs.call import unwrap
-from ..maps.affine import AffineMap, at_strength
+from ..maps.affine import AffineMap
 from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
-from . import outputs
-from .affine import apply, blend, moved, parameters, working_dtype
 from .forward_state import Tracker
+from .map_hook import MapHook, PassHook, likely_output
 from .modules import get_module, model_name, output_width
-from .strength import Schedule, Strength, StrengthArray, StrengthSetting, StrengthValue, as_given, read_strength
-
-# Parameters of a hook at strengths other than the latest, for threads that have their own.
-_KEPT = 32
-
-
-class _Hook:
-    """A map as a forward hook.
-
-    An object, not a closure, so that a model with maps can be pickled and copied. A copy of the model carries copies
-    of its hooks, as with any hook; a handle speaks of the model it was made for.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        affine: AffineMap,
-        setting: StrengthSetting,
-        tokens: Selection,
-        tracker: Tracker,
-        likely: tuple[torch.device, torch.dtype],
-    ) -> None:
-        self.name, self.setting, self.tokens, self.tracker, self.likely = name, setting, tokens, tracker, likely
-        self.set_map(affine)
-
-    def set_map(self, affine: AffineMap) -> None:
-        # For compiled graphs, which must not make any: at strength 1, where and in what the output is likely to be.
-        self._constants = parameters(affine, 1.0, *self.likely)
-        self.map = affine
-        # By strength, device and dtype.
-        self._parameters: dict[Any, tuple[AffineMap, Tensor, Tensor]] = {}
-        self._last_call: tuple[Any, ...] | None = None
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._compiled(module, output)
-        setting = self.setting
-        # What was done to the last output is done to the next one in as few steps as can be, mostly one token later.
-        last = self._last_call
-        if last is not None and setting.uniform and type(output) is Tensor:
-            strength, affine, dtype, device, axes, width, weight, bias = last
-            shape = output.shape
-            if (
-                strength is setting.value
-                and affine is self.map
-                and output.dtype is dtype
-                and len(shape) == axes
-                and shape[-1] == width
-                and output.device == device
-            ):
-                return torch.addcmul(bias, output, weight)
-        strength = setting.value
-        if not setting.uniform or type(strength) is not float:
-            return self._in_general(module, output)
-        if strength == 0:
-            return None
-        tensor, axis = self._activation(module, output)
-        affine, weight, bias = self._ready(tensor, strength)
-        # Not for images, where only the shape tells the axis.
-        if axis == -1 and tensor.ndim < 4 and weight.dtype == tensor.dtype and type(weight) is Tensor:
-            size = tensor.ndim, tensor.shape[-1]
-            self._last_call = (strength, affine, tensor.dtype, tensor.device, *size, weight, bias)
-        return outputs.put(output, apply(tensor, weight, bias, axis))
-
-    def _compiled(self, module: nn.Module, output: Any) -> Any:
-        """The map in a graph that holds for every strength that is a number: it is a tensor there, and no constant."""
-        strength = self.setting.scalar
-        if strength is None or not self.setting.uniform:
-            return self._in_general(module, output)
-        tensor, axis = self._activation(module, output)
-        return outputs.put(output, blend(tensor, *self._at_strength(tensor, 1.0), strength, axis))
-
-    def _activation(self, module: nn.Module, output: Any) -> tuple[Tensor, int]:
-        """The hidden state in an output, and the axis of its channels."""
-        tensor = outputs.take(output, self.name)
-        axis = outputs.channel_axis(module, tensor, self.name)
-        if tensor.shape[axis] != self.map.d:
-            raise ValueError(
-                f"{self.name}: the map is for {self.map.d} neurons, the output has {tensor.shape[axis]} "
-                f"(shape {tuple(tensor.shape)})"
-            )
-        return tensor, axis
-
-    def _at_strength(self, tensor: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-        """Slopes and shifts of the map at a strength, where and in what `tensor` is computed."""
-        if torch.compiler.is_compiling():
-            weight, bias = (moved(part, tensor.device, working_dtype(tensor.dtype)) for part in self._constants)
-            return at_strength(weight, bias, strength, torch.where)
-        return self._ready(tensor, strength)[1:]
-
-    def _ready(self, tensor: Tensor, strength: float) -> tuple[AffineMap, Tensor, Tensor]:
-        """What `_at_strength` gives, behind the map that it is of."""
-        key = (strength, tensor.device, working_dtype(tensor.dtype))
-        # Read once, and with its map: another thread may exchange either at any time.
-        affine, found = self.map, self._parameters.get(key)
-        if found is None or found[0] is not affine:
-            found = affine, *parameters(affine, *key)
-            if type(found[1]) is Tensor:  # nothing may be left behind of a fake one
-                if len(self._parameters) >= _KEPT:
-                    self._parameters = {}
-                self._parameters[key] = found
-        return found
-
-    def _in_general(self, module: nn.Module, output: Any) -> Any:
-        """The map where tokens are selected, threads differ, or the strength is no number."""
-        strength = self.setting.now()
-        if isinstance(strength, float) and strength == 0:
-            return None
-        tensor, axis = self._activation(module, output)
-        chosen = None
-        if self.tokens != "all":
-            chosen = self.tracker.current(self.name).chosen(self.tokens, self.name, module, tensor)
-            if chosen is None:
-                return None
-            chosen = chosen[:, :, None]
-        if isinstance(strength, Schedule):
-            strength = self.tracker.current(self.name).scheduled(strength)
-            if isinstance(strength, float) and strength == 0:
-                return None
-        if isinstance(strength, StrengthArray):
-            strengths = self._strengths(strength, module, tensor)
-            acts = strengths != 0
-            chosen = acts if chosen is None else chosen & acts
-            mapped = blend(tensor, *self._at_strength(tensor, 1.0), strengths, axis)
-        else:
-            assert isinstance(strength, float)
-            mapped = apply(tensor, *self._at_strength(tensor, strength), axis)
-        # Not a product: what is not selected keeps its bits, a NaN among them.
-        return outputs.put(output, mapped if chosen is None else torch.where(chosen, mapped, tensor))
-
-    def _strengths(self, strengths: StrengthArray, module: nn.Module, tensor: Tensor) -> Tensor:
-        """Strengths as a tensor that can be multiplied with `tensor`."""
-        shape, where = strengths.values.shape, (tensor.device, working_dtype(tensor.dtype))
-        positions, copies, fits = None, 1, tensor.ndim > 1
-        if not strengths.of_pass:
-            if strengths.by_token:
-                here = self.tracker.current(self.name)
-                here.check(self.name, module, tensor, f"a strength of the shape {list(shape)}")
-                positions = here.tokens().positions
-            copies = self.tracker.copies(shape[0], tensor.shape[0])
-        elif strengths.by_token:
-            fits = tensor.ndim == 3 and shape[1] == tensor.shape[1]
-        if not fits or shape[0] * copies != tensor.shape[0]:
-            raise ValueError(
-                f"{self.name}: the strength has the shape {list(shape)}, the output {list(tensor.shape)}; a prompt may "
-                "have several rows where generate made them, and the maps were on from its first pass"
-            )
-        values = strengths.moved(*where, copies) if positions is None else strengths.at(positions, *where, copies)
-        return values.view(*values.shape, *[1] * (tensor.ndim - values.ndim))
-
-
-def _likely_output(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device on which the output of a module is likely to be, and the dtype in which maps of it are computed."""
-    for parameter in (*module.parameters(), *module.buffers(), *itertools.islice(model.parameters(), 1)):
-        if parameter.is_floating_point():
-            device = torch.device("cpu") if parameter.is_meta else parameter.device
-            return device, torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.device("cpu"), torch.float32
+from .strength import Schedule, Settings, Strength, StrengthArray, StrengthValue, as_given, read_strength
 
 
 def _forget_compiled() -> None:
@@ -188,21 +30,6 @@ def _forget_compiled() -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-class _PassHook:
-    """A hook on the model itself that tells the tracker that a pass begins, or that it ends."""
-
-    def __init__(self, tracker: Tracker, what: str) -> None:
-        self.tracker, self.what = tracker, what
-
-    def __call__(self, module: nn.Module, args: Any, given: Any) -> None:
-        if self.tracker.needs_positions or not torch.compiler.is_compiling():  # a graph is broken only where it must be
-            self._tell(args, given)
-
-    @torch.compiler.disable
-    def _tell(self, args: Any, given: Any) -> None:
-        getattr(self.tracker, self.what)(args, given)
 
 
 class Handle:
@@ -235,6 +62,10 @@ class Handle:
         The tokens that the maps act on.
     attached : bool
         Whether the maps are still on.
+    acted : frozenset of str
+        Modules whose maps have been asked to act so far. A module of which the model uses the weights without calling
+        it, such as ``out_proj`` of `torch.nn.MultiheadAttention`, never is; the first whole pass of the model warns of
+        those. Compiled graphs are not looked into.
     """
 
     def __init__(
@@ -245,24 +76,26 @@ class Handle:
         strength: StrengthValue,
         tokens: Selection,
     ) -> None:
-        self._maps = maps
-        self._tokens = tokens
         self._root = unwrap(model)
-        self._setting = StrengthSetting(strength, selective=tokens != "all")
-        self._tracker = Tracker(self._root, self._setting)
+        self._settings = Settings(strength, maps)
+        self._tracker = Tracker(self._root, self._settings)
         self._hooks = [
-            _Hook(name, maps[name], self._setting, tokens, self._tracker, _likely_output(module, model))
+            MapHook(name, self._settings, tokens, self._tracker, likely_output(module, model))
             for name, module in modules.items()
         ]
         self._removable: list[RemovableHandle] = []
-        self._following = False
         self._lock = threading.Lock()
         try:
             if tokens != "all":
                 self._follow(show_tokens(tokens))
             self._prepare(strength)
+            begin, end = (PassHook(self._tracker, what) for what in ("begin", "end"))
+            self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
+            self._removable.append(self._root.register_forward_hook(end, always_call=True))
             for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
+                _put_recorders_last(module)
+                hook.handle = self
             _forget_compiled()
         except BaseException:
             self.remove()
@@ -284,26 +117,22 @@ class Handle:
                 "and a decoder: only tokens='all' and a strength without an axis of tokens work there"
             )
         with self._lock:
-            before = self._following, self._tracker.needs_positions
+            before = self._tracker.follows, self._tracker.needs_positions
+            self._tracker.follows = True
             self._tracker.needs_positions |= positions
-            if not self._following:
-                begin, end = (_PassHook(self._tracker, what) for what in ("begin", "end"))
-                self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
-                self._removable.append(self._root.register_forward_hook(end, always_call=True))
-                self._following = True
-            if (self._following, self._tracker.needs_positions) != before:
+            if (True, self._tracker.needs_positions) != before:
                 _forget_compiled()
 
     @property
     def maps(self) -> Mapping[str, AffineMap]:
-        return self._maps
+        return self._settings.latest.maps
 
     @maps.setter
     def maps(self, maps: Mapping[str, AffineMap]) -> None:
         if not isinstance(maps, Mapping):
             raise TypeError(f"maps must be a mapping from module name to AffineMap, got {type(maps).__name__}")
-        missing = [name for name in self._maps if name not in maps]
-        surplus = [name for name in maps if name not in self._maps]
+        missing = [name for name in self.maps if name not in maps]
+        surplus = [name for name in maps if name not in self.maps]
         if missing or surplus:
             raise ValueError(
                 f"maps must be of the modules that are attached: {len(missing)} missing {missing[:3]}, "
@@ -313,26 +142,30 @@ class Handle:
             new = maps[hook.name]
             if not isinstance(new, AffineMap):
                 raise TypeError(f"maps[{hook.name!r}] must be an AffineMap, got {type(new).__name__}")
-            if new.d != hook.map.d:
-                raise ValueError(f"{hook.name}: the map must be for {hook.map.d} neurons as before, got {new.d}")
+            if new.d != hook.d:
+                raise ValueError(f"{hook.name}: the map must be for {hook.d} neurons as before, got {new.d}")
+        self._settings.set(maps=maps)
         for hook in self._hooks:
-            hook.set_map(maps[hook.name])
-        self._maps = maps
+            hook.renew()
 
     @property
     def strength(self) -> Any:
-        return as_given(self._setting.value)
+        return as_given(self._settings.latest.strength)
 
     @strength.setter
     def strength(self, value: Strength) -> None:
         given = read_strength(value)
         if self.attached:
             self._prepare(given)
-        self._setting.set(given)
+        self._settings.set(strength=given)
 
     @property
     def tokens(self) -> Selection:
-        return self._tokens
+        return self._hooks[0].tokens
+
+    @property
+    def acted(self) -> frozenset[str]:
+        return frozenset(self._tracker.acted)
 
     @contextmanager
     def at(self, strength: Strength) -> Iterator["Handle"]:
@@ -343,8 +176,13 @@ class Handle:
             with handle.at(strength=0.3):
                 model.generate(...)
 
-        Blocks may be nested. Threads that are started inside of one do not take it over. Under gradient checkpointing
-        the backward pass belongs into the block too, since it runs layers again.
+        Blocks may be nested. A block holds in the context (`contextvars`) that enters it and in copies of that which
+        are made inside: tasks, ``asyncio.to_thread``, ``contextvars.copy_context().run``. A new `threading.Thread` has
+        an empty context, so a thread that generates for a streamer enters the block itself; only where Python hands
+        threads a copy (``sys.flags.thread_inherit_context``, the default of free-threaded Python 3.14) do they take the
+        block over. A generator is under the block in the context that began it, and in no other that goes on with it.
+        The end of the block is its end everywhere. Under gradient checkpointing the backward pass belongs into the
+        block too, since it runs layers again.
 
         Parameters
         ----------
@@ -361,7 +199,8 @@ class Handle:
         given = read_strength(strength)
         self._check_attached()
         self._prepare(given)
-        with self._setting.in_context(given):
+        self._tracker.leave_behind()
+        with self._settings.in_context(given):
             yield self
 
     @property
@@ -372,6 +211,7 @@ class Handle:
         """Take the maps off the model. Does nothing where they are off already."""
         while self._removable:
             self._removable.pop().remove()
+        self._tracker.forget()
 
     def _check_attached(self) -> None:
         if not self.attached:
@@ -387,12 +227,108 @@ class Handle:
     def __repr__(self) -> str:
         if not self.attached:
             return f"Handle({len(self.maps)} modules, removed)"
-        chosen = "" if self._tokens == "all" else f", {show_tokens(self._tokens)}"
-        return f"Handle({len(self.maps)} modules, strength={self._setting.value}{chosen})"
+        chosen = "" if self.tokens == "all" else f", {show_tokens(self.tokens)}"
+        others = len(attached(self._root))
+        beside = "" if others == 1 else f", one of {others} on the model"
+        return f"Handle({len(self.maps)} modules, strength={self._settings.latest.strength}{chosen}{beside})"
+
+
+def attached(model: nn.Module) -> list[Handle]:
+    """The maps that are on a model, in the order in which they were attached.
+
+    Also those whose handle was lost, such as by running the cell of a notebook twice, and those that a copy of a model
+    has brought along.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model, wrapped or not, or a part of one.
+
+    Returns
+    -------
+    list of Handle
+        Empty where there are none.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found: dict[int, tuple[int, Handle]] = {}
+    for module in model.modules():
+        for key, hook in module._forward_hooks.items():
+            if isinstance(hook, MapHook):
+                if hook.handle is None:
+                    _adopt(model, hook.settings)
+                found.setdefault(id(hook.settings), (key, hook.handle))
+    return [handle for _, handle in sorted(found.values(), key=lambda entry: entry[0])]
+
+
+def detach(model: nn.Module) -> int:
+    """Take all maps off a model, whether their handles are known or not.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model, wrapped or not, or a part of one.
+
+    Returns
+    -------
+    int
+        How many handles were on it.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module.
+    """
+    handles = attached(model)
+    for handle in handles:
+        handle.remove()
+    return len(handles)
+
+
+def _adopt(model: nn.Module, settings: Settings) -> None:
+    """Make a handle for the hooks of a copied model, which have none."""
+    handle = Handle.__new__(Handle)
+    handle._root, handle._settings, handle._hooks, handle._removable = unwrap(model), settings, [], []
+    handle._lock = threading.Lock()
+    for module in model.modules():
+        for hooks, extra in (
+            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        ):
+            for key, hook in hooks.items():
+                if isinstance(hook, MapHook | PassHook) and hook.tracker.settings is settings:
+                    handle._tracker = hook.tracker
+                    removable = RemovableHandle(hooks, extra_dict=list(extra))
+                    removable.id = key
+                    handle._removable.append(removable)
+                    if isinstance(hook, MapHook):
+                        hook.handle = handle
+                        handle._hooks.append(hook)
+
+
+def _put_recorders_last(module: nn.Module) -> None:
+    """Let the hooks by which transformers records hidden states see what the maps made of them, as later layers do.
+
+    They stay on a model from the first time that states are asked for.
+    """
+    hooks = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__module__", "").startswith("transformers."):
+            hooks.move_to_end(key)
 
 
 def attach(
-    maps: Mapping[str, AffineMap], model: nn.Module, strength: Strength = 1.0, *, tokens: Selection | None = None
+    maps: Mapping[str, AffineMap],
+    model: nn.Module,
+    strength: Strength = 1.0,
+    *,
+    tokens: Selection | None = None,
+    replace: bool = False,
 ) -> Handle:
     """Put the maps into a torch model at once, until ``remove()`` or the end of a with-block.
 
@@ -410,6 +346,9 @@ def attach(
         slice is over positions in the row, where negative numbers count from the end of the prompt: "last" is
         ``slice(-1, None)``. A callable gets a `lineas.Tokens` and returns booleans [B, T]. Default:
         the tokens that the maps were fitted for; "all" where the metadata do not say.
+    replace : bool, default False
+        Take off all maps that are on the model already (`lineas.attached`), once these are on; without it maps act
+        one after the other. For cells of a notebook that are run again.
 
     Returns
     -------
@@ -433,6 +372,7 @@ def attach(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     given = read_strength(strength)
     chosen = fitted_tokens(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
+    as_flag(replace, "replace")
     modules = {}
     for name, affine in maps.items():
         modules[name] = get_module(model, name)
@@ -440,7 +380,11 @@ def attach(
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
     _warn_of_another_model(getattr(maps, "metadata", {}), model)
-    return Handle(maps, modules, model, given, chosen)
+    before = attached(model) if replace else []
+    handle = Handle(maps, modules, model, given, chosen)
+    for other in before:
+        other.remove()
+    return handle
 
 
 def _warn_of_another_model(metadata: Mapping[str, Any], model: nn.Module) -> None:

@@ -1,24 +1,28 @@
 """What hooks must know of the forward pass they run in: which tokens it brings, and where they stand in their rows.
 
-Two hooks on the model itself, put on only where a selection of tokens or a strength asks for it, note what every call
-of it brings. A pass belongs to one thread. What goes on over several passes, above all where the prompt ended, belongs
-to the key-value cache they share, so that generations may be interleaved and move between threads.
+Two hooks on the model itself tell when a pass begins and ends. It stays under the setting that it began with. Where a
+selection of tokens or a strength asks for it, what every call brings is noted as well. A pass belongs to one thread.
+What goes on over several passes, above all where the prompt ended, belongs to the key-value cache they share, so that
+generations may be interleaved and move between threads.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._warn import warn
 from ..maps.metadata import Selection, show_tokens
-from .strength import Schedule, StrengthSetting, StrengthValue
+from .strength import Schedule, Setting, Settings, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
 
 # The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24. RWKV's is a list.
@@ -48,7 +52,6 @@ class Pass:
         self.text, self.args, self.named = text, args, named
         self.shape = None if text is None else (text.shape[0], text.shape[1])
         self.past: int | Tensor | None = 0  # columns in the cache; None: they cannot be told
-        self.located = text is None
         self.sequence: _Sequence | None = None
         self.begins = False
         self.step = 0
@@ -131,6 +134,8 @@ _SEEN = ("_local", "_latest", "_waiting", "_of_cache")
 class _Local(threading.local):
     """What a thread knows of its passes."""
 
+    setting: Setting | None = None  # what the pass that it is in is under
+    call: tuple[int, int] | None = None  # frame and model, by their numbers; None: the frame cannot be told
     current: Pass | None = None
     last: Pass | None = None  # the one before, for layers that are run again on the way back
     growing: _Sequence | None = None  # the text of a generation without cache
@@ -142,12 +147,14 @@ class _Local(threading.local):
 class Tracker:
     """Follows the forward passes of a model, each in its thread.
 
-    With `needs_positions` it works out where the tokens of every pass stand; else passes are noted, and looked at when
-    asked for.
+    Where it `follows` them it notes what they bring, and with `needs_positions` works out where the tokens stand; else
+    it knows their settings alone.
     """
 
-    def __init__(self, root: nn.Module, setting: StrengthSetting) -> None:
-        self.needs_positions = False
+    def __init__(self, root: nn.Module, settings: Settings) -> None:
+        self.follows = self.needs_positions = False
+        self.acted: set[str] = set()  # modules whose hooks have run
+        self._whole = False  # a pass has come to its end
         # Not the module itself: a copy of a part of the model must not bring the whole.
         parameters = inspect.signature(root.forward).parameters.values()
         known = {p.name for p in parameters}
@@ -156,10 +163,11 @@ class Tracker:
         self.tells_candidates = "logits_to_keep" in known
         self.label = type(root).__name__
         self.two_texts = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
-        self.setting = setting
-        self._forget()
+        self.settings = settings
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of all passes."""
         self._local = _Local()
         self._latest: Pass | None = None
         self._waiting = 0  # checkpointed passes since layers were last run again
@@ -171,15 +179,33 @@ class Tracker:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self.forget()
+
+    def setting(self) -> Setting:
+        """What the pass that this thread is in is under, or where it is in none, what holds now."""
+        local = self._local
+        setting = local.setting
+        # Mostly so; otherwise another one was set since the pass began, or an interrupt has kept it from its end.
+        if setting is self.settings.latest:
+            return setting
+        if setting is not None:
+            self.leave_behind()
+        return local.setting or self.settings.now()
+
+    def leave_behind(self) -> None:
+        """Let go of the pass of this thread that was left by an exception for which torch calls no hooks: Ctrl-C."""
+        local = self._local
+        if torch.compiler.is_compiling():  # a graph has no frames
+            return
+        if local.setting is not None and local.call is not None and not _runs(*local.call):
+            local.setting = local.call = local.current = None
 
     def current(self, name: str) -> Pass:
         """The pass that this thread is in; RuntimeError when there is none, or which one it is cannot be told."""
+        self.leave_behind()
         local = self._local
         here = local.current
         if here is not None:
-            if not here.located:  # it began before anything asked for positions
-                self._locate(here)
             if here.grad and not here.used and _checkpointed():
                 here.used, self._waiting = True, self._waiting + 1
             return here
@@ -221,15 +247,18 @@ class Tracker:
 
     # --- a pass begins ------------------------------------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note what the model is called with."""
         local = self._local
         local.current = None
+        local.setting, local.call = self.settings.now(), _call_of(model)
+        if not self.follows:
+            return
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         text = None if self.two_texts else self._text(args, named)
         here = Pass(text, args, named)
         if text is None:
-            strength = self.setting.now()
+            strength = local.setting.strength
             if local.strength is not strength:
                 local.strength, local.steps = strength, 0
             here.step = local.steps
@@ -298,7 +327,6 @@ class Tracker:
             here.mask, here.before = present, before
             total = before + (length if present is None else present.sum(dim=1))
         sequence.real = None if isinstance(total, int) else total
-        here.located = True
         self._advance(here, sequence, begins, total, length)
 
     def _advance(self, here: Pass, sequence: _Sequence, begins: bool, total: int | Tensor, length: int) -> None:
@@ -390,10 +418,14 @@ class Tracker:
 
     # --- a pass ends --------------------------------------------------------------------------------------------------
 
-    def end(self, args: tuple[Any, ...], output: Any) -> None:
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note that the pass is over, with what it gave: None after an error."""
         local = self._local
         here, local.current = local.current, None
+        local.setting = local.call = None
+        if output is not None and not self._whole:
+            self._whole = True
+            self._warn_of_idle()
         if here is None:
             return
         if torch._C._current_graph_task_id() == -1:
@@ -401,6 +433,17 @@ class Tracker:
         if output is not None and here.sequence is not None and _cache_of(here.named) is None:
             self._learn_cache(here.sequence, output)
         here.end()
+
+    def _warn_of_idle(self) -> None:
+        """Warn of modules that the first whole pass did without."""
+        idle = [name for name in self.settings.latest.maps if name not in self.acted]
+        if idle:
+            others = f" (nor were {len(idle) - 1} others)" if len(idle) > 1 else ""
+            warn(
+                f"module {idle[0]!r} was not called when the model ran{others}, so its map does nothing: some modules "
+                "are used by their weights, without a call; handle.acted has those that were called",
+                UserWarning,
+            )
 
     def _learn_cache(self, sequence: _Sequence, output: Any) -> None:
         """Where the model made the cache itself, later passes will bring it."""
@@ -411,6 +454,29 @@ class Tracker:
             found = next((entry for entry in entries if hasattr(entry, "get_seq_length")), None)
         if found is not None:
             self._bind(found, sequence)
+
+
+# What runs a module and its hooks.
+_CALL = nn.Module._call_impl.__code__
+
+
+def _call_of(model: nn.Module) -> tuple[int, int] | None:
+    """The call of `model` whose hook this is, as `_runs` knows it; None in what was compiled, which has no frame."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back
+    return None if frame is None else (id(frame), id(model))
+
+
+def _runs(number: int, model: int) -> bool:
+    """Whether this thread is still in a call of `_call_of`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Numbers are used again, also for frames: the model has to be the same.
+        if id(frame) == number and frame.f_code is _CALL:
+            return id(frame.f_locals["self"]) == model
+        frame = frame.f_back
+    return False
 
 
 def _cache_of(named: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .._checks import as_finite
+from ..maps.affine import AffineMap
 from ..maps.metadata import name_of
 from .affine import moved
 from .tokens import Tokens
@@ -126,55 +128,88 @@ def as_given(strength: StrengthValue) -> float | NDArray | Callable[[Tokens], An
     return strength.function if isinstance(strength, Schedule) else strength
 
 
-# What holds in this thread, or task, instead.
-_IN_CONTEXT: ContextVar[Mapping[StrengthSetting, StrengthValue]] = ContextVar(
-    "lineas strengths", default=MappingProxyType({})
-)
+# --- what all hooks of a handle read --------------------------------------------------------------------------------
 
 
-class StrengthSetting:
-    """The strength that all hooks of a handle read: one `value` for all, and others for some threads or tasks.
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a forward pass is under, from its first module to its last: a strength, and the maps by module name."""
 
-    It is `uniform` where it holds for all tokens and threads: none are selected, and no block is open in any thread.
-    """
+    strength: StrengthValue
+    maps: Mapping[str, AffineMap]
 
-    def __init__(self, value: StrengthValue, *, selective: bool = False) -> None:
-        self.selective = selective
-        self.set(value)
-        self.uniform = not selective
-        self._blocks = 0
+
+class _Block:
+    """Another strength, in the contexts that have it, for as long as its with-block is open."""
+
+    def __init__(self, strength: StrengthValue) -> None:
+        self.strength, self.open = strength, True
+        self._made: tuple[Setting, Setting] | None = None
+
+    def setting(self, latest: Setting) -> Setting:
+        """The `latest` setting at this strength: the same object until another is set."""
+        made = self._made
+        if made is None or made[0] is not latest:
+            made = self._made = latest, replace(latest, strength=self.strength)
+        return made[1]
+
+
+# The blocks that this thread, or task, is in, the inner ones last.
+_BLOCKS: ContextVar[Mapping[Settings, tuple[_Block, ...]]] = ContextVar("lineas blocks", default=MappingProxyType({}))
+
+
+class Settings:
+    """What the hooks of a handle read: the `latest` setting for all, and other strengths for some threads or tasks."""
+
+    def __init__(self, strength: StrengthValue, maps: Mapping[str, AffineMap]) -> None:
+        self._open = 0  # blocks, in any thread
         self._lock = threading.Lock()
+        self.latest = Setting(strength, maps)
+        self.set()
 
-    def set(self, value: StrengthValue) -> None:
-        """Let `value` hold from the next pass on."""
-        # A number as a tensor []: compiled graphs read it, in which numbers would be constants.
-        with torch.inference_mode(False):  # as in affine.parameters
-            self.scalar = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else None
-        self.value = value
+    def set(self, **changes: Any) -> None:
+        """Let another strength, or other maps, hold from the next pass on."""
+        with self._lock:
+            self.latest = latest = replace(self.latest, **changes)
+            number = latest.strength if isinstance(latest.strength, float) else None
+            # A number as a tensor []: compiled graphs read it, in which numbers would be constants.
+            with torch.inference_mode(False):  # as in affine.parameters
+                self.scalar = None if number is None else torch.tensor(number, dtype=torch.float32, device="cpu")
 
-    def now(self) -> StrengthValue:
-        """What holds here and now."""
-        return self.value if self.uniform else _IN_CONTEXT.get().get(self, self.value)
+    @property
+    def same_for_all(self) -> bool:
+        """Whether no block is open in any thread."""
+        return not self._open
+
+    def now(self) -> Setting:
+        """What holds for a pass that begins here and now."""
+        latest = self.latest
+        if not self._open:
+            return latest
+        block = next((block for block in reversed(_BLOCKS.get().get(self, ())) if block.open), None)
+        return latest if block is None else block.setting(latest)
 
     @contextmanager
-    def in_context(self, value: StrengthValue) -> Iterator[None]:
-        """Let `value` hold in this thread, or task, until the block ends."""
+    def in_context(self, strength: StrengthValue) -> Iterator[None]:
+        """Let `strength` hold in this context, and in copies of it, until the block ends, in whatever context."""
+        block, blocks = _Block(strength), _BLOCKS.get()
         self._count(1)
-        token = _IN_CONTEXT.set({**_IN_CONTEXT.get(), self: value})
+        _BLOCKS.set({**blocks, self: (*blocks.get(self, ()), block)})
         try:
             yield
         finally:
-            _IN_CONTEXT.reset(token)
+            block.open = False
             self._count(-1)
+            blocks = _BLOCKS.get()  # a generator may end in another context than it began in
+            _BLOCKS.set({**blocks, self: tuple(other for other in blocks.get(self, ()) if other.open)})
 
     def _count(self, change: int) -> None:
         with self._lock:
-            self._blocks += change
-            self.uniform = not self.selective and not self._blocks
+            self._open += change
 
-    # A copy of a model has the strength that its handle was set to.
+    # A copy of a model has what its handle was set to.
     def __getstate__(self) -> dict[str, Any]:
-        return {"value": self.value, "selective": self.selective}
+        return {"strength": self.latest.strength, "maps": self.latest.maps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

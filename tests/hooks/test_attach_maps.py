@@ -19,7 +19,7 @@ def test_a_live_handle_takes_other_maps_and_keeps_its_strength(family):
         before, hooks = logits(model), hooks_on(model)
         handle.maps = second
         assert handle.maps is second and handle.strength == 0.7
-        assert hooks_on(model) == hooks == LAYERS
+        assert hooks_on(model) == hooks == LAYERS + 1
         assert torch.equal(logits(model), expected)
         handle.maps = first
         assert torch.equal(logits(model), before)

@@ -417,7 +417,7 @@ def test_blocks_may_be_nested_and_end_after_errors():
                 raise KeyError
             torch.testing.assert_close(now(), at(1.0))
         torch.testing.assert_close(now(), at(0.3))
-        assert handle._setting.uniform
+        assert handle._settings.same_for_all
     with pytest.raises(RuntimeError, match=r"^these maps were removed from the model: attach them again"):
         with handle.at(strength=1.0):
             pass

@@ -229,7 +229,7 @@ def test_a_strength_for_each_row_leaves_one_graph():
     torch.compiler.reset()
 
 
-def test_a_schedule_that_is_set_within_a_pass_knows_its_tokens():
+def test_a_schedule_that_is_set_within_a_pass_is_for_the_next_one():
     model, maps = steered("llama")
     batch, seen = ids(LENGTHS), []
 
@@ -242,10 +242,12 @@ def test_a_schedule_that_is_set_within_a_pass_knows_its_tokens():
         def change(module, args):
             handle.strength = schedule
 
-        model.model.layers[1].register_forward_pre_hook(change)
+        watch = model.model.layers[1].register_forward_pre_hook(change)
         with torch.no_grad():
             model(**batch)
-        model.model.layers[1]._forward_pre_hooks.clear()
+            watch.remove()
+            assert not seen
+            model(**batch)
     assert seen == [[[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2]]]
 
 

@@ -123,7 +123,6 @@ def test_an_argument_called_state_that_is_no_list_of_states_is_no_cache():
         def forward(self, input_ids, state):
             return self.norm(self.embed(input_ids) + state[:, None])
 
-
     model = Robot()
     maps = lineas.SteeringMaps({"norm": lineas.AffineMap([2.0] * 4, [1.0] * 4)})
     with maps.attach(model, tokens=slice(0, 2)):
