@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._names import near_names
+from ..hooks.attach import attached
 from ..hooks.modules import find, get_module, output_width
 from ..inputs.call import unwrap
 from ..maps.steering import SteeringMaps
@@ -75,11 +76,10 @@ def check_arguments(
             f"these maps were fitted for the tokens {tokens!r}; weights act on all tokens, so {use} would change the "
             "others as well: use maps.attach(model), or lineas.SteeringMaps(dict(maps)) for all tokens all the same"
         )
-    for name, module in model.named_modules():
-        if any(type(hook).__module__.startswith("lineas.") for hook in module._forward_hooks.values()):
-            raise ValueError(
-                f"maps are attached to {name!r} of this model: remove() them first, or they would act twice"
-            )
+    on = attached(model)
+    if on:
+        name = next(iter(on[0].maps))
+        raise ValueError(f"maps are attached to {name!r} of this model: detach them first, or they would act twice")
     names = {}
     for name, affine in maps.items():
         names[name], module = find(model, name)

@@ -319,7 +319,7 @@ def _put_recorders_last(module: nn.Module) -> None:
     hooks = module._forward_hooks
     for key, hook in list(hooks.items()):
         if getattr(hook, "__module__", "").startswith("transformers."):
-            hooks.move_to_end(key)
+            hooks[key] = hooks.pop(key)
 
 
 def attach(

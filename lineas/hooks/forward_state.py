@@ -517,7 +517,7 @@ def _columns(cache: Any) -> int | Tensor | None:
 
 def _states_alone(cache: Any) -> bool:
     """Whether every layer of a cache of transformers holds a state, which does not grow, and no keys and values."""
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", None) or ()
     return bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
 
 

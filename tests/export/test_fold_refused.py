@@ -33,7 +33,7 @@ def test_a_model_with_maps_on_it_is_refused():
     model = language_model("llama")
     maps = random_maps(model, "**.input_layernorm")
     with maps.attach(model):
-        message = r"maps are attached to 'model.layers.0.input_layernorm' of this model: remove\(\) them first"
+        message = r"maps are attached to 'model.layers.0.input_layernorm' of this model: detach them first"
         refused(model, random_maps(model, "**.post_attention_layernorm"), message)
     maps.fold(model)
 
