@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+_FUNCTION = "_gradient_checkpointing_func"  # what transformers and diffusers call it
 
 
 @contextmanager
@@ -20,8 +25,9 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     requires a gradient and autograd is on, whatever surrounds the block; without it autograd is off.
 
     Modules with gradient checkpointing switched on are kept in training mode when `gradients` are wanted, since
-    transformers checkpoints only there; their children, dropout modules among them, and their own dropout rates are
-    off all the same.
+    transformers checkpoints only there. Whatever they checkpoint runs in eval mode, at first and once more in the
+    backward pass. What they do beside that does not drop anything either: their children are in eval mode, the rates in
+    their attributes and in their configuration are 0, and torch's functions do what they do outside of training.
 
     ValueError with `gradients` when weights were made under `torch.inference_mode`, torchao quantises activations, or
     checkpointing is reentrant.
@@ -41,7 +47,7 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
 
-        def put(target: nn.Module | nn.Parameter, name: str, value: Any) -> None:
+        def put(target: Any, name: str, value: Any) -> None:
             stack.callback(setattr, target, name, getattr(target, name))
             setattr(target, name, value)
 
@@ -50,8 +56,17 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             put(module, "training", False)
         for module in checkpointed:
             put(module, "training", True)
-            for name in _dropout_rates(module):
-                put(module, name, 0.0)
+            function: Any = getattr(module, _FUNCTION, None)
+            if function is not None:
+                put(module, _FUNCTION, _evaluating(module, function))
+            for holder in (module, getattr(module, "config", None)):
+                # Among its attributes, not by setattr: some configurations refuse that.
+                attributes = getattr(holder, "__dict__", {})
+                rates = _dropout_rates(attributes)
+                stack.callback(attributes.update, rates)
+                attributes.update(dict.fromkeys(rates, 0.0))
+        if checkpointed:
+            stack.enter_context(_NoDropout())
         for parameter in model.parameters() if gradients else ():
             if parameter.requires_grad:
                 put(parameter, "requires_grad", False)
@@ -90,13 +105,52 @@ def _checkpointed(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
 
 
-def _dropout_rates(module: nn.Module) -> list[str]:
+def _evaluating(module: nn.Module, checkpointing: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's checkpointing function, for which the module is in eval mode while what is checkpointed runs."""
+
+    @functools.wraps(checkpointing)
+    def evaluating(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def evaluated(*args: Any, **kwargs: Any) -> Any:
+            mode, module.training = module.training, False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                module.training = mode
+
+        return checkpointing(evaluated, *args, **kwargs)
+
+    return evaluating
+
+
+def _dropout_rates(attributes: dict[str, Any]) -> dict[str, float]:
     """Rates that layers pass to functional dropout, or drop whole layers with, when they are in training mode."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if name.endswith(("dropout", "layerdrop")) and isinstance(value, float) and value
-    ]
+    return {name: value for name, value in attributes.items() if "drop" in name and isinstance(value, float) and value}
+
+
+class _NoDropout(TorchFunctionMode):
+    """In this thread, and in backward passes that it starts, torch's functions do as they do outside of training."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        # A batch norm without statistics takes those of the batch, in both modes.
+        elif kwargs.get("training") and (func is not functional.batch_norm or args[1] is not None):
+            kwargs = {**kwargs, "training": False}
+        return func(*args, **kwargs)
+
+
+# Those below torch.nn.functional's, which pass everything by position.
+_DROPOUTS = {
+    getattr(torch, name + suffix)
+    for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
+}
 
 
 def _check_differentiable(model: nn.Module) -> None:
@@ -114,7 +168,7 @@ def _check_differentiable(model: nn.Module) -> None:
                 "gradients: quantise weights only, or fit the maps on the model as it was before"
             )
     for module in _checkpointed(model):
-        function = getattr(module, "_gradient_checkpointing_func", None)
+        function = getattr(module, _FUNCTION, None)
         reentrant = getattr(function, "keywords", {}).get("use_reentrant")
         if reentrant or (reentrant is None and getattr(function, "func", function) is checkpoint):
             raise ValueError(
