@@ -128,13 +128,13 @@ def to_peft_lora(
         r=rank,
         # PEFT divides it by the rank. A whole number where it is one: some readers expect that.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
-        target_modules=_targets(model, list(pairs)),
         lora_bias=bias,
         fan_in_fan_out=all(is_conv1d(model.get_submodule(name)) for name in pairs),
         base_model_name_or_path=model_name(model),
         task_type=_task(model),
         inference_mode=True,
     )
+    config.target_modules = _targets(model, list(pairs))  # passed above it would be a set, in another order each time
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as made:
         config.save_pretrained(made)
