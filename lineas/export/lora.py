@@ -116,8 +116,9 @@ def to_peft_lora(
     for name, (chosen, columns, shift) in pairs.items():
         dense = dense_weight(model, name)
         dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
-        a, b = torch.zeros(rank, dense.shape[1], dtype=dtype), torch.zeros(len(columns), rank, dtype=dtype)
-        a[torch.arange(len(chosen)), chosen] = 1
+        shapes = (rank, dense.shape[1]), (len(columns), rank)
+        a, b = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes)
+        a[range(len(chosen)), chosen] = 1
         b[:, : len(chosen)] = columns
         prefix = f"base_model.model.{name}"
         tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}

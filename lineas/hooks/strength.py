@@ -103,7 +103,7 @@ def read_strength(value: Any) -> StrengthValue:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"strength must be a real number, an array of them or a callable, got {array.dtype}")
-        values = torch.tensor(array.astype(np.float64))
+        values = torch.tensor(array.astype(np.float64), device="cpu")
     elif callable(value):
         return Schedule(value)
     else:
@@ -149,7 +149,8 @@ class StrengthSetting:
         """Let `value` hold from the next pass on."""
         # A number as a tensor []: compiled graphs read it, in which numbers would be constants.
         with torch.inference_mode(False):  # as in affine.parameters
-            self.scalar = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else None
+            number = isinstance(value, float)
+            self.scalar = torch.tensor(value, dtype=torch.float32, device="cpu") if number else None
         self.value = value
 
     def now(self) -> StrengthValue:

@@ -313,13 +313,14 @@ class Explorer(anywidget.AnyWidget):
 
     def _continue(self, prompt: str) -> str:
         """The greedy continuation of a prompt."""
-        batch = self._tokenizer(prompt, return_tensors="pt").to(self._model.device)
-        length = batch["input_ids"].shape[1]
+        import torch
+
+        read = self._tokenizer(prompt)  # not into tensors, which would be on torch's default device
+        length = len(read["input_ids"])
         if length == 0:
             raise ValueError(f"prompt {prompt!r} has no tokens")
         tokens = self._model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            **{x: torch.tensor([read[x]], device=self._model.device) for x in ("input_ids", "attention_mask")},
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
             pad_token_id=self._tokenizer.pad_token_id,
