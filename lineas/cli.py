@@ -61,7 +61,7 @@ _END_TO_END: dict[str, dict[str, Any]] = {
     "scaling": {"help": "layer-mean, paper or reference"},
     "optimizer": {"help": "sgd or adam"},
     "mini_batch": {"type": int, "help": "source prompts in a step (default: all)"},
-    "patience": {"type": int, "help": "steps without a lower held-out loss that end the fit"},
+    "patience": {"type": int, "help": "kept steps without a lower held-out loss that end the fit"},
     "strengths": {"type": float, "nargs": "+", "help": "strengths that held-out prompts choose of (default: 1)"},
     "checkpoint": {
         "type": Path,

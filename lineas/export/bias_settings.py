@@ -110,9 +110,10 @@ def to_llama(model: nn.Module) -> nn.Module:
         shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
     for name in shapes.keys() - state.keys():  # biases only; anything else does not fit and is an error below
         state[name] = torch.zeros(shapes[name], dtype=first.dtype, device=first.device)
-    converted: Any = LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=first.dtype, attn_implementation=old._attn_implementation
-    )
+    with torch.device("cpu"):  # whatever torch's default device is
+        converted: Any = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=state, dtype=first.dtype, attn_implementation=old._attn_implementation
+        )
     converted = converted.to(first.device).train(model.training)
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted

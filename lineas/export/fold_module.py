@@ -5,7 +5,7 @@ what has to be certain is that output = gain * (something without the gain) + bi
 """
 
 import copy
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,9 @@ def _offset_of_gain(module: nn.Module) -> float:
     trial._forward_hooks.clear()
     trial._forward_pre_hooks.clear()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, gain.numel(), generator=generator).to(gain.device)
-    one, two, shift = (torch.rand(gain.numel(), generator=generator).to(gain.device) + 0.5 for _ in range(3))
+    there: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    x = torch.randn(2, 3, gain.numel(), **there).to(gain.device)
+    one, two, shift = (torch.rand(gain.numel(), **there).to(gain.device) + 0.5 for _ in range(3))
 
     def run(weight: Tensor, bias: Tensor) -> Tensor:
         with torch.no_grad():

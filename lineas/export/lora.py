@@ -116,8 +116,9 @@ def to_peft_lora(
     for name, (chosen, columns, shift) in pairs.items():
         dense = dense_weight(model, name)
         dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
-        a, b = torch.zeros(rank, dense.shape[1], dtype=dtype), torch.zeros(len(columns), rank, dtype=dtype)
-        a[torch.arange(len(chosen)), chosen] = 1
+        shapes = (rank, dense.shape[1]), (len(columns), rank)
+        a, b = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes)
+        a[range(len(chosen)), chosen] = 1
         b[:, : len(chosen)] = columns
         prefix = f"base_model.model.{name}"
         tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
@@ -128,13 +129,13 @@ def to_peft_lora(
         r=rank,
         # PEFT divides it by the rank. A whole number where it is one: some readers expect that.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
-        target_modules=_targets(model, list(pairs)),
         lora_bias=bias,
         fan_in_fan_out=all(is_conv1d(model.get_submodule(name)) for name in pairs),
         base_model_name_or_path=model_name(model),
         task_type=_task(model),
         inference_mode=True,
     )
+    config.target_modules = _targets(model, list(pairs))  # passed above it would be a set, in another order each time
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as made:
         config.save_pretrained(made)

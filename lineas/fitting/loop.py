@@ -61,6 +61,10 @@ class History:
         self.best_loss, self.best_terms, self.best_strength = tried or (None, None, 1.0)
         self.best, self.best_step = self.maps.at(self.best_strength), len(self.records)
 
+    def since_best(self) -> int:
+        """The number of steps after those of the best maps, without those that were taken back."""
+        return sum(record["kept"] for record in self.records[self.best_step :])
+
     def restore(self) -> None:
         """Put the best maps back in place."""
         if self.best is not None:
@@ -130,7 +134,7 @@ def run(
             total, terms = steps.measure(step)
             tried = measure_held_out()
             history.keep(tried)
-            if held_out and settings.patience is not None and step - history.best_step >= settings.patience:
+            if held_out and settings.patience is not None and history.since_best() >= settings.patience:
                 history.stopped = f"no lower held-out loss in {settings.patience} steps"
                 break
             taken = steps.move(step)

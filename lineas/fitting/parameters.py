@@ -69,7 +69,7 @@ class MapParameters:
             if len(maps[name].weight) != width:
                 raise ValueError(f"init: module {name!r} has {width} neurons, its map has {len(maps[name].weight)}")
             for values, given in ((self.weight, maps[name].weight), (self.bias, maps[name].bias)):
-                values[start : start + width] = torch.tensor(given, dtype=values.dtype)
+                values[start : start + width] = torch.tensor(given, dtype=values.dtype, device="cpu")
 
     def leaves(self, strength: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
         """Slopes and shifts of every module as gradient leaves, which at strength 1 share the flat memory."""

@@ -100,7 +100,8 @@ class FitSettings(ObjectiveSettings):
     steps : int, default 20
         The largest number of steps.
     patience : int or None, default 5
-        With `held_out`: stop after so many steps without a lower held-out loss; None takes all steps.
+        With `held_out`: stop after so many steps without a lower held-out loss, those that are taken back not counted;
+        None takes all steps.
     checkpoint : path, optional
         File to keep the fit in: written before the first step and after every one, as a whole or not at all. Where it
         is there, the fit goes on from it, whatever ended it, to the same bits as if nothing had (on the same machine,

@@ -61,7 +61,7 @@ class _Affine(Function):
         # follows: a tensor of its own on the engine's memory.
         memory = torch.from_numpy(out).untyped_storage()
         # torch's stubs want strides, which it makes itself.
-        return torch.empty(0, dtype=z.dtype).set_(memory, 0, z.shape)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=z.dtype, device=z.device).set_(memory, 0, z.shape)  # type: ignore[call-overload]
 
     @staticmethod
     @once_differentiable
@@ -123,7 +123,7 @@ def parameters(affine: AffineMap, strength: float, device: torch.device, dtype: 
     arrays = at_strength(affine.weight.astype(np.float64), affine.bias.astype(np.float64), strength)
     # Outside of inference mode: a tensor made inside it could not take part in a later forward that records gradients.
     with torch.inference_mode(False):
-        weight, bias = (torch.tensor(array, dtype=dtype).to(device) for array in arrays)
+        weight, bias = (torch.tensor(array, dtype=dtype, device="cpu").to(device) for array in arrays)
     return weight, bias
 
 

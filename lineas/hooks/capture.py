@@ -6,6 +6,7 @@ language-model head run, whatever wraps the model.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -31,7 +32,7 @@ class Capture:
 
     On its own, ``Capture().run(...)`` removes its hooks when the run ends. As a context manager it keeps the hooks
     of the latest run until the block ends, which a backward pass through gradient checkpointing needs: there the
-    layers run again, and must find the maps in place.
+    layers run again, and must find the maps in place. Passes that other threads make meanwhile are left alone.
 
     >>> with Capture() as capture:                                # doctest: +SKIP
     ...     capture.run(model, batch, names, on_output)
@@ -77,8 +78,16 @@ class Capture:
         waiting = {last} if last is not None else set(names)
         leave = _Leave()
         running = True
+        thread = threading.get_ident()
+        # Accelerators have threads of their own for the backward pass, in which checkpointed layers run again.
+        first = next(model.parameters(), None)
+        accelerated = first is not None and first.device.type not in ("cpu", "meta")
 
         def hook(name: str, module: nn.Module, args: Any, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                backward = not running and torch._C._current_graph_task_id() != -1
+                if not (accelerated and backward):
+                    return None
             tensor = outputs.take(output, name)
             # Under checkpointing, tensors saved here must not be counted among those a recomputation saves again.
             with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):

@@ -115,7 +115,7 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
     name, value = name_of(function), function(here)
     if not isinstance(value, Tensor | np.ndarray):
         raise TypeError(f"tokens: {name} must return a boolean tensor or array, got {type(value).__name__}")
-    chosen = torch.as_tensor(value)
+    chosen = torch.as_tensor(value, device=positions.device)
     if chosen.dtype != torch.bool:
         raise TypeError(
             f"tokens: {name} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a callable"
@@ -125,7 +125,7 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
             f"tokens: {name} must return the shape {list(positions.shape)} of the tokens of this pass, "
             f"got {list(chosen.shape)}"
         )
-    return chosen.to(positions.device)
+    return chosen
 
 
 # --- in fits ----------------------------------------------------------------------------------------------------------

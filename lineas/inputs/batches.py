@@ -121,7 +121,7 @@ def _has_rows(key: str, value: Any, argument: str) -> bool:
 
 def take(batch: Batch, rows: Sequence[int] | NDArray, argument: str) -> Batch:
     """The prompts ``rows`` of a batch, in that order."""
-    index = torch.as_tensor(rows)
+    index = torch.as_tensor(rows, device="cpu")
 
     def part(key: str, value: Any) -> Any:
         if not _has_rows(key, value, argument):

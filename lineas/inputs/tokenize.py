@@ -33,11 +33,12 @@ class TokenRows:
         """The prompts `rows`, in that order, padded no further than they need."""
         kwargs = {key: self._pad([column[i] for i in rows], key) for key, column in self.columns.items()}
         mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], "attention_mask")
-        lengths = None if self.prompt_lengths is None else torch.tensor([self.prompt_lengths[i] for i in rows])
+        ends = self.prompt_lengths
+        lengths = None if ends is None else torch.tensor([ends[i] for i in rows], device="cpu")
         return Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, prompt_length=lengths)
 
     def _pad(self, rows: Sequence[Sequence[int]], key: str) -> Tensor:
-        tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        tensors = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
         fill, side = self.pad_id if key == "input_ids" else 0, "left" if self.left else "right"
         return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 

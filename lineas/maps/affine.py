@@ -175,7 +175,8 @@ class AffineMap:
             from ..hooks.affine import affine
 
             # torch.tensor copies: torch cannot hold read-only memory without a warning.
-            return affine(array, torch.tensor(self.weight), torch.tensor(self.bias), strength, axis)
+            slopes, shifts = (torch.tensor(part, device="cpu") for part in (self.weight, self.bias))
+            return affine(array, slopes, shifts, strength, axis)
         work, axis = working_dtype(array), axis % len(shape)
         weight, bias = self.weight.astype(work, copy=False), self.bias.astype(work, copy=False)
         blocks = array.reshape(math.prod(shape[:axis]), self.d, math.prod(shape[axis + 1 :]))

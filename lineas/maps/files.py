@@ -10,7 +10,8 @@ sha256    checksum of the arrays and the rest of the header; files of old versio
 
 and, each as JSON, the entries of its format. Maps have "modules", the module names in execution order (safetensors
 keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module>.bias``. A `Record` has "fields", where
-a tensor's name stands for each of its arrays.
+a tensor's name stands for each of its arrays. Entries stand in alphabetical order: what is saved twice gives the same
+bytes.
 """
 
 import contextlib
@@ -70,7 +71,17 @@ def write(path: str | PathLike[str], format: str, tensors: Mapping[str, Any], en
     header |= {key: json.dumps(value) for key, value in entries.items()}
     header["sha256"] = _checksum(ready, header)
     # safetensors is imported here, not above: arrays work where there is none.
-    write_atomically(os.fspath(path), import_module(f"safetensors.{library}").save(ready, header))
+    write_atomically(os.fspath(path), _sorted(import_module(f"safetensors.{library}").save(ready, header)))
+
+
+def _sorted(data: bytes) -> bytes:
+    """A safetensors file with the entries of its header in order; safetensors' own is random."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # so that the arrays stay aligned
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))
 
 
 def _plain(x: Any) -> Any:

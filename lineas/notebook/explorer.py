@@ -151,26 +151,32 @@ class Explorer(anywidget.AnyWidget):
         if index is None:
             index = len(self._path) // 2 if self._path.held_out_loss is None else self._path.index(best=True)
         index, strength = self._path.index(index=index), as_finite(strength, "strength")
-        max_strength = as_positive(max_strength, "max_strength")  # before anything is attached
-        maps = self._at(index)
+        max_strength = as_positive(max_strength, "max_strength")
+        shown = self._curves() | {"maxStrength": max_strength, "text": self._text_of is not None}
+        point, maps = self._point(index), self._at(index)
         if model is not None:
             if not isinstance(maps, SteeringMaps):
                 raise ValueError("model: a path or map of one array names no module of a model; fit {module: array}")
-            self._handle = maps.attach(model, strength)
-            former = _explorers.get(model, lambda: None)()
-            if former is not None:
-                former.detach()  # else a cell that is run twice would steer twice
-            _explorers[model] = weakref.ref(self)
-        super().__init__(
-            index=index,
-            strength=strength,
-            prompt=prompt,
-            live_text=live_text,
-            _path_data=self._curves() | {"maxStrength": max_strength, "text": self._text_of is not None},
-            _point_data=self._point(index),
-            _text_data={"state": "idle"},
-            _attached=self._handle is not None,
-        )
+            self._handle = maps.attach(model, strength)  # last of all: every argument is known to be sound
+        try:
+            super().__init__(
+                index=index,
+                strength=strength,
+                prompt=prompt,
+                live_text=live_text,
+                _path_data=shown,
+                _point_data=point,
+                _text_data={"state": "idle"},
+                _attached=self._handle is not None,
+            )
+            if model is not None:
+                former = _explorers.get(model, lambda: None)()
+                _explorers[model] = weakref.ref(self)
+                if former is not None:
+                    former.detach()  # else a cell that is run twice would steer twice
+        except BaseException:
+            self.close()
+            raise
         self.observe(self._on_index, "index")
         self.observe(self._on_strength, "strength")
         self.on_msg(self._on_message)
@@ -307,13 +313,14 @@ class Explorer(anywidget.AnyWidget):
 
     def _continue(self, prompt: str) -> str:
         """The greedy continuation of a prompt."""
-        batch = self._tokenizer(prompt, return_tensors="pt").to(self._model.device)
-        length = batch["input_ids"].shape[1]
+        import torch
+
+        read = self._tokenizer(prompt)  # not into tensors, which would be on torch's default device
+        length = len(read["input_ids"])
         if length == 0:
             raise ValueError(f"prompt {prompt!r} has no tokens")
         tokens = self._model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            **{x: torch.tensor([read[x]], device=self._model.device) for x in ("input_ids", "attention_mask")},
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
             pad_token_id=self._tokenizer.pad_token_id,

@@ -98,7 +98,8 @@ def test_the_files(tmp_path):
     assert settings["r"] == 3 and settings["lora_alpha"] == 1.5
     linears = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     linears += [f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up")]
-    assert sorted(settings["target_modules"]) == sorted(linears)  # q_proj alone would also pick the other layer's
+    # In the same order every time; q_proj alone would also pick the other layer's.
+    assert settings["target_modules"] == sorted(linears)
     found = tensors(tmp_path)
     parts = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
     assert set(found) == {f"base_model.model.{name}.{part}" for name in linears for part in parts}
@@ -114,7 +115,7 @@ def test_the_files(tmp_path):
 def test_where_last_names_say_it_all_they_are_the_targets(tmp_path):
     model = language_model("llama")
     sparse_maps(model, BOTH).to_peft_lora(model, tmp_path)
-    assert sorted(config(tmp_path)["target_modules"]) == ["gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+    assert config(tmp_path)["target_modules"] == ["gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
 
 
 def test_without_shifts_there_is_no_bias_and_an_adapter_can_be_merged(tmp_path):

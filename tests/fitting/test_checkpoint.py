@@ -130,6 +130,13 @@ def test_a_file_that_is_there_goes_on(fit, tmp_path):
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
+def test_the_same_fit_leaves_the_same_bytes(fit, tmp_path):
+    kept = [tmp_path / f"{k}.safetensors" for k in range(4)]
+    for path in kept:
+        fit(steps=2, checkpoint=path, held_out=HELD_OUT)
+    assert len({path.read_bytes() for path in kept}) == 1
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(fit, llama, tmp_path, monkeypatch):
     path, before = tmp_path / "fit.safetensors", snapshot(llama)
     plain = {"lr": "auto", "forward": lambda model, batch: model(**batch)}

@@ -155,6 +155,14 @@ def test_a_fit_stops_where_held_out_prompts_gain_nothing(fit):
     assert fit(steps=12, patience=1).stopped == "finished"  # nothing held out, nothing to be patient with
 
 
+def test_steps_taken_back_try_no_patience(fit):
+    near = near_the_minimum(0.01)
+    held_out = near["source"], near["target"]
+    result = fit(**near, steps=6, held_out=held_out, patience=1)
+    assert result.history["kept"].tolist() == [False] + 5 * [True]  # the first one told the curvature
+    assert result.stopped == "finished" and result.best_step == 6
+
+
 def test_mini_batches_are_judged_by_themselves(fit):
     source = prompts(12, 1)
     result = fit(source, prompts(12, 2), mini_batch=4, steps=12)

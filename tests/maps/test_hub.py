@@ -56,6 +56,14 @@ class Hub:
         return str(self.folder / args[1])
 
 
+def test_a_folder_that_is_written_again_has_the_same_bytes(tmp_path):
+    found = set()
+    for _ in range(10):
+        maps().save_pretrained(tmp_path)
+        found.add(tuple((path.name, path.read_bytes()) for path in sorted(tmp_path.iterdir())))
+    assert len(found) == 1
+
+
 def test_a_folder_gives_the_maps_back(tmp_path, monkeypatch):
     folder = maps().save_pretrained(tmp_path / "made" / "here")
     assert folder == tmp_path / "made" / "here"

@@ -80,6 +80,10 @@ def test_a_record_is_the_same_after_it_was_saved(make, tmp_path):
             assert found.dtype == value.dtype and found.tobytes() == value.tobytes(), field.name
         else:
             assert type(found) is type(value) or isinstance(found, float | int), field.name
+    bytes_of = file.read_bytes()
+    for _ in range(10):
+        back.save(file)
+        assert file.read_bytes() == bytes_of
     if not isinstance(record, lineas.GaussianMap):
         metadata = (record.maps if hasattr(record, "maps") else record).metadata
         assert (back.maps if hasattr(back, "maps") else back).metadata == metadata

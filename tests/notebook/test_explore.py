@@ -341,6 +341,46 @@ def test_arguments_that_are_wrong_are_named(path, settings, error, message):
         lineas.explore(settings.pop("path", path), **settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_strength": -1},
+        {"max_strength": "2"},
+        {"max_new_tokens": 0},
+        {"strength": "1"},
+        {"index": 10},
+        {"prompt": 3},
+        {"live_text": 1},
+        {"generate": 3},
+    ],
+)
+def test_wrong_arguments_leave_no_hook_and_the_former_explorer_on(settings):
+    model, tokenizer, path = small_model()
+    former = lineas.explore(path, model)
+    hooks = hooks_on(model)
+    with pytest.raises((TypeError, ValueError, IndexError)):
+        lineas.explore(path, model, tokenizer, **settings)
+    assert hooks_on(model) == hooks and former.handle.attached
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_widget_that_cannot_be_made_leaves_no_hook_and_the_former_explorer_on(monkeypatch, error):
+    model, _, path = small_model()
+    former = lineas.explore(path, model)
+    hooks = hooks_on(model)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explorer.anywidget.AnyWidget, "__init__", fail)
+        with pytest.raises(error):
+            lineas.explore(path, model)
+    assert hooks_on(model) == hooks and former.handle.attached
+    former.close()
+    assert hooks_on(model) == 0
+
+
 def test_settings_that_are_wrong_later_change_nothing(path):
     view = lineas.explore(path, index=3, strength=0.5)
     with pytest.raises(IndexError, match="index must be from -12 to 11, got 99"):
