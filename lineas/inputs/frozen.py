@@ -76,7 +76,7 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
 
 
 class _Values:
-    """Attributes, and entries of dicts, that are another for a time: the latest value that is asked for, in any thread."""
+    """Attributes, and entries of dicts, that are another for a time: the value asked for last, in any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -107,10 +107,11 @@ _VALUES = _Values()
 
 
 class _Eager:
-    """Runs what was compiled as if it were not. torch's stance is one of the whole process: the last to leave restores."""
+    """Runs what was compiled as if it were not, in the whole process, until the last thread that asked leaves."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._stance = threading.Lock(), 0, None
+        self._lock, self._inside = threading.Lock(), 0
+        self._stance: Any = None
 
     def __enter__(self) -> None:
         with self._lock:
