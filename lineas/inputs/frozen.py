@@ -70,8 +70,7 @@ def frozen(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         if checkpointed:
             stack.enter_context(_NoDropout())
         for parameter in model.parameters() if gradients else ():
-            if parameter.requires_grad:
-                put(parameter, "requires_grad", False)
+            put(parameter, "requires_grad", False)  # also where another block has done it, which may end first
         yield
 
 
@@ -178,9 +177,9 @@ def _evaluating(module: nn.Module, checkpointing: Callable[..., Any]) -> Callabl
     return evaluating
 
 
-def _dropout_rates(attributes: dict[str, Any]) -> dict[str, float]:
+def _dropout_rates(attributes: dict[str, Any]) -> list[str]:
     """Rates that layers pass to functional dropout, or drop whole layers with, when they are in training mode."""
-    return {name: value for name, value in attributes.items() if "drop" in name and isinstance(value, float) and value}
+    return [name for name, value in attributes.items() if "drop" in name and isinstance(value, float)]
 
 
 class _NoDropout(TorchFunctionMode):

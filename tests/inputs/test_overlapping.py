@@ -29,13 +29,15 @@ def test_blocks_that_overlap_leave_the_model_as_the_first_found_it(gradients, la
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = state_of(model)
     stacks = [contextlib.ExitStack(), contextlib.ExitStack()]
-    for stack, one in zip(stacks, gradients, strict=True):
-        stack.enter_context(frozen.frozen(model, gradients=one))
-    stacks[1 - last].close()
-    assert not any(module.training for module in model.modules() if not list(module.children()))
-    assert any(one.requires_grad for one in model.parameters()) is (not gradients[last])
-    stacks[last].close()
-    assert state_of(model) == before and torch.is_grad_enabled()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        threads = [one, other]
+        for thread, stack, wanted in zip(threads, stacks, gradients, strict=True):
+            thread.submit(stack.enter_context, frozen.frozen(model, gradients=wanted)).result()
+        threads[1 - last].submit(stacks[1 - last].close).result()
+        assert not any(module.training for module in model.modules() if not list(module.children()))
+        assert any(one.requires_grad for one in model.parameters()) is (not gradients[last])
+        threads[last].submit(stacks[last].close).result()
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("last", [0, 1])
