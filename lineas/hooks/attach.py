@@ -78,7 +78,7 @@ class Handle:
     ) -> None:
         self._root = unwrap(model)
         self._settings = Settings(strength, maps)
-        self._tracker = Tracker(self._root, self._settings)
+        self._tracker = Tracker(self._root, self._settings, model)
         self._hooks = [
             MapHook(name, self._settings, tokens, self._tracker, likely_output(module, model))
             for name, module in modules.items()

@@ -60,6 +60,8 @@ class Pass:
         self.prompt: int | Tensor | None = None  # None: it cannot be told
         self.before: int | Tensor = 0  # real tokens in the cache
         self.mask: Tensor | None = None  # None: all are real
+        self.packed = False  # its rows hold several texts
+        self.positions: Tensor | None = None  # where the model was told them
         self._tokens: Tokens | None = None
         self._chosen: dict[Any, Tensor] = {}
         self._strengths: dict[Schedule, StrengthValue] = {}
@@ -80,7 +82,8 @@ class Pass:
             if mask is None:
                 mask = torch.ones(self.shape, dtype=torch.bool, device=device)
             before = self.before if isinstance(self.before, int) else self.before[:, None]
-            positions = (before + mask.long().cumsum(dim=1) - 1).masked_fill(~mask, -1)
+            counted = before + mask.long().cumsum(dim=1) - 1
+            positions = (counted if self.positions is None else self.positions).masked_fill(~mask, -1)
             length = (
                 torch.full(self.shape[:1], self.prompt, device=device) if isinstance(self.prompt, int) else self.prompt
             )
@@ -94,12 +97,20 @@ class Pass:
         ValueError when the output does not have the tokens of the pass, or the prompt's end is asked for and unknown.
         """
         self.check(name, module, tensor, show_tokens(selection))
-        if self.prompt is None and needs_prompt_length(selection):
-            raise ValueError(
-                f"{name}: {show_tokens(selection)} must know where the prompt ends, but it came in several passes "
-                "(prefill_chunk_size, or a cache that was filled with the maps on): generate from the whole prompt, or "
-                "fill a copy of the cache without the maps"
+        predicting = self.named.get("logits_indices") if self.packed and selection == "last" else None
+        if isinstance(predicting, Tensor):  # transformers' continuous batching says of which tokens it wants logits
+            return torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device).index_fill(
+                1, predicting.to(tensor.device, torch.int64), True
             )
+        if self.prompt is None and needs_prompt_length(selection):
+            why = (
+                "its rows hold several texts: only 'all', in continuous batching 'last', slices that do not count from "
+                "the end, and callables work there"
+                if self.packed
+                else "it came in several passes (prefill_chunk_size, or a cache that was filled with the maps on): "
+                "generate from the whole prompt, or fill a copy of the cache without the maps"
+            )
+            raise ValueError(f"{name}: {show_tokens(selection)} must know where the prompt ends, but {why}")
         if selection == "prompt" and self.generated:
             return None
         key = id(selection) if callable(selection) else repr(selection), tensor.device
@@ -151,7 +162,8 @@ class Tracker:
     it knows their settings alone.
     """
 
-    def __init__(self, root: nn.Module, settings: Settings) -> None:
+    def __init__(self, root: nn.Module, settings: Settings, model: nn.Module) -> None:
+        self.wrapper = _prompt_learner(model)
         self.follows = self.needs_positions = False
         self.acted: set[str] = set()  # modules whose hooks have run
         self._whole = False  # a pass has come to its end
@@ -289,10 +301,8 @@ class Tracker:
         assert text is not None
         packed = [key for key in PACKED if named.get(key) is not None]
         if packed:
-            raise ValueError(
-                f"{packed[0]} says that rows hold several texts: only tokens='all' and a strength without an axis of "
-                "tokens work there"
-            )
+            self._locate_packed(here, packed[0])
+            return
         rows, length = text.shape[:2]
         mask = named.get("attention_mask")
         sequence, past = self._sequence_of(here), here.past
@@ -302,6 +312,9 @@ class Tracker:
                 "maps on from the first pass of a text, or give an attention_mask of all its tokens"
             )
         assert isinstance(past, int)
+        virtual = 0 if self.wrapper is None else _virtual_tokens(self.wrapper)
+        if virtual and mask is None:
+            mask = torch.ones((rows, past + length), dtype=torch.int64, device=text.device)
         begins = here.begins or sequence.step < 0  # what began before it was followed begins now
         total: int | Tensor
         if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -311,6 +324,8 @@ class Tracker:
                     f"those of this pass, got {list(mask.shape)}"
                 )
             real = mask[:, : past + length] != 0
+            if virtual:  # they come first, and are no text
+                real = real & (torch.arange(past + length, device=real.device) >= virtual)
             here.mask = real[:, past:]
             here.before = real[:, :past].sum(dim=1) if past else 0
             total = here.before + here.mask.sum(dim=1)
@@ -328,6 +343,22 @@ class Tracker:
             total = before + (length if present is None else present.sum(dim=1))
         sequence.real = None if isinstance(total, int) else total
         self._advance(here, sequence, begins, total, length)
+
+    def _locate_packed(self, here: Pass, said: str) -> None:
+        """The same where several texts share a row, one behind the other, with their positions."""
+        positions, ends, shape = here.named.get("position_ids"), here.named[said], here.shape
+        if (
+            shape is None
+            or not isinstance(positions, Tensor)
+            or positions.shape != shape
+            or not isinstance(ends, Tensor)
+        ):
+            raise ValueError(
+                f"{said} says that rows hold several texts: only tokens='all' and a strength without an axis of tokens "
+                "work there, others if position_ids [rows, tokens] come with it"
+            )
+        here.packed, here.positions, here.prompt = True, positions, None
+        here.mask = (torch.arange(shape[1], device=positions.device) < ends[-1]).expand(shape)
 
     def _advance(self, here: Pass, sequence: _Sequence, begins: bool, total: int | Tensor, length: int) -> None:
         """Tell prompt and generated tokens apart.
@@ -530,6 +561,26 @@ def _has_states(cache: Any, known: bool) -> bool:
         except ValueError:  # it has no layers yet
             return False
     return tell if isinstance(tell, bool) else known or _is_state_list(cache)
+
+
+def _prompt_learner(model: nn.Module) -> nn.Module | None:
+    """The wrapper of PEFT in or around a model, if it puts learned tokens before the text."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, Mapping) and hasattr(module, "active_peft_config"):
+            return module if any(getattr(one, "is_prompt_learning", False) for one in configs.values()) else None
+    return None
+
+
+def _virtual_tokens(wrapper: nn.Module) -> int:
+    """How many learned tokens PEFT puts before the text of this pass."""
+    config: Any = wrapper.active_peft_config
+    switched_off = (
+        getattr(wrapper.forward, "__self__", wrapper) is not wrapper
+    )  # disable_adapter sets that of the model
+    if switched_off or not getattr(config, "is_prompt_learning", False):
+        return 0
+    return int(config.num_virtual_tokens)
 
 
 def _alike(rows: Tensor, groups: int) -> bool:
