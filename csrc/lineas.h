@@ -13,7 +13,8 @@
  *             into memory.
  *   threads   upper bound of threads, >= 1. Results never depend on it, nor on the CPU variant in use.
  *   outputs   written only on LNS_OK unless said otherwise; they must not overlap the inputs unless "in place" is said.
- *   status    LNS_BAD_SIZE can come from every function that returns a status; the others are named at each function.
+ *   status    LNS_BAD_SIZE, and LNS_BAD_TYPE from functions that take types or options, can come from every function
+ *             that returns a status; the others are named at each function.
  *   place     may be NULL; where given, it tells the position of the offending value for LNS_NOT_FINITE,
  *             LNS_BAD_MASS and LNS_EMPTY_ROW.
  */
@@ -54,6 +55,7 @@ typedef enum lns_status {
     LNS_BAD_MASS,       /* row weights: negative, not finite, or without a positive sum */
     LNS_EMPTY_ROW,      /* a row of the mask keeps no token */
     LNS_NO_CONVERGENCE, /* the eigenvalue solver of LAPACK gave up */
+    LNS_BAD_TYPE,       /* an element type or an option that the function does not take */
     LNS_STATUS_COUNT
 } lns_status;
 

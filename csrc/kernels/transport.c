@@ -66,6 +66,9 @@ int64_t lns_fit_worksize(const lns_fit_job *jobs, int64_t count, int threads)
 
 lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, int threads, void *work, lns_place *place)
 {
+    if ((unsigned)method > (unsigned)LNS_MOMENTS) {
+        return LNS_BAD_TYPE;
+    }
     fit_context c = {.call = {.jobs = jobs, .count = count, .work = work}, .method = method};
     return lns_pairs_run(&KERNEL, &c.call, threads, place);
 }
