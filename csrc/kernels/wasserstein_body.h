@@ -125,30 +125,47 @@ static LNS_INLINE int VNAME(compare_rows_as)(const key *u, const real *v, int64_
     return VNAME(vec_any)(ties);
 }
 
-/* The same along segments that all columns share. */
+/* The same along segments that all columns share, in blocks. Where a row meets all of a block and more, its gradient is
+ * folded as the value is: `carried` is what it has come to. */
 static inline void VNAME(compare_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count,
                                            real *g, double *restrict value)
 {
     VNAME(reals) part[VEC_PARTS] = {0}, sum[VEC_PARTS] = {0};
-    for (int64_t s = 0; s < count; s++) {
-        const int64_t i = segments[s].i, k = segments[s].k;
-        const real mass = (real)segments[s].mass, twice = (real)(2 * segments[s].mass);
-        const int last = s + 1 == count || segments[s + 1].i != i;
-        for (int p = 0; p < VEC_PARTS; p++) {
-            const int64_t at = p * VEC_LANES;
-            const VNAME(reals) difference =
-                VNAME(reals_load)(u + i * LANES + at) - VNAME(reals_load)(v + k * LANES + at);
-            part[p] += mass * (difference * difference);
-            sum[p] += twice * difference;
-            if (g != NULL && last) {
-                VNAME(reals_store)(g + i * LANES + at, sum[p]);
-                sum[p] = (VNAME(reals)){0};
+    double carried[LANES] = {0};
+    int carries = 0;
+    for (int64_t begin = 0; begin < count; begin += LNS_FOLD) {
+        const int64_t end = count - begin < LNS_FOLD ? count : begin + LNS_FOLD;
+        for (int64_t s = begin; s < end; s++) {
+            const int64_t i = segments[s].i, k = segments[s].k;
+            const real mass = (real)segments[s].mass, twice = (real)(2 * segments[s].mass);
+            const int last = s + 1 == count || segments[s + 1].i != i;
+            for (int p = 0; p < VEC_PARTS; p++) {
+                const int64_t at = p * VEC_LANES;
+                const VNAME(reals) difference =
+                    VNAME(reals_load)(u + i * LANES + at) - VNAME(reals_load)(v + k * LANES + at);
+                part[p] += mass * (difference * difference);
+                sum[p] += twice * difference;
+                if (g != NULL && last) {
+                    VNAME(reals_store)(g + i * LANES + at, sum[p]);
+                    sum[p] = (VNAME(reals)){0};
+                }
             }
         }
-        if (s % LNS_FOLD == LNS_FOLD - 1 || s + 1 == count) {
+        for (int p = 0; p < VEC_PARTS; p++) {
+            VNAME(fold)(&part[p], value + p * VEC_LANES);
+        }
+        const int64_t row = segments[begin].i;
+        if (end < count && segments[end].i == row) {
             for (int p = 0; p < VEC_PARTS; p++) {
-                VNAME(fold)(&part[p], value + p * VEC_LANES);
+                VNAME(fold)(&sum[p], carried + p * VEC_LANES);
             }
+            carries = 1;
+        } else if (carries) { /* the row ended in this block: g has its last part */
+            for (int l = 0; g != NULL && l < LANES; l++) {
+                g[row * LANES + l] = (real)(carried[l] + (double)g[row * LANES + l]);
+                carried[l] = 0;
+            }
+            carries = 0;
         }
     }
 }
