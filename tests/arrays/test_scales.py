@@ -62,14 +62,19 @@ def test_a_new_value_of_a_constant_neuron_stays_where_it_is(rng):
     source = np.full((32, 1), 0.7, np.float32)
     source[5] = np.nextafter(np.float32(0.7), np.float32(1))
     target = rng.normal(size=(32, 1)).astype(np.float32)
-    for one in (
-        *(lineas.fit(source, target, method=method) for method in METHODS),
-        lineas.AffineTransport(source="u").fit(np.concatenate([source, target]), ["u"] * 32 + ["v"] * 32).map_,
-    ):
-        np.testing.assert_allclose(one.transform(np.array([[0.72]], np.float32)), 0.02 + target.mean(), atol=1e-6)
+    for method in METHODS:
+        moved = lineas.fit(source, target, method=method).transform(np.array([[0.72]], np.float32))
+        np.testing.assert_allclose(moved, 0.02 + target.mean(), atol=1e-6)
     sparse = lineas.fit(source, target, l1=1e-6)
     assert abs(sparse.weight[0]) < 5  # at most what takes 0.7 to the mean of the target
     assert len(lineas.sparse_path(source, target, n_penalties=5).loss) == 5
+
+
+def test_an_estimator_of_a_constant_neuron(rng):
+    pytest.importorskip("sklearn")
+    rows = np.concatenate([np.nextafter(np.full((32, 1), 0.7), np.arange(32)[:, None] % 2), rng.normal(size=(32, 1))])
+    one = lineas.AffineTransport(source="u").fit(rows, ["u"] * 32 + ["v"] * 32)
+    assert one.weight_.tolist() == [1]
 
 
 def test_constant_agrees_with_scikit_learn(rng):
