@@ -111,8 +111,8 @@ def fit_local(
 ) -> tuple[list[Array], list[Array]]:
     """Closed-form maps "mean", "gaussian" or "linear" of source[k] [n_k, d_k] to target[k] [m_k, d_k].
 
-    Returns (weights [d_k], biases [d_k]) in the working type. n_k, m_k >= 2. Constant source column: w = 1 and the
-    mean shift. Masses: float64 row weights as in wasserstein.
+    Returns (weights [d_k], biases [d_k]) in the working type. n_k, m_k >= 2. Source column that is constant up to
+    rounding: w = 1 and the mean shift. Masses: float64 row weights as in wasserstein.
     """
 
 def quantile_moments(

@@ -11,6 +11,18 @@ static int sizes_ok(const lns_pair *p, int64_t least_rows)
            p->v->n >= least_rows && p->u->n <= UINT32_MAX && p->v->n <= UINT32_MAX;
 }
 
+/* Kernels are chosen by the first sample: all samples share its working type. */
+static int types_ok(const lns_pair_kernel *kernel, const void *jobs, int64_t count)
+{
+    for (int64_t k = 0; k < count; k++) {
+        const lns_pair p = kernel->pair(jobs, k), first = kernel->pair(jobs, 0);
+        if (!lns_sample_typed(p.u, first.u) || !lns_sample_typed(p.v, first.u)) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 /* Bytes of work that a thread takes: enough for any of the jobs. -1 where sizes are not acceptable. */
 static int64_t thread_bytes(const lns_pair_kernel *kernel, const void *jobs, int64_t count, int64_t *segment_bytes)
 {
@@ -43,7 +55,7 @@ static int threads_for(const lns_pair_kernel *kernel, const void *jobs, int64_t 
 int64_t lns_pairs_worksize(const lns_pair_kernel *kernel, const void *jobs, int64_t count, int threads)
 {
     int64_t units, segments;
-    const int64_t each = thread_bytes(kernel, jobs, count, &segments);
+    const int64_t each = types_ok(kernel, jobs, count) ? thread_bytes(kernel, jobs, count, &segments) : -1;
     return each < 0 ? -1 : lns_mul(each, threads_for(kernel, jobs, count, threads, &units));
 }
 
@@ -72,7 +84,7 @@ static void find_not_finite(const lns_pair_kernel *kernel, const lns_pair_call *
             return;
         }
         place->argument = 1;
-        if (lns_find_not_finite(kernel->pair(call->jobs, place->entry).v, place)) {
+        if (lns_find_not_finite_counted(kernel->pair(call->jobs, place->entry).v, place)) {
             return;
         }
     }
@@ -81,6 +93,9 @@ static void find_not_finite(const lns_pair_kernel *kernel, const lns_pair_call *
 lns_status lns_pairs_run(const lns_pair_kernel *kernel, lns_pair_call *call, int threads, lns_place *place)
 {
     lns_place found = {0};
+    if (!types_ok(kernel, call->jobs, call->count)) {
+        return LNS_BAD_TYPE;
+    }
     call->thread_bytes = thread_bytes(kernel, call->jobs, call->count, &call->segment_bytes);
     if (call->thread_bytes < 0) {
         return LNS_BAD_SIZE;

@@ -18,7 +18,8 @@ typedef struct lns_pair_kernel {
     lns_pair (*pair)(const void *jobs, int64_t k);
     int64_t (*tile_bytes)(const void *jobs, int64_t k); /* what the tiles of a panel and their orders take of work */
     int64_t (*cost)(const void *jobs, int64_t k);       /* in nanoseconds, roughly */
-    /* The first value of u, as the kernel sees it, that is not finite; sets row, column and value of the place. */
+    /* The first value of u, as the kernel sees it, that is not finite, in a row that counts; sets row, column and value
+     * of the place. */
     int (*find_not_finite_u)(const void *jobs, int64_t k, lns_place *place);
     const lns_loop_body (*units)[2]; /* [LNS_CPU_COUNT]: LNS_TABLE of the loop over units */
 } lns_pair_kernel;
@@ -33,11 +34,11 @@ typedef struct lns_pair_call {
     int not_finite[LNS_MAX_THREADS];     /* whether the thread saw a NaN or an infinity */
 } lns_pair_call;
 
-/* Work memory for a call; -1 where sizes are not acceptable. */
+/* Work memory for a call; -1 where sizes or types are not acceptable. */
 int64_t lns_pairs_worksize(const lns_pair_kernel *kernel, const void *jobs, int64_t count, int threads);
 
-/* Checks sizes and weights, runs the kernel over all units of the call, and finds the place of what is not finite. The
- * caller has set jobs, count and work; `call` is handed to the units as their context. */
+/* Checks types, sizes and weights, runs the kernel over all units of the call, and finds the place of what is not
+ * finite. The caller has set jobs, count and work; `call` is handed to the units as their context. */
 lns_status lns_pairs_run(const lns_pair_kernel *kernel, lns_pair_call *call, int threads, lns_place *place);
 
 #endif

@@ -10,10 +10,15 @@ int lns_sample_ok(const lns_sample *s)
     return s->n >= 1 && s->d >= 1 && lns_mul(lns_mul(s->n, s->d), 8) >= 0;
 }
 
-int lns_find_not_finite(const lns_sample *s, lns_place *place)
+int lns_sample_typed(const lns_sample *s, const lns_sample *like)
+{
+    return (unsigned)s->dtype <= (unsigned)LNS_BF16 && lns_is_double(s->dtype) == lns_is_double(like->dtype);
+}
+
+static int find_not_finite(const lns_sample *s, const double *mass, lns_place *place)
 {
     for (int64_t i = 0; i < s->n; i++) {
-        for (int64_t j = 0; j < s->d; j++) {
+        for (int64_t j = 0; lns_row_counts(mass, i) && j < s->d; j++) {
             const double value = lns_value(s->data, s->dtype, i * s->d + j);
             if (!isfinite(value)) {
                 place->row = i;
@@ -24,6 +29,16 @@ int lns_find_not_finite(const lns_sample *s, lns_place *place)
         }
     }
     return 0;
+}
+
+int lns_find_not_finite(const lns_sample *s, lns_place *place)
+{
+    return find_not_finite(s, NULL, place);
+}
+
+int lns_find_not_finite_counted(const lns_sample *s, lns_place *place)
+{
+    return find_not_finite(s, s->mass, place);
 }
 
 lns_status lns_check_mass(const lns_sample *s, lns_place *place)

@@ -34,8 +34,8 @@ static inline int64_t lns_segments(int64_t n, int64_t m, lns_segment *out)
     return count;
 }
 
-/* The same for the rows of one column in their order, with their weights; a NULL mass means equal weights. The last row
- * of each side takes what rounding leaves over. */
+/* The same for the rows of one column in their order, with their weights > 0; a NULL mass means equal weights. The last
+ * row of each side takes what rounding leaves over. */
 static inline int64_t lns_weighted_segments(int64_t n, const double *mass_u, double total_u, int64_t m,
                                             const double *mass_v, double total_v, lns_segment *out)
 {
@@ -82,20 +82,48 @@ static inline int lns_is_weighted(const lns_sample *u, const lns_sample *v)
     return u->mass != NULL || v->mass != NULL;
 }
 
-/* How the rows of two samples meet. */
+/* How the rows of two samples meet: those that count. */
 typedef struct lns_pairing {
     int weighted;
-    double total_u, total_v; /* of the weights */
-    lns_segment *segments;   /* [segment_count] shared by all columns; none where the rows are weighted */
+    int64_t n, m;                  /* rows of u and v that count */
+    const double *mass_u, *mass_v; /* [n], [m] their weights; NULL = equal */
+    double total_u, total_v;       /* of the weights */
+    const lns_segment *segments;   /* [segment_count] shared by all columns; none where the rows are weighted */
     int64_t segment_count;
 } lns_pairing;
 
-/* `segments` has room for u->n + v->n of them. */
-static inline lns_pairing lns_pair_rows(const lns_sample *u, const lns_sample *v, lns_segment *segments)
+/* The weights above 0, one after the other; returns how many. */
+static inline int64_t lns_pack_mass(const lns_sample *s, double *out)
 {
-    const int weighted = lns_is_weighted(u, v);
-    const int64_t count = weighted ? 0 : lns_segments(u->n, v->n, segments);
-    return (lns_pairing){weighted, lns_total_mass(u), lns_total_mass(v), segments, count};
+    int64_t count = 0;
+    for (int64_t i = 0; i < s->n; i++) {
+        if (lns_row_counts(s->mass, i)) {
+            out[count++] = s->mass[i];
+        }
+    }
+    return count;
+}
+
+/* `room` for u->n + v->n segments holds these, or weights. */
+static inline lns_pairing lns_pair_rows(const lns_sample *u, const lns_sample *v, lns_segment *room)
+{
+    lns_pairing p = {.weighted = lns_is_weighted(u, v), .n = u->n, .m = v->n};
+    double *mass = (double *)(void *)room;
+    p.total_u = lns_total_mass(u);
+    p.total_v = lns_total_mass(v);
+    if (!p.weighted) {
+        p.segments = room;
+        p.segment_count = lns_segments(u->n, v->n, room);
+    }
+    if (u->mass != NULL) {
+        p.mass_u = mass;
+        p.n = lns_pack_mass(u, mass);
+    }
+    if (v->mass != NULL) {
+        p.mass_v = mass + u->n;
+        p.m = lns_pack_mass(v, mass + u->n);
+    }
+    return p;
 }
 
 #endif

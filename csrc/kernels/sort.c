@@ -33,6 +33,16 @@ static int64_t work_each(const lns_sample *samples, int64_t count)
     return lns_pad(most);
 }
 
+static int types_ok(const lns_sample *samples, int64_t count)
+{
+    for (int64_t k = 0; k < count; k++) {
+        if (!lns_sample_typed(&samples[k], &samples[0])) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static int threads_for(const lns_sample *samples, int64_t count, int threads, int64_t *units)
 {
     int64_t cost = 0;
@@ -47,7 +57,7 @@ static int threads_for(const lns_sample *samples, int64_t count, int threads, in
 int64_t lns_sort_worksize(const lns_sample *samples, int64_t count, int threads)
 {
     int64_t units;
-    const int64_t each = work_each(samples, count);
+    const int64_t each = types_ok(samples, count) ? work_each(samples, count) : -1;
     return each < 0 ? -1 : lns_mul(each, threads_for(samples, count, threads, &units));
 }
 
@@ -57,6 +67,9 @@ lns_status lns_sort(const lns_sample *samples, int64_t count, int threads, void 
     lns_place found = {0};
     int64_t units;
     sort_context c = {.samples = samples, .out = out, .work = work, .work_each = work_each(samples, count)};
+    if (!types_ok(samples, count)) {
+        return LNS_BAD_TYPE;
+    }
     if (c.work_each < 0) {
         return LNS_BAD_SIZE;
     }

@@ -13,16 +13,17 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
         while (unit >= first + lns_sample_tiles(&c->samples[k])) {
             first += lns_sample_tiles(&c->samples[k++]);
         }
-        const lns_sample *s = &c->samples[k];
-        const int64_t column = (unit - first) * LANES, size = lns_tile_bytes(s->n);
-        const int64_t left = first + lns_sample_tiles(s) - unit;
-        count = lns_panel(s->n, left < end - unit ? left : end - unit);
-        VNAME(load_tiles)(s, column, count, tiles, 1);
+        lns_sample s = c->samples[k];
+        s.mass = NULL; /* all rows are sorted */
+        const int64_t column = (unit - first) * LANES, size = lns_tile_bytes(s.n);
+        const int64_t left = first + lns_sample_tiles(&s) - unit;
+        count = lns_panel(s.n, left < end - unit ? left : end - unit);
+        VNAME(load_tiles)(&s, column, count, tiles, 1);
         for (int64_t t = 0; t < count; t++) {
             key *tile = tiles + t * size / (int64_t)sizeof(key);
-            VNAME(sort_tile)(tile, s->n);
-            c->bad[thread] |= !VNAME(sorted_finite)(tile, s->n);
+            VNAME(sort_tile)(tile, s.n);
+            c->bad[thread] |= !VNAME(sorted_finite)(tile, s.n);
         }
-        VNAME(store_tiles)(tiles, s->n, s->d, column, count, c->out[k], 1);
+        VNAME(store_tiles)(tiles, &s, column, count, c->out[k], 1);
     }
 }

@@ -3,10 +3,12 @@
  * Included by transport.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/rank_body.h"
 
-/* Moments of the columns of a tile and its target. */
+/* Moments of the columns of a tile and its target, both divided by a power of two where squares would leave the range
+ * of double. */
 typedef struct VNAME(fit_sums) {
     double mean_u[LANES], mean_v[LANES], variance_u[LANES], variance_v[LANES];
-    double covariance[LANES]; /* of the paired quantiles */
+    double covariance[LANES];                 /* of the paired quantiles */
+    int exponent_u[LANES], exponent_v[LANES]; /* of that power */
 } VNAME(fit_sums);
 
 /* Pairs the quantiles of one column of sorted tiles. Sums are taken around the medians: a large mean costs no digits,
@@ -72,15 +74,16 @@ static inline void VNAME(pair_columns)(const real *u, int64_t n, const real *v, 
     memcpy(sums->variance_v + l, &variance_v, sizeof variance_v);
 }
 
-/* Mean and variance of the columns of a tile (ddof = 1, or the weighted population's), around its first row. */
-static inline void VNAME(tile_moments)(const real *tile, const lns_sample *s, double total, double *restrict mean,
-                                       double *restrict variance)
+/* Mean and variance of the columns of a tile of n rows (ddof = 1, or the weighted population's), around its first row:
+ * the variance of a column whose rows are all equal is exactly 0. */
+static inline void VNAME(tile_moments)(const real *tile, int64_t n, const double *masses, double total,
+                                       double *restrict mean, double *restrict variance)
 {
     for (int l = 0; l < LANES; l++) {
         mean[l] = variance[l] = 0;
     }
-    for (int64_t i = 0; i < s->n; i++) {
-        const double mass = (s->mass != NULL ? s->mass[i] : 1) / total;
+    for (int64_t i = 0; i < n; i++) {
+        const double mass = (masses != NULL ? masses[i] : 1) / total;
         for (int l = 0; l < LANES; l++) {
             mean[l] += mass * ((double)tile[i * LANES + l] - (double)tile[l]);
         }
@@ -88,46 +91,13 @@ static inline void VNAME(tile_moments)(const real *tile, const lns_sample *s, do
     for (int l = 0; l < LANES; l++) {
         mean[l] += (double)tile[l];
     }
-    for (int64_t i = 0; i < s->n; i++) {
-        const double mass = s->mass != NULL ? s->mass[i] / total : 1 / (double)(s->n - 1);
+    for (int64_t i = 0; i < n; i++) {
+        const double mass = masses != NULL ? masses[i] / total : 1 / (double)(n - 1);
         for (int l = 0; l < LANES; l++) {
             const double x = (double)tile[i * LANES + l] - mean[l];
             variance[l] += mass * (x * x);
         }
     }
-}
-
-/* A constant column, told exactly: rounding can leave its variance a little above zero. Rows without mass are none. */
-static inline void VNAME(constant_columns)(const real *tile, int64_t n, const double *mass, int *constant)
-{
-    int64_t first = 0;
-    while (mass != NULL && first < n - 1 && mass[first] == 0) {
-        first++;
-    }
-    for (int l = 0; l < LANES; l++) {
-        constant[l] = 1;
-    }
-    for (int64_t i = first + 1; i < n; i++) {
-        if (mass != NULL && mass[i] == 0) {
-            continue;
-        }
-        for (int l = 0; l < LANES; l++) {
-            constant[l] &= tile[i * LANES + l] == tile[first * LANES + l];
-        }
-    }
-}
-
-/* The same for lane l of a sorted tile with the masses of its rows. */
-static inline int VNAME(is_constant)(const real *sorted, int64_t n, const double *mass, int64_t l)
-{
-    int64_t low = 0, high = n - 1;
-    while (mass != NULL && low < high && mass[low] == 0) {
-        low++;
-    }
-    while (mass != NULL && low < high && mass[high] == 0) {
-        high--;
-    }
-    return sorted[low * LANES + l] == sorted[high * LANES + l];
 }
 
 /* Work for a panel of neighbouring tiles. */
@@ -152,93 +122,164 @@ static inline VNAME(fit_work) VNAME(fit_work_at)(char *memory, const lns_fit_job
     return w;
 }
 
-/* Sorts tile t of a panel of keys and pairs it; returns whether everything was finite. */
-static inline int VNAME(fit_sorted)(const lns_fit_job *job, const lns_pairing *pairing, key *u, key *v,
-                                    const VNAME(fit_work) * work, int *constant, VNAME(fit_sums) * sums)
+/* A pair of tiles: the bits of reals, sorted where the method pairs quantiles. */
+typedef struct VNAME(fit_pair) {
+    key *u, *v;
+    int64_t lanes;
+} VNAME(fit_pair);
+
+/* Sorts a pair of tiles of keys and makes reals of them; returns whether everything was finite. */
+static inline int VNAME(fit_sort)(const lns_pairing *pairing, const VNAME(fit_pair) * t, const VNAME(fit_work) * work)
 {
-    const int64_t n = job->source.n, m = job->target.n;
-    real *const reals_u = (real *)(void *)u, *const reals_v = (real *)(void *)v;
+    const int64_t n = pairing->n, m = pairing->m;
     if (pairing->weighted) {
-        VNAME(rank_tile)(u, n, &work->order_u);
-        VNAME(rank_tile)(v, m, &work->order_v);
+        VNAME(rank_tile)(t->u, n, &work->order_u);
+        VNAME(rank_tile)(t->v, m, &work->order_v);
     } else {
-        VNAME(sort_tile)(u, n);
-        VNAME(sort_tile)(v, m);
+        VNAME(sort_tile)(t->u, n);
+        VNAME(sort_tile)(t->v, m);
     }
-    if (!VNAME(sorted_finite)(u, n) || !VNAME(sorted_finite)(v, m)) {
+    if (!VNAME(sorted_finite)(t->u, n) || !VNAME(sorted_finite)(t->v, m)) {
         return 0;
     }
-    VNAME(flip_tile)(u, n);
-    VNAME(flip_tile)(v, m);
-    if (!pairing->weighted) {
-        for (int l = 0; l < LANES; l += DOUBLES) {
-            VNAME(pair_columns)(reals_u, n, reals_v, m, pairing->segments, pairing->segment_count, l, sums);
-        }
-        for (int64_t l = 0; l < LANES; l++) {
-            constant[l] = VNAME(is_constant)(reals_u, n, NULL, l);
-        }
-        return 1;
-    }
-    for (int64_t l = 0; l < LANES; l++) {
-        const double *mass_u = VNAME(column_mass)(job->source.mass, n, l, &work->order_u);
-        const double *mass_v = VNAME(column_mass)(job->target.mass, m, l, &work->order_v);
-        const int64_t count =
-            lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-        VNAME(pair_column)(reals_u, reals_v, work->own, count, l, sums);
-        constant[l] = VNAME(is_constant)(reals_u, n, mass_u, l);
-    }
+    VNAME(flip_tile)(t->u, n);
+    VNAME(flip_tile)(t->v, m);
     return 1;
 }
 
-/* Rounding leaves no variance below zero, and none in a constant column. */
-static inline void VNAME(store_moments)(const VNAME(fit_sums) * sums, const int *constant, int64_t lanes, int64_t d,
-                                        double *moments)
+/* The moments of a pair of tiles of finite reals, as they are. */
+static void VNAME(fit_moments)(lns_method method, const lns_pairing *pairing, const VNAME(fit_pair) * t,
+                               const VNAME(fit_work) * work, VNAME(fit_sums) * sums)
 {
-    for (int64_t l = 0; l < lanes; l++) {
-        const int varies = !constant[l] && !(sums->variance_u[l] <= 0);
-        moments[l] = sums->mean_u[l];
-        moments[d + l] = sums->mean_v[l];
-        moments[2 * d + l] = varies ? sums->variance_u[l] : 0;
-        moments[3 * d + l] = varies ? sums->covariance[l] : 0;
-        moments[4 * d + l] = sums->variance_v[l] <= 0 ? 0 : sums->variance_v[l];
+    const int64_t n = pairing->n, m = pairing->m;
+    const real *const u = (const real *)(void *)t->u, *const v = (const real *)(void *)t->v;
+    if (!fit_sorts(method)) {
+        VNAME(tile_moments)(u, n, pairing->mass_u, pairing->total_u, sums->mean_u, sums->variance_u);
+        VNAME(tile_moments)(v, m, pairing->mass_v, pairing->total_v, sums->mean_v, sums->variance_v);
+        return;
+    }
+    if (!pairing->weighted) {
+        for (int l = 0; l < LANES; l += DOUBLES) {
+            VNAME(pair_columns)(u, n, v, m, pairing->segments, pairing->segment_count, l, sums);
+        }
+        return;
+    }
+    for (int64_t l = 0; l < t->lanes; l++) {
+        const double *mass_u = VNAME(column_mass)(pairing->mass_u, n, l, &work->order_u);
+        const double *mass_v = VNAME(column_mass)(pairing->mass_v, m, l, &work->order_v);
+        const int64_t count =
+            lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
+        VNAME(pair_column)(u, v, work->own, count, l, sums);
     }
 }
 
-/* Tile t of a panel; returns whether everything was finite. */
-static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_pairing *pairing, int64_t column,
-                           int64_t t, const VNAME(fit_work) * work)
+#if REAL_IS_DOUBLE /* squares of floats are in the range of double */
+/* Divides the columns of a tile by the powers of two that leave numbers below 1, where their squares would be out of
+ * range; returns whether there are any. */
+static LNS_NOINLINE int VNAME(scale_columns)(key *tile, int64_t n, int64_t lanes, int *exponents)
 {
-    const int64_t n = job->source.n, m = job->target.n;
-    const int64_t lanes = job->source.d - column < LANES ? job->source.d - column : LANES;
-    key *const u = work->u + t * lns_tile_bytes(n) / (int64_t)sizeof(key);
-    key *const v = work->v + t * lns_tile_bytes(m) / (int64_t)sizeof(key);
-    VNAME(fit_sums) sums = {0};
-    int constant[LANES];
-    if (method == LNS_LINEAR || method == LNS_MOMENTS) {
-        if (!VNAME(fit_sorted)(job, pairing, u, v, work, constant, &sums)) {
-            return 0;
-        }
-    } else {
-        const real *const reals_u = (const real *)(void *)u, *const reals_v = (const real *)(void *)v;
-        VNAME(constant_columns)(reals_u, n, job->source.mass, constant);
-        if (!VNAME(rows_finite)(reals_u, 0, n) || !VNAME(rows_finite)(reals_v, 0, m)) {
-            return 0;
-        }
-        VNAME(tile_moments)(reals_u, &job->source, pairing->total_u, sums.mean_u, sums.variance_u);
-        VNAME(tile_moments)(reals_v, &job->target, pairing->total_v, sums.mean_v, sums.variance_v);
-    }
-    if (method == LNS_MOMENTS) {
-        VNAME(store_moments)(&sums, constant, lanes, job->source.d, job->moments + column);
-        return 1;
-    }
+    enum { SAFE = 400 }; /* squares of what is 2^-53 of that, and their sums, are in range */
+    real *const x = (real *)(void *)tile;
+    int any = 0;
     for (int64_t l = 0; l < lanes; l++) {
-        double slope = 1;
-        if (method != LNS_MEAN && !constant[l] && !(sums.variance_u[l] <= 0)) { /* an overflow shows as NaN */
-            slope = method == LNS_GAUSSIAN ? sqrt(sums.variance_v[l] / sums.variance_u[l])
-                                           : sums.covariance[l] / sums.variance_u[l];
+        double most = 0;
+        for (int64_t i = 0; i < n; i++) {
+            most = fmax(most, fabs(x[i * LANES + l]));
         }
-        ((real *)job->weight)[column + l] = (real)slope;
-        ((real *)job->bias)[column + l] = (real)(sums.mean_v[l] - slope * sums.mean_u[l]);
+        frexp(most, &exponents[l]);
+        if (exponents[l] >= -SAFE && exponents[l] <= SAFE) {
+            exponents[l] = 0;
+            continue;
+        }
+        any = 1;
+        for (int64_t i = 0; i < n; i++) {
+            x[i * LANES + l] = ldexp(x[i * LANES + l], -exponents[l]);
+        }
+    }
+    return any;
+}
+/* Whether squares may have left that range: a variance of 0 does not tell. */
+static inline int VNAME(out_of_range)(const VNAME(fit_sums) * sums, int64_t lanes)
+{
+    int safe = 1;
+    for (int64_t l = 0; l < lanes; l++) {
+        safe &= sums->variance_u[l] > 0x1p-900 && sums->variance_u[l] < 0x1p900;
+        safe &= sums->variance_v[l] > 0x1p-900 && sums->variance_v[l] < 0x1p900;
+    }
+    return !safe;
+}
+#endif
+
+/* x * 2^exponent. */
+static inline double VNAME(scale)(double x, int exponent)
+{
+    return REAL_IS_DOUBLE && exponent != 0 ? ldexp(x, exponent) : x;
+}
+
+/* Rounding leaves no variance below zero, and none in a constant column. */
+static inline void VNAME(store_moments)(const VNAME(fit_sums) * sums, const fit_rounding *rounding, int64_t lanes,
+                                        int64_t d, double *moments)
+{
+    for (int64_t l = 0; l < lanes; l++) {
+        const int u = sums->exponent_u[l], v = sums->exponent_v[l];
+        const double variance_u = VNAME(scale)(sums->variance_u[l], 2 * u);
+        const double variance_v = VNAME(scale)(sums->variance_v[l], 2 * v);
+        const int varies = fit_varies(sums->variance_u[l], sums->mean_u[l], rounding) && variance_u > 0;
+        moments[l] = VNAME(scale)(sums->mean_u[l], u);
+        moments[d + l] = VNAME(scale)(sums->mean_v[l], v);
+        moments[2 * d + l] = varies ? variance_u : 0;
+        moments[3 * d + l] = varies ? VNAME(scale)(sums->covariance[l], u + v) : 0;
+        moments[4 * d + l] = variance_v <= 0 ? 0 : variance_v;
+    }
+}
+
+/* The shift goes with the slope as it is stored: with one that is rounded afterwards, the means would not match. */
+static inline void VNAME(store_maps)(const VNAME(fit_sums) * sums, const fit_rounding *rounding, lns_method method,
+                                     int64_t lanes, real *weight, real *bias)
+{
+    for (int64_t l = 0; l < lanes; l++) {
+        const int u = sums->exponent_u[l], v = sums->exponent_v[l];
+        double slope = 1;
+        if (method != LNS_MEAN && fit_varies(sums->variance_u[l], sums->mean_u[l], rounding)) {
+            slope = method == LNS_GAUSSIAN ? sqrt(sums->variance_v[l] / sums->variance_u[l])
+                                           : sums->covariance[l] / sums->variance_u[l];
+            slope = VNAME(scale)(slope, v - u);
+        }
+        weight[l] = (real)slope;
+        bias[l] = (real)(VNAME(scale)(sums->mean_v[l], v) - (double)weight[l] * VNAME(scale)(sums->mean_u[l], u));
+    }
+}
+
+/* A pair of tiles, as they were loaded; returns whether everything was finite. */
+static int VNAME(fit_tile)(const lns_fit_job *job, lns_method method, const lns_pairing *pairing, int64_t column,
+                           const VNAME(fit_pair) * t, const VNAME(fit_work) * work)
+{
+    const int64_t n = pairing->n, m = pairing->m;
+    const int ddof = !fit_sorts(method) && pairing->mass_u == NULL;
+    const fit_rounding rounding = fit_rounding_of((double)n, ddof, job->source.dtype);
+    VNAME(fit_sums) sums = {0};
+    if (fit_sorts(method)) {
+        if (!VNAME(fit_sort)(pairing, t, work)) {
+            return 0;
+        }
+    } else if (!VNAME(rows_finite)((const real *)(void *)t->u, 0, n) ||
+               !VNAME(rows_finite)((const real *)(void *)t->v, 0, m)) {
+        return 0;
+    }
+    VNAME(fit_moments)(method, pairing, t, work, &sums);
+#if REAL_IS_DOUBLE
+    if (VNAME(out_of_range)(&sums, t->lanes)) {
+        const int any = VNAME(scale_columns)(t->u, n, t->lanes, sums.exponent_u);
+        if (VNAME(scale_columns)(t->v, m, t->lanes, sums.exponent_v) || any) {
+            VNAME(fit_moments)(method, pairing, t, work, &sums);
+        }
+    }
+#endif
+    if (method == LNS_MOMENTS) {
+        VNAME(store_moments)(&sums, &rounding, t->lanes, job->source.d, job->moments + column);
+    } else {
+        real *const weight = (real *)job->weight + column, *const bias = (real *)job->bias + column;
+        VNAME(store_maps)(&sums, &rounding, method, t->lanes, weight, bias);
     }
     return 1;
 }
@@ -248,7 +289,7 @@ static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thre
     fit_context *c = context;
     const lns_fit_job *job = c->call.jobs;
     char *memory = c->call.work + thread * c->call.thread_bytes;
-    const int as_keys = c->method == LNS_LINEAR || c->method == LNS_MOMENTS;
+    const int as_keys = fit_sorts(c->method);
     const lns_fit_job *prepared = NULL;
     int64_t first = 0; /* unit of the job */
     lns_pairing pairing = {0};
@@ -268,7 +309,11 @@ static void VNAME(fit_units)(void *context, int64_t begin, int64_t end, int thre
         VNAME(load_tiles)(&job->source, column, count, work.u, as_keys);
         VNAME(load_tiles)(&job->target, column, count, work.v, as_keys);
         for (int64_t t = 0; t < count; t++) {
-            c->call.not_finite[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, column + t * LANES, t, &work);
+            const int64_t at = column + t * LANES;
+            const VNAME(fit_pair) tiles = {work.u + t * lns_tile_bytes(job->source.n) / (int64_t)sizeof(key),
+                                           work.v + t * lns_tile_bytes(job->target.n) / (int64_t)sizeof(key),
+                                           job->source.d - at < LANES ? job->source.d - at : LANES};
+            c->call.not_finite[thread] |= !VNAME(fit_tile)(job, c->method, &pairing, at, &tiles, &work);
         }
     }
 }

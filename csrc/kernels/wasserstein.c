@@ -54,16 +54,16 @@ static int64_t cost(const void *jobs, int64_t k)
     return 2 * lns_sort_cost(job->u.n, job->u.d) + lns_sort_cost(job->v.n, job->v.d);
 }
 
-/* The first value of weight * z + bias that is not finite. */
+/* The first value of weight * z + bias that is not finite, in a row that counts. */
 static int find_not_finite_u(const void *jobs, int64_t k, lns_place *place)
 {
     const lns_w2_job *job = (const lns_w2_job *)jobs + k;
     const lns_sample *s = &job->u;
     if (job->weight == NULL) {
-        return lns_find_not_finite(s, place);
+        return lns_find_not_finite_counted(s, place);
     }
     for (int64_t i = 0; i < s->n; i++) {
-        for (int64_t j = 0; j < s->d; j++) {
+        for (int64_t j = 0; lns_row_counts(s->mass, i) && j < s->d; j++) {
             double value = lns_value(s->data, s->dtype, i * s->d + j);
             if (lns_is_double(s->dtype)) {
                 value = ((const double *)job->weight)[j] * value + ((const double *)job->bias)[j];

@@ -125,51 +125,69 @@ static LNS_INLINE int VNAME(compare_rows_as)(const key *u, const real *v, int64_
     return VNAME(vec_any)(ties);
 }
 
-/* The same along segments that all columns share. */
+/* The same along segments that all columns share, in blocks. Where a row meets all of a block and more, its gradient is
+ * folded as the value is: `carried` is what it has come to. */
 static inline void VNAME(compare_segments)(const real *u, const real *v, const lns_segment *segments, int64_t count,
                                            real *g, double *restrict value)
 {
     VNAME(reals) part[VEC_PARTS] = {0}, sum[VEC_PARTS] = {0};
-    for (int64_t s = 0; s < count; s++) {
-        const int64_t i = segments[s].i, k = segments[s].k;
-        const real mass = (real)segments[s].mass, twice = (real)(2 * segments[s].mass);
-        const int last = s + 1 == count || segments[s + 1].i != i;
-        for (int p = 0; p < VEC_PARTS; p++) {
-            const int64_t at = p * VEC_LANES;
-            const VNAME(reals) difference =
-                VNAME(reals_load)(u + i * LANES + at) - VNAME(reals_load)(v + k * LANES + at);
-            part[p] += mass * (difference * difference);
-            sum[p] += twice * difference;
-            if (g != NULL && last) {
-                VNAME(reals_store)(g + i * LANES + at, sum[p]);
-                sum[p] = (VNAME(reals)){0};
+    double carried[LANES] = {0};
+    int carries = 0;
+    for (int64_t begin = 0; begin < count; begin += LNS_FOLD) {
+        const int64_t end = count - begin < LNS_FOLD ? count : begin + LNS_FOLD;
+        for (int64_t s = begin; s < end; s++) {
+            const int64_t i = segments[s].i, k = segments[s].k;
+            const real mass = (real)segments[s].mass, twice = (real)(2 * segments[s].mass);
+            const int last = s + 1 == count || segments[s + 1].i != i;
+            for (int p = 0; p < VEC_PARTS; p++) {
+                const int64_t at = p * VEC_LANES;
+                const VNAME(reals) difference =
+                    VNAME(reals_load)(u + i * LANES + at) - VNAME(reals_load)(v + k * LANES + at);
+                part[p] += mass * (difference * difference);
+                sum[p] += twice * difference;
+                if (g != NULL && last) {
+                    VNAME(reals_store)(g + i * LANES + at, sum[p]);
+                    sum[p] = (VNAME(reals)){0};
+                }
             }
         }
-        if (s % LNS_FOLD == LNS_FOLD - 1 || s + 1 == count) {
+        for (int p = 0; p < VEC_PARTS; p++) {
+            VNAME(fold)(&part[p], value + p * VEC_LANES);
+        }
+        const int64_t row = segments[begin].i;
+        if (end < count && segments[end].i == row) {
             for (int p = 0; p < VEC_PARTS; p++) {
-                VNAME(fold)(&part[p], value + p * VEC_LANES);
+                VNAME(fold)(&sum[p], carried + p * VEC_LANES);
             }
+            carries = 1;
+        } else if (carries) { /* the row ended in this block: g has its last part */
+            for (int l = 0; g != NULL && l < LANES; l++) {
+                g[row * LANES + l] = (real)(carried[l] + (double)g[row * LANES + l]);
+                carried[l] = 0;
+            }
+            carries = 0;
         }
     }
 }
 
-/* The same for one column with segments of its own. */
+/* The same for one column with segments of its own, compared after division by 2^exponent. */
 static inline void VNAME(compare_column)(const real *u, const real *v, const lns_segment *segments, int64_t count,
-                                         real *g, double *value)
+                                         int exponent, real *g, double *value)
 {
+    const double scale = ldexp(1, -exponent);
     double sum = 0, gradient = 0;
     for (int64_t s = 0; s < count; s++) {
         const int64_t i = segments[s].i;
-        const double difference = (double)u[i * LANES] - (double)v[segments[s].k * LANES];
+        const double difference = scale * (double)u[i * LANES] - scale * (double)v[segments[s].k * LANES];
         const double weighted = segments[s].mass * difference;
         sum += weighted * difference;
         gradient += 2 * weighted;
         if (g != NULL && (s + 1 == count || segments[s + 1].i != i)) {
-            g[i * LANES] = (real)gradient;
+            g[i * LANES] = (real)(exponent != 0 ? ldexp(gradient, exponent) : gradient);
             gradient = 0;
         }
     }
-    *value = sum;
+    *value = ldexp(sum, 2 * exponent);
 }
 
 /* ---- one tile
@@ -212,8 +230,8 @@ typedef struct VNAME(w2_tile) {
 } VNAME(w2_tile);
 
 /* Keys of weight * z + bias. */
-static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_t lanes, const real *z, key *u,
-                                   real *weight)
+static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t n, int64_t column, int64_t lanes, const real *z,
+                                   key *u, real *weight)
 {
     real bias[LANES] = {0};
     memset(weight, 0, LNS_TILE_ROW);
@@ -221,7 +239,7 @@ static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_
     memcpy(bias, (const real *)job->bias + column, (size_t)lanes * sizeof(real));
     for (int p = 0; p < LANES; p += VEC_LANES) {
         const VNAME(reals) w = VNAME(reals_load)(weight + p), b = VNAME(reals_load)(bias + p);
-        for (int64_t i = 0; i < job->u.n; i++) {
+        for (int64_t i = 0; i < n; i++) {
             const VNAME(reals) mapped = w * VNAME(reals_load)(z + i * LANES + p) + b;
             VNAME(vec_store)(u + i * LANES + p, VNAME(vec_flip)((VNAME(vec))mapped));
         }
@@ -232,7 +250,7 @@ static inline void VNAME(map_tile)(const lns_w2_job *job, int64_t column, int64_
  * weights. Leaves keys in u and reals in v. Returns whether all is finite, as far as sorting tells. */
 static int VNAME(sort_pair)(const VNAME(w2_tile) * t)
 {
-    const int64_t n = t->job->u.n, m = t->job->v.n;
+    const int64_t n = t->pairing->n, m = t->pairing->m;
     if (t->pairing->weighted || t->g != NULL) {
         VNAME(rank_tile)(t->u, n, &t->work->order_u);
     } else {
@@ -261,7 +279,7 @@ static void VNAME(compare_rows)(const VNAME(w2_tile) * t, double *value)
 {
     const key *u = t->u;
     const real *v = (const real *)(void *)t->v;
-    const int64_t n = t->job->u.n;
+    const int64_t n = t->pairing->n;
     real *const g = t->g;
     if (g == NULL) {
         VNAME(compare_rows_as)(u, v, n, NULL, value, 0);
@@ -279,28 +297,68 @@ static void VNAME(compare_rows)(const VNAME(w2_tile) * t, double *value)
     }
 }
 
+/* Column l, along segments of its own where rows are weighted, in double. */
+static void VNAME(compare_lane)(const VNAME(w2_tile) * t, int64_t l, int exponent, double *value)
+{
+    const lns_pairing *pairing = t->pairing;
+    const VNAME(w2_work) *work = t->work;
+    const int64_t n = pairing->n, m = pairing->m;
+    const real *u = (const real *)(void *)t->u, *v = (const real *)(void *)t->v;
+    const lns_segment *segments = pairing->segments;
+    int64_t count = pairing->segment_count;
+    if (pairing->weighted) {
+        const double *mass_u = VNAME(column_mass)(pairing->mass_u, n, l, &work->order_u);
+        const double *mass_v = VNAME(column_mass)(pairing->mass_v, m, l, &work->order_v);
+        count = lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
+        segments = work->own;
+    }
+    VNAME(compare_column)(u + l, v + l, segments, count, exponent, t->g != NULL ? t->g + l : NULL, value + l);
+}
+
+static void VNAME(share_lane)(const VNAME(w2_tile) * t, int64_t l)
+{
+    const double *mass = VNAME(column_mass)(t->pairing->mass_u, t->pairing->n, l, &t->work->order_u);
+    VNAME(share_ties)((const real *)(void *)t->u + l, t->g + l, t->pairing->n, mass);
+}
+
 /* Samples of other sizes, or with weights: along the segments of their quantile functions. Turns u into reals. */
 static void VNAME(compare_quantiles)(const VNAME(w2_tile) * t, double *value)
 {
-    const lns_w2_job *job = t->job;
     const lns_pairing *pairing = t->pairing;
-    const VNAME(w2_work) *work = t->work;
-    const int64_t n = job->u.n, m = job->v.n;
     const real *u = (const real *)(void *)t->u, *v = (const real *)(void *)t->v;
-    VNAME(flip_tile)(t->u, n);
+    VNAME(flip_tile)(t->u, pairing->n);
     for (int64_t l = 0; pairing->weighted && l < t->lanes; l++) {
-        const double *mass_u = VNAME(column_mass)(job->u.mass, n, l, &work->order_u);
-        const double *mass_v = VNAME(column_mass)(job->v.mass, m, l, &work->order_v);
-        const int64_t count =
-            lns_weighted_segments(n, mass_u, pairing->total_u, m, mass_v, pairing->total_v, work->own);
-        VNAME(compare_column)(u + l, v + l, work->own, count, t->g != NULL ? t->g + l : NULL, value + l);
+        VNAME(compare_lane)(t, l, 0, value);
     }
     if (!pairing->weighted) {
         VNAME(compare_segments)(u, v, pairing->segments, pairing->segment_count, t->g, value);
     }
-    if (t->g != NULL && VNAME(any_ties)(u, n)) {
+    if (t->g != NULL && VNAME(any_ties)(u, pairing->n)) {
         for (int64_t l = 0; l < LANES; l++) {
-            VNAME(share_ties)(u + l, t->g + l, n, VNAME(column_mass)(job->u.mass, n, l, &work->order_u));
+            VNAME(share_lane)(t, l);
+        }
+    }
+}
+
+/* Columns whose value came out as infinity, though a mean of squares may be finite where their sum is not: once more in
+ * double, where that overflows as well at a size of about 1. u and v hold sorted reals. */
+static LNS_NOINLINE void VNAME(compare_far)(const VNAME(w2_tile) * t, double *value)
+{
+    const real *u = (const real *)(void *)t->u, *v = (const real *)(void *)t->v;
+    const int64_t n = t->pairing->n, m = t->pairing->m;
+    for (int64_t l = 0; l < t->lanes; l++) {
+        if (isfinite(value[l])) {
+            continue;
+        }
+        const double most_u = fmax(fabs((double)u[l]), fabs((double)u[(n - 1) * LANES + l]));
+        const double most_v = fmax(fabs((double)v[l]), fabs((double)v[(m - 1) * LANES + l]));
+        int exponent = 0;
+        if (REAL_IS_DOUBLE) {
+            frexp(fmax(most_u, most_v), &exponent);
+        }
+        VNAME(compare_lane)(t, l, exponent, value);
+        if (t->g != NULL) {
+            VNAME(share_lane)(t, l);
         }
     }
 }
@@ -341,10 +399,10 @@ static inline void VNAME(store_row)(const double *from, int64_t lanes, void *out
 static void VNAME(gradient_to_source)(const VNAME(w2_tile) * t, const real *weight)
 {
     const lns_w2_job *job = t->job;
-    VNAME(unrank_tile)(t->g, job->u.n, &t->work->order_u);
+    VNAME(unrank_tile)(t->g, t->pairing->n, &t->work->order_u);
     if (job->weight != NULL) {
         double grad_weight[LANES] = {0}, grad_bias[LANES] = {0};
-        VNAME(gradient_through_map)(t->g, t->z, weight, job->u.n, grad_weight, grad_bias);
+        VNAME(gradient_through_map)(t->g, t->z, weight, t->pairing->n, grad_weight, grad_bias);
         VNAME(store_row)(grad_weight, t->lanes, job->grad_weight, t->column);
         VNAME(store_row)(grad_bias, t->lanes, job->grad_bias, t->column);
     }
@@ -356,16 +414,17 @@ static void VNAME(gradient_to_source)(const VNAME(w2_tile) * t, const real *weig
 static int VNAME(w2_of_tile)(const VNAME(w2_tile) * t)
 {
     const lns_w2_job *job = t->job;
+    const int equal = !t->pairing->weighted && job->u.n == job->v.n;
     double value[LANES] = {0};
     real weight[LANES];
     int finite = 1;
     if (job->weight != NULL) {
-        VNAME(map_tile)(job, t->column, t->lanes, t->z, t->u, weight);
+        VNAME(map_tile)(job, t->pairing->n, t->column, t->lanes, t->z, t->u, weight);
     }
     if (!VNAME(sort_pair)(t)) {
         return 0;
     }
-    if (!t->pairing->weighted && job->u.n == job->v.n) {
+    if (equal) {
         VNAME(compare_rows)(t, value);
     } else {
         VNAME(compare_quantiles)(t, value);
@@ -374,8 +433,14 @@ static int VNAME(w2_of_tile)(const VNAME(w2_tile) * t)
     for (int l = 0; l < LANES; l++) {
         finite &= isfinite(value[l]) != 0;
     }
-    if (!finite && t->v_sorted && !VNAME(rows_finite)((const real *)(void *)t->v, 0, job->v.n)) {
-        return 0;
+    if (!finite) {
+        if (t->v_sorted && !VNAME(rows_finite)((const real *)(void *)t->v, 0, job->v.n)) {
+            return 0;
+        }
+        if (equal) {
+            VNAME(flip_tile)(t->u, t->pairing->n);
+        }
+        VNAME(compare_far)(t, value);
     }
     VNAME(store_row)(value, t->lanes, job->value, t->column);
     if (t->g != NULL) {
@@ -434,7 +499,7 @@ static void VNAME(w2_units)(void *context, int64_t begin, int64_t end, int threa
             c->call.not_finite[thread] |= !VNAME(w2_of_tile)(&tile);
         }
         if (job->grad_u != NULL) {
-            VNAME(store_tiles)(work.u, job->u.n, job->u.d, column, count, job->grad_u, 0);
+            VNAME(store_tiles)(work.u, &job->u, column, count, job->grad_u, 0);
         }
     }
 }

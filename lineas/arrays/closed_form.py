@@ -61,14 +61,15 @@ def fit(
         "linear": the least-squares line through the quantiles, ``w = cov(u_(), v_()) / var(u)`` (Lin-AcT,
         arXiv 2410.23054); exact for unequal sizes, through the overlaps of the two quantile functions.
         "gaussian": ``w = sd(v) / sd(u)``. "mean": ``w = 1``. The means match in all three. A source neuron that is
-        constant gets ``w = 1``.
+        constant up to rounding gets ``w = 1``.
     l1, group : float, default 0.0
         Penalties of the linear map: ``l1 (|w - 1|_1 + |b|_1) + group sqrt(d) (||w - 1||_2 + ||b||_2)`` for each module
         of d neurons, added to the sum over its neurons of the squared 2-Wasserstein distance. Zeros are exact and
         w >= 0: one point of `lineas.sparse_path`.
     source_weights, target_weights : array_like or Mapping, optional
         Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
-        positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance.
+        positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance. A row of
+        weight 0 is not there, whatever it holds.
 
     Returns
     -------
@@ -76,6 +77,14 @@ def fit(
         An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
         activations of a module (either side) are float64 or integers, else float32. Their metadata take over from
         `Activations` what these were collected from: attached, they act on the tokens that they were fitted to.
+
+    Notes
+    -----
+    Constant up to rounding means a variance of at most ``n e var + (n e mean)^2 + (s mean)^2`` with e = 2^-52: what
+    scikit-learn expects of sums of n rows in float64, and values one step of their type apart, s = 2^-23 for float32,
+    2^-52 for float64, 2^-10 for float16 and 2^-7 for bfloat16. A source that is converted, since its target is float64
+    and it is not, counts as float64. Samples may have any scale; l1 and group are for samples whose squares are in the
+    range of float64.
 
     Raises
     ------

@@ -98,7 +98,8 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             [n], labels with two values.
         sample_weight : array_like, optional
             [n], weights of the rows: not negative, with a positive sum for each label. Only proportions within a
-            label count. For "gaussian" they change the standard deviations to weighted ones, as in `lineas.fit`.
+            label count. For "gaussian" they change the standard deviations to weighted ones, as in `lineas.fit`. Rows
+            of weight 0 change nothing, but must be finite, as everywhere in scikit-learn.
 
         Returns
         -------

@@ -35,6 +35,11 @@ def sort_columns(x: NDArray) -> NDArray:
     return np.take_along_axis(x, np.lexsort((~np.signbit(x), x), axis=0), axis=0)
 
 
+def _counted(x: NDArray, mass: NDArray | None) -> tuple[NDArray, NDArray | None]:
+    """The rows of `x` [n, d] that count, and their weights: one of weight 0 is not there, whatever it holds."""
+    return (x, None) if mass is None else (x[mass > 0], mass[mass > 0])
+
+
 def _shares(rows: int, mass: NDArray | None) -> NDArray:
     """Row masses that sum to 1; equal ones where there are none."""
     return np.full(rows, 1 / rows) if mass is None else mass / mass.sum()
@@ -70,7 +75,9 @@ def wasserstein(
     Tied entries of a column share the mean of their target quantiles, so the gradient does not depend on the order
     of the rows. Returns (value [d], gradient in u [n, d], in weight [d], in bias [d]).
     """
-    u, v = widen(u), widen(v)
+    rows, shape = slice(None) if u_mass is None else u_mass > 0, u.shape
+    u, u_mass = _counted(widen(u), u_mass)
+    v, v_mass = _counted(widen(v), v_mass)
     (n, d), dtype = u.shape, u.dtype
     weight = np.ones(d, dtype) if weight is None else weight
     bias = np.zeros(d, dtype) if bias is None else bias
@@ -83,11 +90,13 @@ def wasserstein(
         tie = np.unique(xj, return_inverse=True)[1]
         tie_mass = np.bincount(tie[i], weights=mass, minlength=n)
         tie_target = np.bincount(tie[i], weights=mass * vj[k], minlength=n)
-        some = tie_mass[tie] > 0  # rows without mass have no target and no gradient
+        some = tie_mass[tie] > 0  # rounding can leave a row without mass
         grad[some, j] = 2 * p[some] * (xj[some] - tie_target[tie][some] / tie_mass[tie][some])
+    grad_u = np.zeros(shape, dtype)
+    grad_u[rows] = grad * weight
     grad_weight = np.sum(grad * u, axis=0)
     grad_bias = np.sum(grad, axis=0)
-    return value.astype(dtype), (grad * weight).astype(dtype), grad_weight.astype(dtype), grad_bias.astype(dtype)
+    return value.astype(dtype), grad_u, grad_weight.astype(dtype), grad_bias.astype(dtype)
 
 
 def affine_apply(z: NDArray, weight: NDArray, bias: NDArray, strength: float) -> NDArray:
@@ -221,17 +230,31 @@ def step(
     return float(penalty), int(np.count_nonzero((weight != 1) | (bias != 0)))
 
 
+def _varies(variance: NDArray, mean: NDArray, rows: int, like: NDArray) -> NDArray:
+    """Whether neurons vary by more than rounding, from their population variances.
+
+    They do not below the error of means and variances summed in float64, as scikit-learn has it for constant features,
+    nor where values are as close to each other as different numbers of the type of `like` can be.
+    """
+    eps = np.finfo(np.float64).eps
+    step = 2.0**-7 if like.dtype == np.uint16 else np.finfo(like.dtype).eps
+    return variance > rows * eps * variance + (rows * eps * mean) ** 2 + (step * mean) ** 2
+
+
 def quantile_moments(
     source: NDArray, target: NDArray, source_mass: NDArray | None = None, target_mass: NDArray | None = None
 ) -> NDArray:
     """Moments of the paired quantiles of `source` [n, d] and `target` [m, d]: float64 [5, d], as ``_core`` has them."""
-    source, target = widen(source).astype(np.float64), widen(target).astype(np.float64)
+    like = source
+    source, source_mass = _counted(widen(source).astype(np.float64), source_mass)
+    target, target_mass = _counted(widen(target).astype(np.float64), target_mass)
     out = np.empty((5, source.shape[1]))
     for j, (u, v) in enumerate(zip(source.T, target.T, strict=True)):
         i, k, mass = _coupling(u, v, source_mass, target_mass)
         mean_u, mean_v = np.sum(mass * u[i]), np.sum(mass * v[k])
-        x, y = (u[i] - mean_u) * (np.ptp(u[i]) > 0), v[k] - mean_v  # rounding gives a constant neuron no variance
+        x, y = u[i] - mean_u, v[k] - mean_v
         out[:, j] = mean_u, mean_v, np.sum(mass * x * x), np.sum(mass * x * y), np.sum(mass * y * y)
+    out[2:4] *= _varies(out[2], out[0], len(source), like)
     return out
 
 
@@ -241,7 +264,8 @@ def fit_local(
     """Closed-form map of `source` [n, d] to `target` [m, d]: (weight [d], bias [d]) in the working type.
 
     "mean" moves the mean, "gaussian" also matches the standard deviation, "linear" is the least-squares line
-    through the sorted pairs (Lin-AcT, AcT). A constant source column gets slope 1 and the shift of the mean.
+    through the sorted pairs (Lin-AcT, AcT). A source column that is constant up to rounding gets slope 1 and the shift
+    of the mean.
     """
     n, m, dtype = len(source), len(target), widen(source).dtype
     mean_u, mean_v, var_u, cov, var_v = quantile_moments(source, target, source_mass, target_mass)
@@ -252,7 +276,8 @@ def fit_local(
         sample_u = var_u if source_mass is not None else var_u * n / (n - 1)
         sample_v = var_v if target_mass is not None else var_v * m / (m - 1)
         weight[varies] = np.sqrt(sample_v[varies] / sample_u[varies])
-    return weight.astype(dtype), (mean_v - weight * mean_u).astype(dtype)
+    weight = weight.astype(dtype)  # first: the shift goes with the slope as it is stored
+    return weight, (mean_v - weight.astype(np.float64) * mean_u).astype(dtype)
 
 
 def sparse_loss(moments: NDArray, weight: NDArray, bias: NDArray) -> float:

@@ -45,7 +45,8 @@ def wasserstein(
     v : array_like or torch.Tensor
         Sample [m, d], m >= 1.
     u_weights, v_weights : array_like, optional
-        Weights of the rows [n], [m]: not negative, with a positive sum; only their proportions count. Default: equal.
+        Weights of the rows [n], [m]: not negative, with a positive sum; only their proportions count, and a row of
+        weight 0 is not there, whatever it holds. Default: equal.
     v_sorted : bool, default False
         The columns of `v` ascend already: the sort is left out (and the order not checked).
 
@@ -94,7 +95,8 @@ def wasserstein_grad(
     value : ndarray
         [d], what `wasserstein` returns.
     gradient : ndarray
-        [n, d], the derivative of ``value[j]`` in ``u[i, j]``, in the dtype of `value`.
+        [n, d], the derivative of ``value[j]`` in ``u[i, j]``, in the dtype of `value`; 0 in rows of weight 0. In
+        float32 the error is at most 4e-6 of the mean of ``2 |u - v| / n`` over what the row meets, whatever n and m.
 
     Raises
     ------

@@ -258,10 +258,22 @@ def test_a_map_that_overflows_names_the_module():
 
 
 @pytest.mark.parametrize("method", ["gaussian", "linear"])
-def test_a_variance_that_overflows_is_an_error(method):
+def test_a_variance_may_overflow_where_the_map_does_not(method):
     huge = np.array([[-1e200], [0.0], [1e200]])
-    with pytest.raises(ValueError, match="the map of source overflows float64: weight must be finite, got nan"):
-        lineas.fit(huge, huge[::-1] / 3, method=method)
+    one = lineas.fit(huge, huge[::-1] / 3, method=method)
+    np.testing.assert_allclose([one.weight[0], one.bias[0]], [1 / 3, 0], rtol=1e-15, atol=1e184)
+    with pytest.raises(ValueError, match="the map of source overflows float64: weight must be finite, got inf"):
+        lineas.fit(huge * 1e-320, huge, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_means_match_to_rounding_far_from_zero(rng, method):
+    """The shift goes with the slope as it is stored: what is left is the rounding of the shift."""
+    u, v = (rng.normal(1e4, sd, size=(500, 64)).astype(np.float32) for sd in (1, 1.7))
+    one = lineas.fit(u, v, method=method)
+    moved = one.weight.astype(np.float64) * u.mean(0, dtype=np.float64) + one.bias
+    left = np.abs(moved - v.mean(0, dtype=np.float64))
+    assert (left <= np.spacing(np.abs(one.bias)) / 2 + 1e-9).all()
 
 
 # --- covariance and the Gaussian map ---

@@ -65,6 +65,21 @@ def test_gradient_against_finite_differences(rng, weighted):
             np.testing.assert_allclose(slope[j] / (2 * step), grad[i, j], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 1_000_000), (2, 999_999), (7, 3000), (3, 100)])
+def test_gradient_in_few_rows_against_many(rng, n, m):
+    """A row's gradient is a sum over m / n rows, without the error of a float32 sum of so many."""
+    u, v = rng.normal(5, 1, size=(n, 2)).astype(np.float32), rng.exponential(size=(m, 2)).astype(np.float32)
+    grad = lineas.wasserstein_grad(u, v)[1]
+    wide = lineas.wasserstein_grad(u.astype(np.float64), v.astype(np.float64), u_weights=np.ones(n))[1]
+    for j in range(2):
+        order, target = np.argsort(u[:, j]), np.sort(v[:, j].astype(np.longdouble))
+        if m % n == 0:
+            mean = target.reshape(n, -1).mean(axis=1)
+            exact = 2 / n * (u[order, j] - mean)
+            np.testing.assert_allclose(grad[order, j], exact.astype(np.float64), rtol=3e-7)
+    np.testing.assert_allclose(grad, wide, rtol=3e-7)
+
+
 def test_tied_rows_share_their_gradient():
     u, v = np.array([[1.0], [0.0], [1.0], [1.0]]), np.array([[0.0], [1.0], [2.0], [6.0]])
     grad = lineas.wasserstein_grad(u, v)[1]

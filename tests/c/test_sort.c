@@ -54,6 +54,31 @@ static void sizes_are_checked(void)
     CHECK(lns_sort(NULL, 0, 1, NULL, NULL, NULL) == LNS_OK);
 }
 
+static void types_are_checked(void)
+{
+    const float x[2] = {2, 1};
+    const double y[2] = {2, 1};
+    float out[2][2];
+    void *const outs[2] = {out[0], out[1]};
+    lns_sample samples[2] = {{x, LNS_F32, 2, 1, NULL}, {y, LNS_F64, 2, 1, NULL}};
+    CHECK(lns_sort_worksize(samples, 2, 1) == -1);
+    CHECK(lns_sort(samples, 2, 1, NULL, outs, NULL) == LNS_BAD_TYPE);
+    samples[0].dtype = (lns_dtype)-1;
+    CHECK(lns_sort(samples, 1, 1, NULL, outs, NULL) == LNS_BAD_TYPE);
+}
+
+/* Weights are not looked at: rows of weight 0 are sorted as well. */
+static void rows_without_mass_are_sorted(void)
+{
+    const double x[3] = {3, 1, 2}, mass[3] = {1, 0, 1};
+    double out[3];
+    const lns_sample sample = {x, LNS_F64, 3, 1, mass};
+    void *work = memory(lns_sort_worksize(&sample, 1, 1)), *const outs[1] = {out};
+    CHECK(lns_sort(&sample, 1, 1, work, outs, NULL) == LNS_OK);
+    CHECK(out[0] == 1 && out[1] == 2 && out[2] == 3);
+    free(work);
+}
+
 void test_sort(void)
 {
     static const int64_t sizes[] = {1, 2, 3, 8, 9, 16, 31, 32, 33, 64, 100, 257, 1024, 1025, 1500};
@@ -63,4 +88,6 @@ void test_sort(void)
     like_qsort(64, 6000, 3);
     a_nan_is_found();
     sizes_are_checked();
+    types_are_checked();
+    rows_without_mass_are_sorted();
 }

@@ -131,6 +131,43 @@ static void bad_input(void)
     CHECK(lns_wasserstein_worksize(&job, 1, 1) == -1);
 }
 
+/* A row without weight is not there: its NaN is not seen, its gradient 0, and what is outside changes no bit. */
+static void rows_without_mass_are_not_seen(void)
+{
+    const double u[] = {NAN, 3, 1, 1e12}, mass[] = {0, 1, 2, 0}, v[] = {2, 4, 3};
+    double grad[4], grad_some[2];
+    CHECK(w2(u, mass, 4, v, 3, grad) == w2(u + 1, mass + 1, 2, v, 3, grad_some));
+    CHECK(grad[0] == 0 && grad[3] == 0 && grad[1] == grad_some[0] && grad[2] == grad_some[1]);
+}
+
+/* A mean of squares that is in range, where their sum, or even a difference, is not. */
+static void sums_may_be_out_of_range(void)
+{
+    const double top = 0x1p511, u[] = {-top, -top, -top, -top, top, top, top, top}, zero[8] = {0};
+    const double mass[] = {1, 1, 1, 1, 1, 1, 1, 1}, far[] = {-0x1p1023, 0, 0, 0}, near[] = {0x1p1023, 0x1p1023};
+    double grad[8];
+    CHECK(w2(u, NULL, 8, zero, 8, grad) == 0x1p1022 && grad[0] == -0x1p509 && grad[7] == 0x1p509);
+    CHECK(w2(u, NULL, 8, zero, 5, grad) == 0x1p1022 && grad[0] == -0x1p509 && grad[7] == 0x1p509);
+    CHECK(w2(u, mass, 8, zero, 8, grad) == 0x1p1022 && grad[0] == -0x1p509 && grad[7] == 0x1p509);
+    CHECK(isinf(w2(far, NULL, 4, near, 2, grad)) && grad[0] == -0x1p1023 && grad[1] == -0x1p1022);
+}
+
+static void types_are_checked(void)
+{
+    const double u[4] = {1, 2, 3, 4};
+    const float v[4] = {1, 2, 3, 4};
+    double value[4];
+    lns_w2_job jobs[2] = {{.u = {u, LNS_F64, 4, 1, NULL}, .v = {v, LNS_F32, 4, 1, NULL}, .value = value}};
+    jobs[1] = (lns_w2_job){.u = jobs[0].u, .v = jobs[0].u, .value = value};
+    CHECK(lns_wasserstein_worksize(jobs, 1, 1) == -1);
+    CHECK(lns_wasserstein(jobs, 1, 0, 1, NULL, NULL) == LNS_BAD_TYPE);
+    jobs[0].u = jobs[0].v; /* all in float, and the next job in double */
+    CHECK(lns_wasserstein(jobs, 2, 0, 1, NULL, NULL) == LNS_BAD_TYPE);
+    jobs[0].v.dtype = (lns_dtype)17;
+    CHECK(lns_wasserstein(jobs, 1, 0, 1, NULL, NULL) == LNS_BAD_TYPE);
+    CHECK(strcmp(lns_status_text(LNS_BAD_TYPE), "unknown status") != 0);
+}
+
 void test_wasserstein(void)
 {
     static const int64_t sizes[] = {1, 2, 7, 8, 9, 32, 33, 64, 256, 257};
@@ -142,4 +179,7 @@ void test_wasserstein(void)
     }
     batches_and_threads_change_nothing();
     bad_input();
+    rows_without_mass_are_not_seen();
+    sums_may_be_out_of_range();
+    types_are_checked();
 }

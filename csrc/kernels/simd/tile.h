@@ -11,6 +11,7 @@
 
 #include "core/sizes.h"
 #include "core/threads.h"
+#include "kernels/samples.h"
 #include "kernels/simd/load.h"
 #include "kernels/simd/network.h"
 

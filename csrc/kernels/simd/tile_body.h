@@ -9,16 +9,22 @@
  */
 #include "kernels/simd/merge_body.h"
 
-/* `count` neighbouring whole tiles, row by row over all of them: a row's cache lines follow each other, the rows lie d
- * apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in narrower pieces, for which
- * the loads that follow would have to wait. dtype should be a constant. */
+/* `count` neighbouring whole tiles of the rows that count, row by row over all of them: a row's cache lines follow each
+ * other, the rows lie d apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in
+ * narrower pieces, for which the loads that follow would have to wait. dtype should be a constant. */
 static LNS_INLINE void VNAME(load_whole)(const lns_sample *s, lns_dtype dtype, int64_t column, int64_t count,
                                          key *tiles, const int as_keys)
 {
     const int64_t size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
+    const double *const mass = s->mass;
+    key *row = tiles;
     for (int64_t i = 0; i < s->n; i++) {
+        if (!lns_row_counts(mass, i)) {
+            continue;
+        }
         int64_t from = i * s->d + column;
-        key *to = tiles + i * LANES;
+        key *to = row;
+        row += LANES;
         for (int64_t t = 0; t < count; t++, from += LANES, to += size) {
             for (int p = 0; p < LANES; p += VEC_LANES) {
                 const VNAME(vec) v = (VNAME(vec))VNAME(reals_at)(s->data, dtype, from + p);
@@ -34,6 +40,9 @@ static LNS_INLINE void VNAME(load_last)(const lns_sample *s, int64_t column, key
     const int64_t lanes = s->d - column < LANES ? s->d - column : LANES;
     real values[LANES] = {0};
     for (int64_t i = 0; i < s->n; i++) {
+        if (!lns_row_counts(s->mass, i)) {
+            continue;
+        }
 #if REAL_IS_DOUBLE
         lns_load_f64(values, s->data, s->dtype, i * s->d + column, lanes);
 #else
@@ -41,12 +50,14 @@ static LNS_INLINE void VNAME(load_last)(const lns_sample *s, int64_t column, key
 #endif
         for (int p = 0; p < LANES; p += VEC_LANES) {
             const VNAME(vec) v = VNAME(vec_load)(values + p);
-            VNAME(vec_store)(tile + i * LANES + p, as_keys ? VNAME(vec_flip)(v) : v);
+            VNAME(vec_store)(tile + p, as_keys ? VNAME(vec_flip)(v) : v);
         }
+        tile += LANES;
     }
 }
 
-/* `count` neighbouring tiles of the sample from `column` on: the bits of its values in the working type, or keys. */
+/* `count` neighbouring tiles of the sample from `column` on: the bits of its values in the working type, or keys. Rows
+ * of weight 0 are left out: nothing that follows sees them. */
 static LNS_INLINE void VNAME(load_tiles)(const lns_sample *s, int64_t column, int64_t count, key *tiles,
                                          const int as_keys)
 {
@@ -58,15 +69,23 @@ static LNS_INLINE void VNAME(load_tiles)(const lns_sample *s, int64_t column, in
     }
 }
 
-/* The other way: out [n, d]. */
-static LNS_INLINE void VNAME(store_tiles)(const key *tiles, int64_t n, int64_t d, int64_t column, int64_t count,
+/* The other way: out [n, d], zero in the rows that were left out. */
+static LNS_INLINE void VNAME(store_tiles)(const key *tiles, const lns_sample *s, int64_t column, int64_t count,
                                           real *out, const int as_keys)
 {
-    const int64_t size = lns_tile_bytes(n) / (int64_t)sizeof(key);
+    const int64_t d = s->d, size = lns_tile_bytes(s->n) / (int64_t)sizeof(key);
     const int64_t whole = (d - column) / LANES < count ? (d - column) / LANES : count;
-    for (int64_t i = 0; i < n; i++) {
-        const key *from = tiles + i * LANES;
+    const int64_t columns = whole < count ? d - column : count * LANES;
+    const double *const mass = s->mass;
+    const key *row = tiles;
+    for (int64_t i = 0; i < s->n; i++) {
         real *to = out + i * d + column;
+        if (!lns_row_counts(mass, i)) {
+            memset(to, 0, (size_t)columns * sizeof(real));
+            continue;
+        }
+        const key *from = row;
+        row += LANES;
         for (int64_t t = 0; t < whole; t++, from += size, to += LANES) {
             for (int p = 0; p < LANES; p += VEC_LANES) {
                 const VNAME(vec) v = VNAME(vec_load)(from + p);
