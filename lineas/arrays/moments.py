@@ -25,8 +25,8 @@ class Moments:
     """Count, mean, variance, minimum and maximum of d neurons, updated batch by batch.
 
     Everything is kept in float64. Batches may come in any order and be merged in any grouping; the results then
-    agree to rounding (Chan, Golub and LeVeque 1979). Several threads may update, merge and read one object at once: each
-    batch is taken in whole, and what is read belongs to one moment.
+    agree to rounding (Chan, Golub and LeVeque 1979). Several threads may update, merge and read one object at once:
+    each batch is taken in whole, and what is read is whole as well.
 
     Examples
     --------
@@ -105,8 +105,8 @@ class Moments:
         Raises
         ------
         ValueError
-            If there are not more than `ddof` rows, `ddof` is negative, or a variance is out of the range of float64 (the
-            neuron is named). One too small for float64, of values closer than about 1e-162, is 0.
+            If there are not more than `ddof` rows, `ddof` is negative, or a variance is out of the range of float64
+            (the neuron is named). One too small for float64, of values closer than about 1e-162, is 0.
         """
         if ddof < 0:
             raise ValueError(f"ddof must be at least 0, got {ddof}")

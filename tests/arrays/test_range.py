@@ -103,7 +103,7 @@ def test_bures_map(seed, at_u, at_v, ridge):
 
 
 def test_bures_map_without_variance_in_some_directions(rng):
-    """What the documentation says of these: mapped to the mean, and the least norm among all maps that match the rest."""
+    """They are mapped to the mean of the target: the least norm among all maps that match the rest."""
     source, target = rng.normal(size=(4, 7)), rng.normal(size=(50, 7))
     found = lineas.bures_map(source, target)
     values, vectors = np.linalg.eigh(np.cov(source.T))
@@ -149,7 +149,7 @@ def test_sparse_path(seed, exponent, l1_ratio):
     rng = np.random.default_rng(seed)
     source, target = (np.ldexp(rng.integers(-64, 65, size=(16, 6)) / 8.0, exponent) for _ in range(2))
     if exponent > 150 or exponent < -310:
-        with pytest.raises(ValueError, match="source and target are too (large|small)|out of range"):
+        with pytest.raises(ValueError, match=r"source and target are too (large|small)|out of range"):
             lineas.sparse_path(source, target, n_penalties=4, l1_ratio=l1_ratio)
     elif -290 < exponent < 142:
         path = lineas.sparse_path(source, target, n_penalties=4, l1_ratio=l1_ratio)
