@@ -91,12 +91,14 @@ lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, do
         exponent[j] = scale_exponent(most[j]);
         scaled |= exponent[j] != 0;
     }
+    for (int64_t i = 0; scaled && i < n * d; i++) {
+        centred[i] = ldexp(centred[i], -exponent[i % d]);
+    }
     const int mass_exponent = sample->mass != NULL ? scale_exponent(largest(sample->mass, n)) : 0;
     for (int64_t i = 0; i < n; i++) {
         const double mass = sample->mass != NULL ? ldexp(sample->mass[i], -mass_exponent) : 1;
         total += mass;
         for (int64_t j = 0; j < d; j++) {
-            centred[i * d + j] = scaled ? ldexp(centred[i * d + j], -exponent[j]) : centred[i * d + j];
             mean[j] += mass * centred[i * d + j];
         }
     }

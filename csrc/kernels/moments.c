@@ -13,6 +13,33 @@
 /* Fewer rows than a chunk has at least are summed in double. */
 #define LEAST_ROWS 256
 
+/* Adds `other` to d columns of a state, whose count is left to the caller. */
+static void merge_columns(lns_moments *state, const lns_moments *other, int64_t d)
+{
+    const double a = (double)state->count, b = (double)other->count, both = a + b;
+    for (int64_t j = 0; j < d; j++) {
+        const double delta = other->mean[j] - state->mean[j];
+        state->mean[j] = a == 0 ? other->mean[j] : state->mean[j] + delta * (b / both);
+        state->m2[j] = a == 0 ? other->m2[j] : state->m2[j] + other->m2[j] + delta * delta * (a / both * b);
+        state->low[j] = other->low[j] < state->low[j] ? other->low[j] : state->low[j];
+        state->high[j] = other->high[j] > state->high[j] ? other->high[j] : state->high[j];
+    }
+}
+
+/* The same where the means of a column may be so far apart that their difference is no double. */
+static void merge_far_columns(lns_moments *state, const lns_moments *other, int64_t d)
+{
+    const double a = (double)state->count, b = (double)other->count, both = a + b;
+    for (int64_t j = 0; j < d; j++) {
+        lns_moments column = {state->count, state->mean + j, state->m2 + j, state->low + j, state->high + j};
+        const lns_moments more = {other->count, other->mean + j, other->m2 + j, other->low + j, other->high + j};
+        const double between = state->mean[j] * (a / both) + other->mean[j] * (b / both);
+        const int far = !isfinite(other->mean[j] - state->mean[j]);
+        merge_columns(&column, &more, 1);
+        state->mean[j] = far ? between : state->mean[j];
+    }
+}
+
 typedef struct moments_context {
     const lns_sample *sample;
     int64_t chunk_rows, chunk_bytes;
@@ -47,20 +74,10 @@ lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64
     if (d < 1 || state->count < 0 || other->count < 0 || state->count > INT64_MAX - other->count) {
         return LNS_BAD_SIZE;
     }
-    if (other->count == 0) {
-        return LNS_OK;
+    if (other->count > 0) {
+        merge_far_columns(state, other, d);
+        state->count += other->count;
     }
-    const double a = (double)state->count, b = (double)other->count, both = a + b;
-    for (int64_t j = 0; j < d; j++) {
-        const double delta = other->mean[j] - state->mean[j];
-        const double mean = isfinite(delta) ? state->mean[j] + delta * (b / both)
-                                            : state->mean[j] * (a / both) + other->mean[j] * (b / both);
-        state->mean[j] = a == 0 ? other->mean[j] : mean;
-        state->m2[j] = a == 0 ? other->m2[j] : state->m2[j] + other->m2[j] + delta * delta * (a / both * b);
-        state->low[j] = other->low[j] < state->low[j] ? other->low[j] : state->low[j];
-        state->high[j] = other->high[j] > state->high[j] ? other->high[j] : state->high[j];
-    }
-    state->count += other->count;
     return LNS_OK;
 }
 

@@ -220,7 +220,8 @@ static void VNAME(merge_chunks)(const moments_context *c, int64_t chunks, lns_mo
             VNAME(group) *group = groups + at / LANES;
             const lns_moments part = {rows, group->result.mean, group->result.m2, group->result.low,
                                       group->result.high};
-            lns_moments_merge(&sum, &part, s->d - at < LANES ? s->d - at : LANES);
+            (REAL_IS_DOUBLE ? merge_far_columns : merge_columns)(&sum, &part, s->d - at < LANES ? s->d - at : LANES);
+            sum.count += rows;
         }
     }
     state->count += s->n;

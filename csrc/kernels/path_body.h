@@ -262,11 +262,16 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
 static double VNAME(path_largest_of)(double *blocks, int64_t count, int row, int64_t d, double ratio)
 {
     const double group = (1 - ratio) * sqrt((double)d);
-    double penalty = 0, sums[2], most = 0;
+    double penalty = 0, sums[2], lanes[LANES] = {0}, most = 0;
     int exponent = 0;
-    for (int64_t j = 0; j < count * LANES; j++) {
-        const double h = fabs(blocks[(j / LANES * PATH_ROWS + row) * LANES + j % LANES]);
-        most = h > most ? h : most;
+    for (int64_t k = 0; k < count; k++) {
+        for (int l = 0; l < LANES; l++) {
+            const double h = fabs(blocks[(k * PATH_ROWS + row) * LANES + l]);
+            lanes[l] = h > lanes[l] ? h : lanes[l];
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        most = lanes[l] > most ? lanes[l] : most;
     }
     if (most > 0 && most < INFINITY && !(most > 0x1p-450 && most < 0x1p450)) { /* squares would leave the range */
         frexp(most, &exponent);
