@@ -56,9 +56,6 @@ lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, do
 {
     LNS_KEEP_SUBNORMALS;
     const int64_t n = sample->n, d = sample->d;
-    double *centred = work;            /* [n, d], each row times the root of its weight */
-    double *most = centred + n * d;    /* [d] of each column */
-    int *exponent = (int *)(most + d); /* [d]: columns are divided by 2^exponent */
     lns_place found = {0};
     if (!lns_is_dtype(sample->dtype)) {
         return LNS_BAD_TYPE;
@@ -76,6 +73,9 @@ lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, do
         }
         return status;
     }
+    double *centred = work;                    /* [n, d], each row times the root of its weight */
+    double *most = centred + n * d;            /* [d] of each column */
+    int *exponent = (int *)(void *)(most + d); /* [d]: columns are divided by 2^exponent */
     double total = 0;
     memset(mean, 0, (size_t)d * sizeof(double));
     memset(most, 0, (size_t)d * sizeof(double));

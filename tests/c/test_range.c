@@ -142,7 +142,7 @@ static void types(void)
     const lns_dtype none = (lns_dtype)9;
     const int64_t offsets[2] = {0, 2};
     uint16_t half[4] = {0};
-    double wide[4] = {0}, state[4] = {0};
+    double wide[5] = {0}, state[4] = {0};
     lns_moments moments = {0, state, state + 1, state + 2, state + 3};
     lns_sample sample = {half, none, 2, 1, NULL};
     lns_step_problem step = {.dtype = LNS_BF16,
