@@ -17,6 +17,8 @@
  *             that returns a status; the others are named at each function.
  *   place     may be NULL; where given, it tells the position of the offending value for LNS_NOT_FINITE,
  *             LNS_BAD_MASS and LNS_EMPTY_ROW.
+ *   subnormal numbers keep their value, also where the caller has told the processor to take them for zero (FTZ and
+ * DAZ, or FZ); that mode is in place again on return.
  */
 #ifndef LINEAS_H
 #define LINEAS_H
@@ -56,6 +58,7 @@ typedef enum lns_status {
     LNS_EMPTY_ROW,      /* a row of the mask keeps no token */
     LNS_NO_CONVERGENCE, /* the eigenvalue solver of LAPACK gave up */
     LNS_BAD_TYPE,       /* an element type or an option that the function does not take */
+    LNS_OUT_OF_RANGE,   /* numbers so large or small that a result does not fit into its type */
     LNS_STATUS_COUNT
 } lns_status;
 
@@ -158,7 +161,8 @@ LNS_API lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method me
 LNS_API int64_t lns_covariance_worksize(int64_t n, int64_t d);
 
 /* mean [d] and covariance [d, d] (symmetric), overwritten. ddof = 1 (n >= 2); with mass the weighted population
- * covariance. Products by BLAS. LNS_NOT_FINITE, LNS_BAD_MASS. */
+ * covariance. Products by BLAS. LNS_NOT_FINITE, LNS_BAD_MASS; LNS_OUT_OF_RANGE (outputs then have no meaning): a
+ * covariance is too large for a double. One too small for a double is 0. */
 LNS_API lns_status lns_covariance(const lns_sample *sample, void *work, double *mean, double *covariance,
                                   lns_place *place);
 
@@ -166,8 +170,9 @@ LNS_API int64_t lns_bures_map_worksize(int64_t d);
 
 /* map [d, d], overwritten: the symmetric A with A (source + ridge I) A = target + ridge I (the optimal transport map
  * between Gaussians, Dowson and Landau 1982). Directions in which the source has no variance (eigenvalue at most
- * d * 2^-52 times the largest) are mapped to zero. source, target [d, d] symmetric, not modified. LNS_NO_CONVERGENCE.
- */
+ * d * 2^-52 times the largest) are mapped to zero: of all A that take the others to the target, the one of least norm.
+ * source, target [d, d] symmetric, not modified. LNS_NOT_FINITE, LNS_NO_CONVERGENCE; LNS_OUT_OF_RANGE (map then has no
+ * meaning): an entry of A is too large for a double. */
 LNS_API lns_status lns_bures_map(const double *source, const double *target, int64_t d, double ridge, void *work,
                                  double *map);
 
@@ -198,7 +203,9 @@ LNS_API int64_t lns_path_worksize(const lns_path_job *jobs, int64_t count, int64
 LNS_API double lns_path_largest(const double *moments, int64_t d, double ratio, void *work);
 
 /* penalties [points], finite and > 0, best in falling order: each point starts from the one before it. The distance is
- * below 1e-9 of the largest penalty unless rounding forbids it, as where means are 10^7 standard deviations. */
+ * below 1e-9 of the largest penalty unless rounding forbids it, as where means are 10^7 standard deviations.
+ * LNS_OUT_OF_RANGE: a mean above 2^150, a variance above 2^300, a largest penalty not within 2^-300 and 2^300 (nor 0),
+ * or, where ratio < 1, a penalty below 2^-300: products of them do not fit into a double. */
 LNS_API lns_status lns_path(const lns_path_job *jobs, int64_t count, const double *penalties, int64_t points,
                             double ratio, int threads, void *work);
 
@@ -224,8 +231,9 @@ typedef enum lns_pooling { LNS_POOL_MEAN, LNS_POOL_MIN, LNS_POOL_MAX, LNS_POOL_L
 
 /* x [batch, tokens, d] of dtype; mask [batch, tokens], nonzero = real token, or NULL = all real.
  * out [batch, d] real, for LNS_POOL_ALL [number of real tokens, d], overwritten. index [batch, d], overwritten for
- * LNS_POOL_MIN and _MAX (else NULL): the token that won, the first one at ties; a NaN wins.
- * LNS_EMPTY_ROW (place->row): a row without a real token, except for LNS_POOL_ALL. */
+ * LNS_POOL_MIN and _MAX (LNS_BAD_TYPE where it is NULL): the token that won, the first one at ties; a NaN wins.
+ * LNS_EMPTY_ROW (place->row): a row without a real token, except for LNS_POOL_ALL. A mean is finite
+ * where its tokens are. */
 LNS_API lns_status lns_pool(const void *x, lns_dtype dtype, int64_t batch, int64_t tokens, int64_t d,
                             const uint8_t *mask, lns_pooling mode, int threads, void *out, int32_t *index,
                             lns_place *place);
@@ -250,7 +258,8 @@ LNS_API int64_t lns_moments_worksize(int64_t n, int64_t d);
 /* Merges the rows of the sample into the state (updated only on LNS_OK). Where 256 rows or more come at once, narrow
  * types are summed in float around the mean of their first rows: the variance is then exact to 1e-7 of itself (3e-7
  * where single values make it up) and the mean to 1e-7 standard deviations. Fewer rows, float64, squares that leave the
- * range of a float, and columns whose mean wanders off: in double. LNS_NOT_FINITE. */
+ * range of a float, and columns whose mean wanders off: in double. m2 is infinite where it is out of the range of a
+ * double, and 0 where it is too small for one; the others are right all the same. LNS_NOT_FINITE. */
 LNS_API lns_status lns_moments_update(const lns_sample *sample, int threads, void *work, lns_moments *state,
                                       lns_place *place);
 

@@ -8,6 +8,7 @@ static const char *const TEXT[LNS_STATUS_COUNT] = {
     [LNS_EMPTY_ROW] = "a row of the mask keeps no token",
     [LNS_NO_CONVERGENCE] = "the eigenvalue solver did not converge",
     [LNS_BAD_TYPE] = "an element type or an option that the function does not take",
+    [LNS_OUT_OF_RANGE] = "numbers so large or small that a result is out of range: scale the data",
 };
 
 const char *lns_status_text(lns_status status)

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include "core/subnormals.h"
+
 typedef struct {
     lns_loop_body body;
     void *context;
@@ -11,6 +13,7 @@ typedef struct {
 
 static void *run_part(void *argument)
 {
+    LNS_KEEP_SUBNORMALS;
     const part *p = argument;
     p->body(p->context, p->begin, p->end, p->thread);
     return NULL;

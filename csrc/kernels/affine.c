@@ -2,6 +2,7 @@
 #include "lineas.h"
 
 #include "core/sizes.h"
+#include "core/subnormals.h"
 #include "core/threads.h"
 #include "kernels/simd/blocks.h"
 #include "kernels/simd/load.h"
@@ -45,6 +46,7 @@ int64_t lns_affine_worksize(int64_t outer, int64_t d, int64_t inner)
 lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, int64_t inner, const void *weight,
                       const void *bias, double strength, int threads, void *work, void *out)
 {
+    LNS_KEEP_SUBNORMALS;
     const int is_double = lns_is_double(dtype);
     affine_context c = {.z = z,
                         .dtype = dtype,
@@ -59,6 +61,9 @@ lns_status lns_affine(const void *z, lns_dtype dtype, int64_t outer, int64_t d, 
     if (bad_sizes(outer, d, inner)) {
         return LNS_BAD_SIZE;
     }
+    if (!lns_is_dtype(dtype)) {
+        return LNS_BAD_TYPE;
+    }
     const int64_t units = inner == 1 ? outer : outer * d;
     PREPARE[lns_cpu()][is_double](&c);
     lns_parallel_for(units, lns_thread_count(units, outer * d * inner / 4, threads), APPLY[lns_cpu()][is_double], &c);
@@ -69,6 +74,7 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
                                const void *weight, double strength, const void *grad_out, int threads, void *work,
                                void *grad_z, void *grad_weight, void *grad_bias)
 {
+    LNS_KEEP_SUBNORMALS;
     const int is_double = lns_is_double(dtype);
     affine_context c = {.z = z,
                         .grad_out = grad_out,
@@ -82,6 +88,9 @@ lns_status lns_affine_backward(const void *z, lns_dtype dtype, int64_t outer, in
                         .out = grad_z};
     if (bad_sizes(outer, d, inner)) {
         return LNS_BAD_SIZE;
+    }
+    if (!lns_is_dtype(dtype)) {
+        return LNS_BAD_TYPE;
     }
     const int64_t units = inner == 1 ? outer : outer * d, cost = outer * d * inner / 4;
     c.sums = (double *)(void *)((char *)work + lns_pad(d * 16));

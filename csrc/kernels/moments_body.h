@@ -84,6 +84,25 @@ static void VNAME(add_range)(const lns_sample *s, int64_t begin, int64_t end, VN
     LNS_CALL_WITH_DTYPE(VNAME(add_range_as), s, s->dtype, begin, end, groups);
 }
 
+/* Mean and squared deviations of a column whose sums have left the range of a double, scaled so that they cannot; where
+ * the squared deviations themselves are out of range, infinity. Low and high are known. */
+static void VNAME(moments_near_range)(const lns_sample *s, int64_t begin, int64_t end, int64_t column, double low,
+                                      double high, double *mean, double *m2)
+{
+    enum { SCALE = 600 };
+    const double down = ldexp(1, -SCALE), first = down * lns_value(s->data, s->dtype, begin * s->d + column);
+    const double rows = (double)(end - begin);
+    double sum = 0, squares = 0;
+    for (int64_t i = begin; i < end; i++) {
+        const double shifted = down * lns_value(s->data, s->dtype, i * s->d + column) - first;
+        sum += shifted;
+        squares += shifted * shifted;
+    }
+    *mean = ldexp(first + sum / rows, SCALE);
+    *mean = *mean < low ? low : *mean > high ? high : *mean; /* rounding must not leave the range either */
+    *m2 = ldexp(squares - sum * (sum / rows), 2 * SCALE);
+}
+
 /* Statistics of up to LNS_STRIP columns from `at` on, from sums in double around the first row. */
 static void VNAME(moments_exactly)(const lns_sample *s, int64_t begin, int64_t end, int64_t at, int64_t count,
                                    VNAME(group) * groups)
@@ -107,27 +126,31 @@ static void VNAME(moments_exactly)(const lns_sample *s, int64_t begin, int64_t e
     }
     for (int64_t l = 0; l < count; l++) {
         VNAME(group) *group = groups + (at + l) / LANES;
-        const double m2 = squares[l] - sum[l] * sum[l] / rows;
-        group->result.mean[l % LANES] = (double)first[l] + sum[l] / rows;
+        double m2 = squares[l] - sum[l] * sum[l] / rows, mean = (double)first[l] + sum[l] / rows;
+        if (REAL_IS_DOUBLE && !(isfinite(m2) && isfinite(mean))) {
+            VNAME(moments_near_range)(s, begin, end, at + l, (double)low[l], (double)high[l], &mean, &m2);
+        }
+        group->result.mean[l % LANES] = mean;
         group->result.m2[l % LANES] = m2 > 0 || m2 != m2 ? m2 : 0;
         group->result.low[l % LANES] = (double)low[l];
         group->result.high[l % LANES] = (double)high[l];
     }
 }
 
-/* The same from the sums of a group; 0 where these cannot tell: squares have left the range of the working type, or
- * the mean lies so far from the shift that they cancel. */
+/* The same from the sums of a group; 0 where these cannot tell: sums or squares have left the range of the working
+ * type, or the mean lies so far from the shift that they cancel. */
 static int VNAME(moments_from_sums)(VNAME(group) * group, int64_t lanes, double rows)
 {
     const VNAME(group) sums = *group;
     for (int64_t l = 0; l < lanes; l++) {
         const double mean = sums.running.sum[l] / rows, squares = sums.running.squares[l];
         const double m2 = squares - sums.running.sum[l] * mean;
-        if (!(m2 > 0x1p-90 && m2 < INFINITY && m2 > squares / 4) && !(sums.running.low[l] == sums.running.high[l])) {
+        const int constant = sums.running.low[l] == sums.running.high[l] && isfinite(m2);
+        if (!constant && !(m2 > 0x1p-90 && m2 < INFINITY && m2 > squares / 4)) {
             return 0;
         }
         group->result.mean[l] = (double)sums.running.shift[l] + mean;
-        group->result.m2[l] = m2 > 0 ? m2 : 0;
+        group->result.m2[l] = constant || !(m2 > 0) ? 0 : m2;
         group->result.low[l] = (double)sums.running.low[l];
         group->result.high[l] = (double)sums.running.high[l];
     }
@@ -197,7 +220,8 @@ static void VNAME(merge_chunks)(const moments_context *c, int64_t chunks, lns_mo
             VNAME(group) *group = groups + at / LANES;
             const lns_moments part = {rows, group->result.mean, group->result.m2, group->result.low,
                                       group->result.high};
-            lns_moments_merge(&sum, &part, s->d - at < LANES ? s->d - at : LANES);
+            (REAL_IS_DOUBLE ? merge_far_columns : merge_columns)(&sum, &part, s->d - at < LANES ? s->d - at : LANES);
+            sum.count += rows;
         }
     }
     state->count += s->n;

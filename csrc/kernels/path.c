@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "core/sizes.h"
+#include "core/subnormals.h"
 #include "core/threads.h"
 #include "kernels/simd/blocks.h"
 #include "kernels/simd/tile.h"
@@ -19,6 +20,13 @@ enum { PATH_SUMS = 5 };
 
 /* How close to optimal a module is solved, relative to the largest penalty. */
 #define TOLERANCE 5e-10
+
+/* Where products of moments and penalties fit into a double: no samples of float32 are outside but
+ * those of subnormal numbers only. A scale that is further off
+ * cannot be divided out, since the same penalties are for slopes, which have no scale, and for shifts. */
+#define LARGEST_MEAN 0x1p150
+#define LARGEST_SQUARE 0x1p300
+#define SMALLEST_PENALTY 0x1p-300
 
 /* Norms of the groups x = weight - 1 and b, over tau; `grouped` (1 or 0) as in path_body.h. */
 typedef struct path_scale {
@@ -197,6 +205,31 @@ static int64_t work_each(const lns_path_job *jobs, int64_t count)
     return most;
 }
 
+static int moments_in_range(const double *moments, int64_t d)
+{
+    int good = 1;
+    for (int64_t j = 0; j < 5 * d; j++) {
+        good &= fabs(moments[j]) <= (j < 2 * d ? LARGEST_MEAN : LARGEST_SQUARE);
+    }
+    return good;
+}
+
+static lns_status check_jobs(const lns_path_job *jobs, int64_t count)
+{
+    for (int64_t k = 0; k < count; k++) {
+        const lns_path_job *job = &jobs[k];
+        if (!lns_is_real(job->dtype)) {
+            return LNS_BAD_TYPE;
+        }
+        if (!moments_in_range(job->moments, job->d) ||
+            (job->held_out != NULL && !moments_in_range(job->held_out, job->d)) ||
+            (job->largest != 0 && !(job->largest >= SMALLEST_PENALTY && job->largest <= LARGEST_SQUARE))) {
+            return LNS_OUT_OF_RANGE;
+        }
+    }
+    return LNS_OK;
+}
+
 static int threads_for(const lns_path_job *jobs, int64_t count, int64_t points, int threads)
 {
     double cost = 0;
@@ -214,16 +247,27 @@ int64_t lns_path_worksize(const lns_path_job *jobs, int64_t count, int64_t point
 
 double lns_path_largest(const double *moments, int64_t d, double ratio, void *work)
 {
+    LNS_KEEP_SUBNORMALS;
     return LARGEST[lns_cpu()](moments, d, ratio, work);
 }
 
 lns_status lns_path(const lns_path_job *jobs, int64_t count, const double *penalties, int64_t points, double ratio,
                     int threads, void *work)
 {
+    LNS_KEEP_SUBNORMALS;
     path_context c = {.jobs = jobs, .penalties = penalties, .points = points, .l1_ratio = ratio, .work = work};
     c.work_each = work_each(jobs, count);
     if (c.work_each < 0 || points < 1) {
         return LNS_BAD_SIZE;
+    }
+    const lns_status status = check_jobs(jobs, count);
+    if (status != LNS_OK) {
+        return status;
+    }
+    for (int64_t k = 0; ratio < 1 && k < points; k++) { /* norms that are as small have no squares */
+        if (!(penalties[k] >= SMALLEST_PENALTY)) {
+            return LNS_OUT_OF_RANGE;
+        }
     }
     if (count > 0) {
         lns_parallel_for(count, threads_for(jobs, count, points, threads), UNITS[lns_cpu()], &c);

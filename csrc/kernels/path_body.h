@@ -259,10 +259,27 @@ static void VNAME(path_write)(const lns_path_job *job, const double *x, const do
 }
 
 /* The smallest penalty at which a group is zero, by Newton's method from below on a convex function. */
-static double VNAME(path_largest_of)(const double *blocks, int64_t count, int row, int64_t d, double ratio)
+static double VNAME(path_largest_of)(double *blocks, int64_t count, int row, int64_t d, double ratio)
 {
     const double group = (1 - ratio) * sqrt((double)d);
-    double penalty = 0, sums[2];
+    double penalty = 0, sums[2], lanes[LANES] = {0}, most = 0;
+    int exponent = 0;
+    for (int64_t k = 0; k < count; k++) {
+        for (int l = 0; l < LANES; l++) {
+            const double h = fabs(blocks[(k * PATH_ROWS + row) * LANES + l]);
+            lanes[l] = h > lanes[l] ? h : lanes[l];
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        most = lanes[l] > most ? lanes[l] : most;
+    }
+    if (most > 0 && most < INFINITY && !(most > 0x1p-450 && most < 0x1p450)) { /* squares would leave the range */
+        frexp(most, &exponent);
+        for (int64_t j = 0; j < count * LANES; j++) {
+            double *h = &blocks[(j / LANES * PATH_ROWS + row) * LANES + j % LANES];
+            *h = ldexp(*h, -exponent);
+        }
+    }
     for (int k = 0; k < 100; k++) {
         VNAME(path_group)(blocks, count, row, penalty * ratio, sums);
         const double norm = sqrt(sums[0]);
@@ -273,7 +290,7 @@ static double VNAME(path_largest_of)(const double *blocks, int64_t count, int ro
         }
         penalty += excess / slope;
     }
-    return penalty;
+    return ldexp(penalty, exponent);
 }
 
 static double VNAME(path_largest)(const double *moments, int64_t d, double ratio, double *blocks)

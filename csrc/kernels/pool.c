@@ -1,6 +1,8 @@
 /* Masked pooling over tokens. Rows that the mask drops are never read. */
 #include "lineas.h"
 
+#include <math.h>
+
 #include "core/sizes.h"
 #include "core/threads.h"
 #include "kernels/simd/blocks.h"
@@ -28,7 +30,8 @@ static int64_t kept_in(const pool_context *c, int64_t row)
     return kept;
 }
 
-/* Real tokens of all rows before this one: where its rows stand in LNS_POOL_ALL's result. */
+/* Real tokens of all rows before this one: where its rows stand in LNS_POOL_ALL's result. It reads the whole mask
+ * before the row: a thread asks once, and counts on from there. */
 static int64_t kept_before(const pool_context *c, int64_t row)
 {
     int64_t kept = 0;
@@ -44,8 +47,13 @@ static int64_t kept_before(const pool_context *c, int64_t row)
 static const lns_loop_body POOL[LNS_CPU_COUNT][2] = LNS_TABLE(pool_units);
 static const lns_loop_body UNPOOL[LNS_CPU_COUNT][2] = LNS_TABLE(unpool_units);
 
-static lns_status check(const pool_context *c, lns_place *place)
+static lns_status check(const pool_context *c, const int32_t *index, lns_place *place)
 {
+    const int extreme = c->mode == LNS_POOL_MIN || c->mode == LNS_POOL_MAX;
+    if (!lns_is_dtype(c->dtype) || (unsigned)c->mode > (unsigned)LNS_POOL_ALL ||
+        (extreme && index == NULL && c->batch > 0)) {
+        return LNS_BAD_TYPE;
+    }
     if (c->batch < 0 || c->tokens < 0 || c->d < 1 || c->tokens > INT32_MAX ||
         lns_mul(lns_mul(lns_mul(c->batch, c->tokens), c->d), 8) < 0) {
         return LNS_BAD_SIZE;
@@ -65,7 +73,7 @@ lns_status lns_pool(const void *x, lns_dtype dtype, int64_t batch, int64_t token
                     lns_pooling mode, int threads, void *out, int32_t *index, lns_place *place)
 {
     pool_context c = {x, dtype, batch, tokens, d, mask, mode, out, index};
-    const lns_status status = check(&c, place);
+    const lns_status status = check(&c, index, place);
     if (status != LNS_OK) {
         return status;
     }
@@ -80,7 +88,7 @@ lns_status lns_pool_backward(const void *grad_out, lns_dtype dtype, int64_t batc
                              lns_place *place)
 {
     pool_context c = {grad_out, dtype, batch, tokens, d, mask, mode, grad_x, NULL};
-    const lns_status status = check(&c, place);
+    const lns_status status = lns_is_real(dtype) ? check(&c, index, place) : LNS_BAD_TYPE;
     if (status != LNS_OK) {
         return status;
     }

@@ -40,6 +40,21 @@ static LNS_INLINE void VNAME(add_rows)(const void *x, lns_dtype dtype, const int
     }
 }
 
+/* The mean of a column whose sums have left the range of their type: in double, scaled so that they cannot. */
+static double VNAME(mean_near_range)(const pool_context *c, int64_t row, int64_t column, int64_t kept)
+{
+    double total = 0, most = 0;
+    for (int64_t t = 0; t < c->tokens; t++) {
+        if (VNAME(kept)(c, row, t)) {
+            const double x = lns_value(c->x, c->dtype, (row * c->tokens + t) * c->d + column);
+            total += 0x1p-32 * x;
+            most = fabs(x) > most ? fabs(x) : most;
+        }
+    }
+    const double mean = 0x1p32 * (total / (double)kept);
+    return fabs(mean) > most ? copysign(most, mean) : mean; /* rounding must not leave the range either */
+}
+
 static void VNAME(pool_mean)(const pool_context *c, int64_t row, int64_t at, int64_t count)
 {
     real *out = (real *)c->out + row * c->d + at;
@@ -61,8 +76,15 @@ static void VNAME(pool_mean)(const pool_context *c, int64_t row, int64_t at, int
             }
         }
     }
+    int overflow = 0;
     for (int64_t l = 0; l < count; l++) {
         out[l] = (real)(total[l] / (double)kept);
+        overflow |= !(total[l] - total[l] == 0);
+    }
+    for (int64_t l = 0; overflow && l < count; l++) {
+        if (!(total[l] - total[l] == 0)) {
+            out[l] = (real)VNAME(mean_near_range)(c, row, at + l, kept);
+        }
     }
 }
 
@@ -112,10 +134,10 @@ static void VNAME(pool_last)(const pool_context *c, int64_t row, int64_t at, int
     memcpy((real *)c->out + row * c->d + at, x, (size_t)count * sizeof(real));
 }
 
-static void VNAME(pool_all)(const pool_context *c, int64_t row, int64_t at, int64_t count)
+/* The kept tokens become the rows of the result from `to` on. */
+static void VNAME(pool_all)(const pool_context *c, int64_t row, int64_t at, int64_t count, int64_t to)
 {
     real buffer[POOL_STRIP];
-    int64_t to = kept_before(c, row);
     for (int64_t t = 0; t < c->tokens; t++) {
         if (VNAME(kept)(c, row, t)) {
             const real *x = VNAME(strip)(c->x, c->dtype, (row * c->tokens + t) * c->d + at, count, buffer);
@@ -127,9 +149,10 @@ static void VNAME(pool_all)(const pool_context *c, int64_t row, int64_t at, int6
 static void VNAME(pool_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     const pool_context *c = context;
+    const int64_t strips = (c->d + POOL_STRIP - 1) / POOL_STRIP;
+    int64_t before = c->mode == LNS_POOL_ALL ? kept_before(c, begin / strips) : 0;
     (void)thread;
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t strips = (c->d + POOL_STRIP - 1) / POOL_STRIP;
         const int64_t row = unit / strips, at = unit % strips * POOL_STRIP;
         const int64_t count = c->d - at < POOL_STRIP ? c->d - at : POOL_STRIP;
         switch (c->mode) {
@@ -144,7 +167,8 @@ static void VNAME(pool_units)(void *context, int64_t begin, int64_t end, int thr
             VNAME(pool_last)(c, row, at, count);
             break;
         case LNS_POOL_ALL:
-            VNAME(pool_all)(c, row, at, count);
+            VNAME(pool_all)(c, row, at, count, before);
+            before += unit % strips == strips - 1 ? kept_in(c, row) : 0;
             break;
         }
     }
@@ -154,11 +178,14 @@ static void VNAME(pool_units)(void *context, int64_t begin, int64_t end, int thr
 static void VNAME(unpool_units)(void *context, int64_t begin, int64_t end, int thread)
 {
     const pool_context *c = context;
+    int64_t from = c->mode == LNS_POOL_ALL ? kept_before(c, begin) : begin;
     (void)thread;
     for (int64_t row = begin; row < end; row++) {
         real *grad_x = (real *)c->out + row * c->tokens * c->d;
-        const real *g = (const real *)c->x + (c->mode == LNS_POOL_ALL ? kept_before(c, row) : row) * c->d;
-        const real share = (real)(1 / (double)kept_in(c, row));
+        const real *g = (const real *)c->x + from * c->d;
+        const int64_t kept = kept_in(c, row);
+        const real share = (real)(1 / (double)kept);
+        from += c->mode == LNS_POOL_ALL ? kept : 1;
         memset(grad_x, 0, (size_t)(c->tokens * c->d) * sizeof(real));
         if (c->mode == LNS_POOL_MIN || c->mode == LNS_POOL_MAX) {
             for (int64_t j = 0; j < c->d; j++) {

@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "core/subnormals.h"
 #include "core/threads.h"
 #include "kernels/simd/blocks.h"
 #include "kernels/simd/load.h"
@@ -21,8 +22,12 @@ static int64_t (*const FIND[LNS_CPU_COUNT][2])(const lns_step_problem *, lns_pla
 
 lns_status lns_prox(const void *x, lns_dtype dtype, int64_t d, double tau, double l1, double group, void *out)
 {
-    if (d < 1 || (dtype != LNS_F32 && dtype != LNS_F64)) {
+    LNS_KEEP_SUBNORMALS;
+    if (d < 1) {
         return LNS_BAD_SIZE;
+    }
+    if (!lns_is_real(dtype)) {
+        return LNS_BAD_TYPE;
     }
     PROX[lns_cpu()][lns_is_double(dtype)](x, d, tau, l1, group, out);
     return LNS_OK;
@@ -30,9 +35,13 @@ lns_status lns_prox(const void *x, lns_dtype dtype, int64_t d, double tau, doubl
 
 lns_status lns_step(const lns_step_problem *problem, int threads, double *per_module, lns_place *place)
 {
+    LNS_KEEP_SUBNORMALS;
     const int is_double = lns_is_double(problem->dtype);
     step_context c = {problem, per_module};
     lns_place found = {0};
+    if (!lns_is_real(problem->dtype)) {
+        return LNS_BAD_TYPE;
+    }
     if (problem->modules < 0 || problem->offsets[0] != 0) {
         return LNS_BAD_SIZE;
     }

@@ -8,8 +8,9 @@ typedef struct VNAME(lane_sums) {
     VNAME(reals) l1[VEC_PARTS], squares[VEC_PARTS];
 } VNAME(lane_sums);
 
+/* Of p / scale, a power of two: 1 unless the squares of p leave the range. */
 typedef struct VNAME(group_sums) {
-    double l1, squares;
+    double l1, squares, scale;
 } VNAME(group_sums);
 
 /* What happens to a parameter p before its group is shrunk: soft threshold of p - rate * gradient - centre. */
@@ -17,13 +18,23 @@ typedef struct VNAME(update) {
     real rate, centre, threshold;
 } VNAME(update);
 
-/* The sums of p [d] in double. */
+/* The sums of p [d] in double, scaled by the largest entry. */
 static VNAME(group_sums) VNAME(add_exactly)(const real *p, int64_t d)
 {
-    VNAME(group_sums) sums = {0, 0};
+    VNAME(group_sums) sums = {0, 0, 1};
+    double most = 0;
     for (int64_t j = 0; j < d; j++) {
-        sums.l1 += fabs((double)p[j]);
-        sums.squares += (double)p[j] * (double)p[j];
+        most = fabs((double)p[j]) > most ? fabs((double)p[j]) : most;
+    }
+    if (most < INFINITY) {
+        int exponent;
+        frexp(most, &exponent);
+        sums.scale = ldexp(1, exponent - 1);
+    }
+    for (int64_t j = 0; j < d; j++) {
+        const double scaled = (double)p[j] / sums.scale;
+        sums.l1 += fabs(scaled);
+        sums.squares += scaled * scaled;
     }
     return sums;
 }
@@ -52,7 +63,7 @@ static LNS_INLINE void VNAME(update_lanes)(real *p, const real *grad, VNAME(upda
 static LNS_INLINE VNAME(group_sums) VNAME(update_group)(real *p, const real *grad, int64_t d, VNAME(update) u)
 {
     double total_l1[LANES] = {0}, total_squares[LANES] = {0};
-    VNAME(group_sums) sums = {0, 0};
+    VNAME(group_sums) sums = {0, 0, 1};
     for (int64_t at = 0; at < d; at += LNS_STRIP) {
         const int64_t count = d - at < LNS_STRIP ? d - at : LNS_STRIP, whole = count - count % LANES;
         VNAME(lane_sums) lanes = {0};
@@ -81,7 +92,7 @@ static LNS_INLINE VNAME(group_sums) VNAME(update_group)(real *p, const real *gra
         sums.l1 += total_l1[l];
         sums.squares += total_squares[l];
     }
-    if (sums.l1 != 0 && !(sums.squares > 0x1p-90 && sums.squares < INFINITY)) { /* squares left the range of a float */
+    if (sums.l1 != 0 && !(sums.squares > 0x1p-90 && sums.squares < INFINITY)) { /* squares left the range */
         sums = VNAME(add_exactly)(p, d);
     }
     return sums;
@@ -94,8 +105,14 @@ static double VNAME(shrinkage)(VNAME(group_sums) sums, int64_t d, double tau_gro
     if (tau_group == 0) {
         return 1;
     }
-    const double cut = tau_group * sqrt((double)d);
+    const double cut = tau_group / sums.scale * sqrt((double)d);
     return norm <= cut ? 0 : 1 - cut / norm; /* what is not a number shows */
+}
+
+/* Of a group with these sums, times the factor. */
+static double VNAME(penalty)(VNAME(group_sums) sums, int64_t d, double factor, double l1, double group)
+{
+    return factor == 0 ? 0 : factor * (l1 * sums.l1 + group * sqrt((double)d * sums.squares)) * sums.scale;
 }
 
 static void VNAME(prox)(const void *x, int64_t d, double tau, double l1, double group, void *out)
@@ -166,8 +183,8 @@ static void VNAME(step_module)(const lns_step_problem *s, int64_t k, double *res
         const int64_t count = d - j < LNS_STRIP ? d - j : LNS_STRIP;
         support += VNAME(shrink)(w + j, b + j, count, (real)factor_w, (real)factor_b);
     }
-    result[0] = factor_w * (s->l1 * sums_w.l1 + s->group * sqrt((double)d * sums_w.squares)) +
-                factor_b * (s->l1_bias * sums_b.l1 + s->group_bias * sqrt((double)d * sums_b.squares));
+    result[0] = VNAME(penalty)(sums_w, d, factor_w, s->l1, s->group) +
+                VNAME(penalty)(sums_b, d, factor_b, s->l1_bias, s->group_bias);
     result[1] = (double)support;
 }
 

@@ -2,6 +2,7 @@
 #include "lineas.h"
 
 #include "core/sizes.h"
+#include "core/subnormals.h"
 #include "core/threads.h"
 #include "kernels/samples.h"
 #include "kernels/simd/tile.h"
@@ -64,6 +65,7 @@ int64_t lns_sort_worksize(const lns_sample *samples, int64_t count, int threads)
 lns_status lns_sort(const lns_sample *samples, int64_t count, int threads, void *work, void *const *out,
                     lns_place *place)
 {
+    LNS_KEEP_SUBNORMALS;
     lns_place found = {0};
     int64_t units;
     sort_context c = {.samples = samples, .out = out, .work = work, .work_each = work_each(samples, count)};

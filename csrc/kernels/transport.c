@@ -4,6 +4,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "core/subnormals.h"
 #include "kernels/pairs.h"
 #include "kernels/samples.h"
 #include "kernels/segments.h"
@@ -94,6 +95,7 @@ int64_t lns_fit_worksize(const lns_fit_job *jobs, int64_t count, int threads)
 
 lns_status lns_fit(const lns_fit_job *jobs, int64_t count, lns_method method, int threads, void *work, lns_place *place)
 {
+    LNS_KEEP_SUBNORMALS;
     if ((unsigned)method > (unsigned)LNS_MOMENTS) {
         return LNS_BAD_TYPE;
     }

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "core/sizes.h"
+#include "core/subnormals.h"
 #include "kernels/pairs.h"
 #include "kernels/samples.h"
 #include "kernels/segments.h"
@@ -92,6 +93,7 @@ int64_t lns_wasserstein_worksize(const lns_w2_job *jobs, int64_t count, int thre
 lns_status lns_wasserstein(const lns_w2_job *jobs, int64_t count, int v_sorted, int threads, void *work,
                            lns_place *place)
 {
+    LNS_KEEP_SUBNORMALS;
     w2_context c = {.call = {.jobs = jobs, .count = count, .work = work}, .v_sorted = v_sorted};
     return lns_pairs_run(&KERNEL, &c.call, threads, place);
 }

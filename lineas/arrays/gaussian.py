@@ -35,14 +35,16 @@ def covariance(x: ArrayLike, *, weights: ArrayLike | None = None) -> NDArray:
     Returns
     -------
     ndarray
-        float64 [d, d], symmetric; ddof = 1, with `weights` the weighted population covariance.
+        float64 [d, d], symmetric; ddof = 1, with `weights` the weighted population covariance. What is too small for
+        float64, as of values closer than about 1e-162, is 0.
 
     Raises
     ------
     TypeError
         If the dtype is another one.
     ValueError
-        If shapes do not fit, a value is not finite (its row and column are named), or the weights are not weights.
+        If shapes do not fit, a value is not finite (its row and column are named), the weights are not weights, or a
+        covariance is too large for float64.
     """
     x = as_sample(x, "x", min_rows=2)
     return _core.covariance(x, None if weights is None else as_mass(weights, len(x), "weights"), "x")[1]
@@ -143,8 +145,9 @@ def bures_map(source: ArrayLike, target: ArrayLike, *, ridge: float = 0.0) -> Ga
     source, target : array_like or torch.Tensor
         Samples [n, d] and [m, d], n, m >= 2; float16, bfloat16, float32, float64 or integers.
     ridge : float, default 0.0
-        Added to the variances of both. Directions in which the source has none are otherwise mapped to the mean of
-        the target; with fewer rows than neurons there always are some.
+        Added to the variances of both. Directions in which the source has none (below d eps times the largest) are
+        otherwise mapped to the mean of the target: no map says more about them, and of all that match the rest this is
+        the one of least norm. With fewer rows than neurons there always are some.
 
     Returns
     -------
@@ -156,11 +159,31 @@ def bures_map(source: ArrayLike, target: ArrayLike, *, ridge: float = 0.0) -> Ga
     TypeError
         If a dtype is another one, or `ridge` is not a real number.
     ValueError
-        If shapes do not fit, a value is not finite, or `ridge` is negative or not finite.
+        If shapes do not fit, a value is not finite, `ridge` is negative or not finite, or source and target differ so
+        much in scale that the map is out of the range of float64.
     """
     u, v = two_samples(source, target, "source", "target", min_rows=2)
     ridge = as_not_negative(ridge, "ridge")
+    (u, scale_u), (v, scale_v) = _near_one(u, ridge), _near_one(v, ridge)
     mean_u, cov_u = _core.covariance(u, None, "source")
     mean_v, cov_v = _core.covariance(v, None, "target")
-    matrix = _core.bures_map(cov_u, cov_v, ridge)
-    return GaussianMap(matrix, mean_v - matrix @ mean_u)
+    if scale_u == scale_v == 0:
+        matrix = _core.bures_map(cov_u, cov_v, ridge)
+        return GaussianMap(matrix, mean_v - matrix @ mean_u)
+    for cov, scale in ((cov_u, scale_u), (cov_v, scale_v)):
+        cov[np.diag_indices_from(cov)] += np.ldexp(ridge, -2 * scale)
+    matrix = _core.bures_map(cov_u, cov_v, 0.0)
+    with np.errstate(over="ignore"):
+        bias, matrix = np.ldexp(mean_v - matrix @ mean_u, scale_v), np.ldexp(matrix, scale_v - scale_u)
+    if not (np.isfinite(matrix).all() and np.isfinite(bias).all()):
+        raise ValueError("source and target differ so much in scale that the map is out of the range of float64")
+    return GaussianMap(matrix, bias)
+
+
+def _near_one(x: NDArray, ridge: float) -> tuple[NDArray, int]:
+    """`x` / 2^k and k, so that squares fit into float64; k is 0, and `x` as it is, for usual numbers."""
+    if x.dtype != np.float64:  # others come no nearer to the ends of float64
+        return x, 0
+    most = max(float(np.max(np.abs(x))), ridge**0.5)
+    k = int(np.frexp(most)[1]) if np.isfinite(most) else 0
+    return (x, 0) if abs(k) <= 300 else (np.ldexp(x, -k), k)

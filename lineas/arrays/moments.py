@@ -1,5 +1,6 @@
 """Streaming statistics of activations: for data larger than memory."""
 
+import threading
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,7 +25,8 @@ class Moments:
     """Count, mean, variance, minimum and maximum of d neurons, updated batch by batch.
 
     Everything is kept in float64. Batches may come in any order and be merged in any grouping; the results then
-    agree to rounding (Chan, Golub and LeVeque 1979).
+    agree to rounding (Chan, Golub and LeVeque 1979). Several threads may update, merge and read one object at once:
+    each batch is taken in whole, and what is read is whole as well.
 
     Examples
     --------
@@ -36,16 +38,30 @@ class Moments:
     (6, array([5., 6.]), array([10., 11.]))
     """
 
-    __slots__ = ("_count", "_state")
+    __slots__ = ("_count", "_lock", "_state")
 
     def __init__(self) -> None:
         self._count = 0
         self._state: _State | None = None
+        self._lock = threading.Lock()  # held alone, never with that of other moments: two could wait for each other
+
+    def __getstate__(self) -> tuple[int, _State | None]:
+        """Return count and arrays (copies), for copies and pickles; a lock has neither."""
+        with self._lock:
+            if self._state is None:
+                return self._count, None
+            mean, m2, low, high = self._state
+            return self._count, (mean.copy(), m2.copy(), low.copy(), high.copy())
+
+    def __setstate__(self, state: tuple[int, _State | None]) -> None:
+        self._count, self._state = state
+        self._lock = threading.Lock()
 
     def _read(self, which: int) -> NDArray:
-        if self._state is None:
-            raise ValueError("these moments have seen no rows yet")
-        return self._state[which].copy()
+        with self._lock:
+            if self._state is None:
+                raise ValueError("these moments have seen no rows yet")
+            return self._state[which].copy()
 
     @property
     def count(self) -> int:
@@ -55,7 +71,8 @@ class Moments:
     @property
     def d(self) -> int | None:
         """The number of neurons; None before the first row."""
-        return None if self._state is None else self._state[0].size
+        state = self._state
+        return None if state is None else state[0].size
 
     @property
     def mean(self) -> NDArray:
@@ -88,13 +105,21 @@ class Moments:
         Raises
         ------
         ValueError
-            If there are not more than `ddof` rows, or `ddof` is negative.
+            If there are not more than `ddof` rows, `ddof` is negative, or a variance is out of the range of float64
+            (the neuron is named). One too small for float64, of values closer than about 1e-162, is 0.
         """
         if ddof < 0:
             raise ValueError(f"ddof must be at least 0, got {ddof}")
-        if self._count <= ddof:
-            raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} rows, got {self._count}")
-        return self._read(1) / (self._count - ddof)
+        count, state = self.__getstate__()
+        if state is None or count <= ddof:
+            raise ValueError(f"a variance with ddof={ddof} needs more than {ddof} rows, got {count}")
+        if not np.isfinite(state[1]).all():
+            j = int(np.argmin(np.isfinite(state[1])))
+            raise ValueError(
+                f"the squared deviations of neuron {j} are out of the range of float64: its values run from "
+                f"{state[2][j]:g} to {state[3][j]:g}; scale the data"
+            )
+        return state[1] / (count - ddof)
 
     def std(self, ddof: int = 1) -> NDArray:
         """Return the standard deviation of each neuron: the root of `variance`."""
@@ -119,12 +144,13 @@ class Moments:
         return self._update(x, "x")
 
     def _update(self, x: ArrayLike, name: str) -> "Moments":
-        x = as_sample(x, name)
-        state = self._state or _start(x.shape[1])
-        if x.shape[1] != state[0].size:
-            raise ValueError(f"{name} must have {state[0].size} columns as before, got shape {x.shape}")
-        self._count = _core.moments_update(x, self._count, *state, name, get_num_threads())
-        self._state = state  # a first batch that is not sound leaves none
+        x, threads = as_sample(x, name), get_num_threads()
+        with self._lock:  # the engine writes into the arrays without the GIL
+            state = self._state or _start(x.shape[1])
+            if x.shape[1] != state[0].size:
+                raise ValueError(f"{name} must have {state[0].size} columns as before, got shape {x.shape}")
+            self._count = _core.moments_update(x, self._count, *state, name, threads)
+            self._state = state  # a first batch that is not sound leaves none
         return self
 
     def merge(self, other: "Moments") -> "Moments":
@@ -139,19 +165,21 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other must be a Moments, got {type(other).__name__}")
-        if other._state is None:
+        count, theirs = other.__getstate__()
+        if theirs is None:
             return self
-        if other is self:
-            return self.merge(Moments().merge(self))  # the engine wants two states, not one twice
-        d = other._state[0].size
-        self._state = self._state or _start(d)
-        if self._state[0].size != d:
-            raise ValueError(f"cannot merge moments of {self._state[0].size} and {d} neurons")
-        self._count = _core.moments_merge(self._count, *self._state, other._count, *other._state)
+        d = theirs[0].size
+        with self._lock:
+            state = self._state or _start(d)
+            if state[0].size != d:
+                raise ValueError(f"cannot merge moments of {state[0].size} and {d} neurons")
+            self._count = _core.moments_merge(self._count, *state, count, *theirs)
+            self._state = state
         return self
 
     def __repr__(self) -> str:
-        return f"Moments(count={self._count}, d={self.d})"
+        count, state = self.__getstate__()
+        return f"Moments(count={count}, d={None if state is None else state[0].size})"
 
 
 def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = None) -> Moments:

@@ -73,8 +73,9 @@ def sparse_path(
         is of another type.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
-        column are named), a setting is out of range, or the source already has the quantiles of the target, so that no
-        penalty is needed.
+        column are named), a setting is out of range, the source already has the quantiles of the target, so that no
+        penalty is needed, or the data (float64, beyond about 1e45 or 1e-45) are so large or small that products of
+        penalties leave float64.
 
     Warns
     -----
@@ -111,6 +112,11 @@ def sparse_path(
     largest = float(np.max(_core.largest_penalty(moments, l1_ratio)))
     if not largest > 0:
         raise ValueError("source already has the quantiles of target: no penalty changes anything")
+    if not 2.0**-300 <= largest <= 2.0**300:
+        raise ValueError(
+            f"source and target are too {'large' if largest > 1 else 'small'}: the largest penalty is {largest:.6g}, "
+            "and products of it are out of the range of float64; scale both"
+        )
     if penalties is None:
         n_penalties = as_int(n_penalties, "n_penalties", low=2)
         min_ratio = as_positive(min_ratio, "min_ratio")

@@ -1,5 +1,7 @@
+import copy
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -122,6 +124,36 @@ def test_repr_and_pickle(rng):
     twin = pickle.loads(pickle.dumps(seen))
     assert twin.count == 10 and np.array_equal(twin.variance(), seen.variance())
     assert pickle.loads(pickle.dumps(Moments())).update(np.ones((1, 2))).count == 1
+
+
+def test_copies_are_apart(rng):
+    seen = lineas.moments(rng.normal(size=(10, 3)))
+    before = seen.mean
+    for twin in (copy.copy(seen), copy.deepcopy(seen), pickle.loads(pickle.dumps(seen))):
+        twin.update(np.full((5, 3), 1e6))
+        assert seen.count == 10 and np.array_equal(seen.mean, before) and twin.count == 15
+
+
+def test_several_threads_lose_no_rows(rng):
+    x = rng.normal(size=(200, 2000, 16)).astype(np.float32)
+    seen = Moments()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(seen.update, x))
+    assert seen.count == 400_000
+    np.testing.assert_allclose(seen.variance(), x.reshape(-1, 16).var(0, dtype=np.float64, ddof=1), rtol=1e-6)
+
+
+def test_merging_both_ways_at_once(rng):
+    """Two states that merge each other neither wait forever nor count a row in halves."""
+    one, other = lineas.moments(np.zeros((3, 1000))), lineas.moments(np.ones((5, 1000)))
+    with ThreadPoolExecutor(2) as pool:
+        for k in range(20):
+            jobs = [pool.submit(one.merge, other), pool.submit(other.merge, one)]
+            for job in jobs:
+                job.result(timeout=60)
+            assert one.min.max() == 0 and one.max.min() == 1 and 0 < one.mean[0] < 1, k
+            one, other = lineas.moments(np.zeros((3, 1000))), lineas.moments(np.ones((5, 1000)))
+    assert one.merge(one).count == 6
 
 
 def test_a_bad_batch_changes_nothing(rng):

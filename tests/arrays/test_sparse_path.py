@@ -394,15 +394,13 @@ def test_the_engine_survives_moments_that_mean_nothing(fill):
         moments[row, 3] = fill
         for ratio in RATIOS:
             largest = _core.largest_penalty([moments], ratio)[0]
-            _core.sparse_path(
-                [moments],
-                None,
-                np.geomspace(1, 1e-3, 5),
-                ratio,
-                False,
-                float(largest or 1) if np.isfinite(largest) else 1.0,
-                1,
-            )
+            largest = float(largest or 1) if np.isfinite(largest) else 1.0
+            arguments = [moments], None, np.geomspace(1, 1e-3, 5), ratio, False, largest, 1
+            if fill == -1:
+                _core.sparse_path(*arguments)
+            else:
+                with pytest.raises(ValueError, match="numbers so large or small that a result is out of range"):
+                    _core.sparse_path(*arguments)
 
 
 def test_types_of_activations():

@@ -40,6 +40,8 @@ void test_pool(void);
 void test_moments(void);
 void test_prox(void);
 void test_path(void);
+void test_range(void);
+void test_subnormals(void);
 void test_bits(void);
 void test_threads(void);
 

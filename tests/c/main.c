@@ -63,6 +63,8 @@ int main(int argc, char **argv)
         test_moments();
         test_prox();
         test_path();
+        test_range();
+        test_subnormals();
         test_bits();
         test_threads();
     }

@@ -11,7 +11,7 @@ static void known_prox(void)
     CHECK_NEAR(out[0], 2 * (1 - 1 / sqrt(13)), 1e-15);
     CHECK(lns_prox(x, LNS_F64, 4, 1, 0, 10, out) == LNS_OK);
     CHECK(out[0] == 0 && out[2] == 0);
-    CHECK(lns_prox(x, LNS_F16, 4, 1, 1, 0, out) == LNS_BAD_SIZE);
+    CHECK(lns_prox(x, LNS_F16, 4, 1, 1, 0, out) == LNS_BAD_TYPE);
     /* NaN is neither lost nor taken for a group that is switched off */
     const double bad[4] = {3, NAN, -4, 0};
     CHECK(lns_prox(bad, LNS_F64, 4, 1, 1, 0, out) == LNS_OK);

@@ -176,8 +176,14 @@ void *some_values(role part, lns_dtype dtype, int64_t count)
                                      -FLT_MAX, FLT_MAX, DBL_MAX,  -DBL_MAX,  6.1e-05, 1,    -1e-40, 65504};
     static const int64_t one[] = {
         [LNS_F32] = 0x3f800000, [LNS_F64] = INT64_C(0x3ff0000000000000), [LNS_F16] = 0x3c00, [LNS_BF16] = 0x3f80};
+    static const int exponents[][4] = {/* from usual numbers to the ends of the range, and to subnormal numbers */
+                                       [LNS_F32] = {100, 60, -100, -145},
+                                       [LNS_F64] = {1000, 500, -500, -1060},
+                                       [LNS_F16] = {7, 4, -14, -22},
+                                       [LNS_BF16] = {100, 60, -100, -130}};
     void *data = elements(part, dtype, count);
-    const unsigned pattern = byte() % 9, scale = byte();
+    const unsigned choice = byte(), pattern = choice % 9, scale = byte();
+    const int exponent = choice / 9 % 8 >= 4 ? exponents[dtype][choice / 9 % 4] : 0;
     uint64_t state = (uint64_t)below(65536);
     for (int64_t i = 0; i < count; i++) {
         const uint64_t bits = scramble(&state);
@@ -214,6 +220,9 @@ void *some_values(role part, lns_dtype dtype, int64_t count)
             break;
         }
     }
+    for (int64_t i = 0; exponent != 0 && pattern < 7 && i < count; i++) {
+        put(data, dtype, i, ldexp(lns_value(data, dtype, i), exponent));
+    }
     for (unsigned pokes = byte() % 4; pokes > 0; pokes--) {
         const int64_t index = below(count > 0 ? count : 1);
         const double value = special[byte() % 16];
@@ -227,7 +236,8 @@ void *some_values(role part, lns_dtype dtype, int64_t count)
 double *some_masses(int64_t n)
 {
     static const double wrong[] = {-1, NAN, INFINITY, -0.0, 1e308, 5e-324};
-    const unsigned kind = byte() % 8;
+    const unsigned choice = byte(), kind = choice % 8;
+    const int exponent = choice / 8 % 4 == 3 ? (choice & 128 ? 900 : -1060) : 0;
     uint64_t state = kind;
     if (kind < 3) {
         return NULL;
@@ -237,6 +247,9 @@ double *some_masses(int64_t n)
         const uint64_t bits = scramble(&state);
         const double usual = (double)(bits >> 11) * 0x1p-53;
         mass[i] = kind == 3 ? 1 : kind == 4 ? (double)(bits % 3) : kind == 5 ? ldexp(usual, (int)(bits % 40)) : usual;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        mass[i] = ldexp(mass[i], exponent);
     }
     if (kind == 7) {
         mass[below(n)] = wrong[byte() % 6];
@@ -347,6 +360,11 @@ int64_t column_to_check(int k, int64_t d)
 int near(double a, double b, double tolerance)
 {
     return !isfinite(tolerance) || fabs(a - b) <= tolerance;
+}
+
+int near_wide(double a, long double b, long double tolerance)
+{
+    return !isfinite((double)b) || (isfinite(a) && fabsl(a - b) <= tolerance);
 }
 
 /* ---- the functions ---------------------------------------------------------------------------------------------- */

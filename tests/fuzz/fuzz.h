@@ -44,10 +44,11 @@ typedef enum role { INPUT, IN_OUT, OUTPUT } role;
 void *elements(role part, lns_dtype dtype, int64_t count);
 void *bytes_of(role part, int64_t size);
 
-/* `count` elements with values of some pattern: any bits, ties, neighbours, sorted, constant, special values. */
+/* `count` elements with values of some pattern: any bits, ties, neighbours, sorted, constant, special values; some
+ * times a power of two that takes them to an end of the range. */
 void *some_values(role part, lns_dtype dtype, int64_t count);
 
-/* Weights of n rows: usual, with zeros, wrong ones, or NULL. */
+/* Weights of n rows: usual, with zeros, subnormal or huge, wrong ones, or NULL. */
 double *some_masses(int64_t n);
 
 /* Work memory of exactly `size` bytes, on a cache line, full of rubbish. Freed by the caller. */
@@ -67,6 +68,9 @@ int64_t column_to_check(int k, int64_t d);
 
 /* Whether a and b differ by at most `tolerance`, or one is too large to tell. */
 int near(double a, double b, double tolerance);
+
+/* The same for what a double may be too narrow to compute; a must be finite where b, rounded to a double, is. */
+int near_wide(double a, long double b, long double tolerance);
 
 /* ---- the functions ---------------------------------------------------------------------------------------------- */
 

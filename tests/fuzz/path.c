@@ -83,7 +83,19 @@ static int is_tame(const double *moments, int64_t d)
         low = fmin(low, spread);
         high = fmax(high, spread + size + sqrt(moments[4 * d + j]));
     }
-    return high < 1e3 * low;
+    return high < 1e3 * low && high < 1e30 && low > 1e-30; /* slopes have no scale: penalties of both must be numbers */
+}
+
+/* Whether moments and penalties are numbers that a path may not be refused for. */
+static int all_usual(const path_call *c, double largest)
+{
+    int usual = largest > 1e-80 && largest < 1e80;
+    for (int64_t k = 0; k < c->count; k++) {
+        for (int64_t i = 0; i < 5 * c->jobs[k].d; i++) {
+            usual &= fabs(c->jobs[k].moments[i]) < 1e40;
+        }
+    }
+    return usual;
 }
 
 void fuzz_path(void)
@@ -126,7 +138,11 @@ void fuzz_path(void)
         job->largest = largest;
         offset += job->d;
     }
-    REQUIRE(everywhere(call_path, &c) == LNS_OK);
+    const lns_status status = everywhere(call_path, &c);
+    REQUIRE(status == LNS_OK || (status == LNS_OUT_OF_RANGE && !all_usual(&c, largest)));
+    if (status != LNS_OK) {
+        return;
+    }
     for (int64_t k = 0; made && k < c.count; k++) {
         const lns_path_job *job = &c.jobs[k];
         for (int64_t point = 0; point < c.points; point++) {

@@ -54,6 +54,20 @@ void fuzz_sizes(void)
     REQUIRE(d >= 1 || lns_moments_merge(&state, &state, d) == LNS_BAD_SIZE);
     REQUIRE(d >= 1 || lns_prox(NULL, LNS_F32, d, 1, 1, 1, NULL) == LNS_BAD_SIZE);
 
+    /* Types and options that do not exist, or not here. */
+    const lns_dtype none = (lns_dtype)(4 + byte()), half = byte() % 2 ? LNS_F16 : LNS_BF16;
+    const lns_pooling mode = (lns_pooling)(5 + byte());
+    const lns_step_problem step = {.dtype = byte() % 2 ? none : half};
+    const lns_sample other = {NULL, none, 1, 1, NULL};
+    REQUIRE(lns_pool(NULL, none, 1, 1, 1, NULL, LNS_POOL_MEAN, 1, NULL, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_pool(NULL, LNS_F32, 1, 1, 1, NULL, mode, 1, NULL, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_pool_backward(NULL, half, 1, 1, 1, NULL, LNS_POOL_MEAN, NULL, 1, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_step(&step, 1, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_prox(NULL, half, 1, 1, 1, 1, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_affine(NULL, none, 1, 1, 1, NULL, NULL, 1, 1, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_moments_update(&other, 1, NULL, &state, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_covariance(&other, NULL, NULL, NULL, NULL) == LNS_BAD_TYPE);
+
     REQUIRE(lns_status_text((lns_status)(int)n)[0] != '\0');
     REQUIRE(lns_cpu_init("a processor that nobody has made") == -1);
     REQUIRE(lns_cpu_init(byte() % 2 ? NULL : "") == 0 && lns_cpu_name()[0] != '\0');

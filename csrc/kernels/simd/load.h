@@ -39,6 +39,17 @@ static inline int64_t lns_element_size(lns_dtype dtype)
     return dtype == LNS_F64 ? 8 : dtype == LNS_F32 ? 4 : 2;
 }
 
+/* Whether it is one of the four; of the two that results have. */
+static inline int lns_is_dtype(lns_dtype dtype)
+{
+    return (unsigned)dtype <= (unsigned)LNS_BF16;
+}
+
+static inline int lns_is_real(lns_dtype dtype)
+{
+    return dtype == LNS_F32 || dtype == LNS_F64;
+}
+
 static inline const void *lns_element(const void *data, lns_dtype dtype, int64_t index)
 {
     return (const char *)data + index * lns_element_size(dtype);
@@ -57,7 +68,8 @@ static inline float lns_bf16_to_f32(uint16_t h)
 }
 
 /* IEEE binary16 to binary32, exact, without branches so that loops vectorise: shifting exponent and mantissa into place
- * leaves the exponent biased by 15 instead of 127, which the product with 2^112 mends, also for subnormals. */
+ * leaves the exponent biased by 15 instead of 127, which the product with 2^112 mends, also for subnormals: these are
+ * subnormal floats, so functions that get here begin with LNS_KEEP_SUBNORMALS. */
 static inline float lns_f16_to_f32(uint16_t h)
 {
     const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
