@@ -1,13 +1,16 @@
 """Call a model that somebody else loaded as it is, with the arguments that it needs, and see through its wrappers."""
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
+from .batches import Batch, real_tokens
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -23,21 +26,72 @@ def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
 
     Without `forward` two arguments are added where the model's forward has them and the batch does not:
     ``use_cache=False``, and under left padding ``position_ids``, the cumulated mask - 1. Without them models with
-    absolute positions, like GPT-2, see every prompt shifted by its padding.
+    absolute positions, like GPT-2, see every prompt shifted by its padding. Models that skip padding by themselves get
+    none: vision-language models with positions along three axes (M-RoPE), and the RoBERTa family.
     """
+    _check_images(model, batch)
     device = _device(model)
     args, kwargs = _to(batch.args, device), _to(batch.kwargs, device)
     if forward is not None:
         return forward(model, Batch(args, kwargs).data)
     # A wrapper's forward is (*args, **kwargs): the model inside tells.
     accepted = inspect.signature(unwrap(model).forward).parameters
+    batch = by_name(model, batch)
     if "use_cache" in accepted:
         kwargs.setdefault("use_cache", False)
-    if "position_ids" in accepted and "position_ids" not in kwargs:
+    if "position_ids" in accepted and "position_ids" not in batch.kwargs:
         positions = _position_ids(model, batch)
         if positions is not None:
             kwargs["position_ids"] = positions.to(device)
-    return model(*args, **kwargs)
+    with _rope_deltas_kept(model):
+        return model(*args, **kwargs)
+
+
+def by_name(model: nn.Module, batch: Batch) -> Batch:
+    """The batch with its positional arguments under the names that the model's forward has for them, and its mask."""
+    if not batch.args:
+        return batch
+    parameters = inspect.signature(unwrap(model).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    kwargs = dict(zip(names, batch.args, strict=False)) | batch.kwargs
+    return replace(batch, args=batch.args[len(names) :], kwargs=kwargs, mask=real_tokens(kwargs))
+
+
+_PLACEHOLDERS = {
+    "pixel_values": ("image_token_id", "image_token_index"),
+    "pixel_values_videos": ("video_token_id", "video_token_index"),
+    "input_features": ("audio_token_id", "audio_token_index"),
+}
+"""Images, videos and sounds, and what configurations call the token that stands for a part of them."""
+
+
+def _check_images(model: nn.Module, batch: Batch) -> None:
+    """ValueError where a batch was cut into rows, and what is given with the texts need not be one a prompt."""
+    whole, config = batch.whole or {}, getattr(unwrap(model), "config", None)
+    ids = whole.get("input_ids")
+    if not isinstance(ids, Tensor) or "image_grid_thw" in whole or "video_grid_thw" in whole:
+        return
+    for key, names in _PLACEHOLDERS.items():
+        token = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+        # As many as prompts, or the batch would not have been cut; so there is one each where each has one.
+        if whole.get(key) is not None and token is not None and not (ids == token).any(dim=1).all():
+            row = int((ids == token).any(dim=1).long().argmin())
+            raise ValueError(
+                f"{key!r} can be split by prompts only where each has one: row {row} of 'input_ids' has no token "
+                f"{token}, so which belongs to which prompt cannot be told; give batches of the size that is to run, "
+                "without batch_size= and mini_batch="
+            )
+
+
+@contextmanager
+def _rope_deltas_kept(model: nn.Module) -> Iterator[None]:
+    """Keep what models with M-RoPE note of the latest images, by which they go on with a text that is in a cache."""
+    noted = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, deltas in noted:
+            module.rope_deltas = deltas
 
 
 def _device(model: nn.Module) -> torch.device | None:
@@ -86,7 +140,23 @@ def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:
     real = mask != 0
     if not (real[:, 1:] & ~real[:, :-1]).any():  # no real token follows a padded one
         return None
-    # The RoBERTa family counts from the pad id + 1 and skips padding by itself.
-    if any("create_position_ids_from_input_ids" in vars(type(module)) for module in model.modules()):
+    owners = [module for module in model.modules() if _counts_positions(module)]
+    positions = (real.long().cumsum(dim=1) - 1).clamp_(min=0)
+    if not owners:
+        return positions
+    # The RoBERTa family counts from the pad id + 1, and finds padding by the ids alone.
+    starts = [start for module in owners if isinstance(start := getattr(module, "padding_idx", None), int)]
+    if "input_ids" in batch.kwargs or not starts:
         return None
-    return (real.long().cumsum(dim=1) - 1).clamp_(min=0)
+    start = starts[0]
+    return torch.where(real, positions + start + 1, start)
+
+
+_COUNTING = ("get_rope_index", "create_position_ids_from_input_ids")
+"""What transformers call the functions by which a model computes positions itself, padding left out: with M-RoPE, and
+in the RoBERTa family, where it may be a function of the file."""
+
+
+def _counts_positions(module: nn.Module) -> bool:
+    kind = type(module)
+    return any(hasattr(kind, name) or hasattr(sys.modules.get(kind.__module__), name) for name in _COUNTING)
