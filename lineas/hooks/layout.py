@@ -6,12 +6,13 @@ Where neither tells, nothing is guessed in models that hold sequence-first modul
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from ..inputs.batches import Batch
-from ..inputs.call import unwrap
+from ..inputs.call import IMAGES, check_images, unwrap
 from . import outputs
 
 _OF_TORCH = (
@@ -23,6 +24,8 @@ _OF_TORCH = (
     nn.MultiheadAttention,
 )
 
+# What models of text and images call the part that sees images.
+_OF_IMAGES = re.compile(r"(^|\.)(visual|vision|vit|image)\w*\.", re.IGNORECASE)
 # Models of transformers that change the order of the axes somewhere inside, without saying so.
 _SEQUENCE_FIRST_INSIDE = ("FSMT", "LED", "Longformer", "Mask2Former", "OneFormer", "XLNet")
 
@@ -43,10 +46,12 @@ def _told(model: nn.Module, name: str, module: nn.Module) -> bool | None:
     for part in name.split("."):
         if isinstance(outer, _OF_TORCH):
             said = batch_first(outer)
+        if part not in outer._modules:
+            outer = unwrap(outer)
         inner = outer._modules.get(part)
         if inner is None:
             break
-        outer = unwrap(inner)
+        outer = inner
     own = batch_first(module)
     return said if own is None else own
 
@@ -82,6 +87,8 @@ class Layout:
         prompts = {size[0]} if size else self.first
         shape = tuple(tensor.shape)
         rows, columns = shape[:2]
+        if size and _OF_IMAGES.search(name):
+            self._check_image_part(name, shape, size)
         if tensor.ndim == 2:
             self._check_flat(name, module, shape, told, size)
             return False
@@ -109,6 +116,19 @@ class Layout:
             return True
         _compare(name, shape, rows, prompts)
         return False
+
+    def _check_image_part(self, name: str, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+        """ValueError where what a part of the model made of images would pass for the text that came with them."""
+        kwargs = self.batch.kwargs
+        if not any(kwargs.get(key) is not None for key in IMAGES):
+            return
+        alike = shape[0] == size[0] * size[1] > size[0] if len(shape) == 2 else shape[1] == size[1]
+        if alike or "mm_token_type_ids" in kwargs:
+            raise ValueError(
+                f"{name}: the output {list(shape)} is of images, the batch has {size[0]} prompts of {size[1]} tokens: "
+                "call the part of the model that sees the images alone"
+            )
+        check_images(self.model, kwargs)
 
     def _check_flat(
         self, name: str, module: nn.Module, shape: tuple[int, ...], told: bool | None, size: tuple[int, int] | None

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -29,7 +29,8 @@ def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     absolute positions, like GPT-2, see every prompt shifted by its padding. Models that skip padding by themselves get
     none: vision-language models with positions along three axes (M-RoPE), and the RoBERTa family.
     """
-    _check_images(model, batch)
+    if batch.whole is not None:
+        check_images(model, batch.whole)
     device = _device(model)
     args, kwargs = _to(batch.args, device), _to(batch.kwargs, device)
     if forward is not None:
@@ -57,7 +58,7 @@ def by_name(model: nn.Module, batch: Batch) -> Batch:
     return replace(batch, args=batch.args[len(names) :], kwargs=kwargs, mask=real_tokens(kwargs))
 
 
-_PLACEHOLDERS = {
+IMAGES = {
     "pixel_values": ("image_token_id", "image_token_index"),
     "pixel_values_videos": ("video_token_id", "video_token_index"),
     "input_features": ("audio_token_id", "audio_token_index"),
@@ -65,21 +66,19 @@ _PLACEHOLDERS = {
 """Images, videos and sounds, and what configurations call the token that stands for a part of them."""
 
 
-def _check_images(model: nn.Module, batch: Batch) -> None:
-    """ValueError where a batch was cut into rows, and what is given with the texts need not be one a prompt."""
-    whole, config = batch.whole or {}, getattr(unwrap(model), "config", None)
-    ids = whole.get("input_ids")
-    if not isinstance(ids, Tensor) or "image_grid_thw" in whole or "video_grid_thw" in whole:
-        return
-    for key, names in _PLACEHOLDERS.items():
+def check_images(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """ValueError where as many images as prompts, or videos or sounds, are not one a prompt."""
+    ids, config = kwargs.get("input_ids"), getattr(unwrap(model), "config", None)
+    if not isinstance(ids, Tensor) or any(kwargs.get(key) is not None for key in ("image_grid_thw", "video_grid_thw")):
+        return  # where there are such sizes, they tell
+    for key, names in IMAGES.items():
         token = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
-        # As many as prompts, or the batch would not have been cut; so there is one each where each has one.
-        if whole.get(key) is not None and token is not None and not (ids == token).any(dim=1).all():
+        if kwargs.get(key) is not None and token is not None and not (ids == token).any(dim=1).all():
             row = int((ids == token).any(dim=1).long().argmin())
             raise ValueError(
-                f"{key!r} can be split by prompts only where each has one: row {row} of 'input_ids' has no token "
-                f"{token}, so which belongs to which prompt cannot be told; give batches of the size that is to run, "
-                "without batch_size= and mini_batch="
+                f"which of {key!r} belongs to which prompt cannot be told: row {row} of 'input_ids' has no token "
+                f"{token} for one; give each prompt one, or batches of the size that is to run, without batch_size= "
+                "and mini_batch="
             )
 
 
@@ -140,7 +139,8 @@ def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:
     real = mask != 0
     if not (real[:, 1:] & ~real[:, :-1]).any():  # no real token follows a padded one
         return None
-    owners = [module for module in model.modules() if _counts_positions(module)]
+    kinds = {type(module): module for module in model.modules()}
+    owners = [module for kind, module in kinds.items() if _counts_positions(kind)]
     positions = (real.long().cumsum(dim=1) - 1).clamp_(min=0)
     if not owners:
         return positions
@@ -157,6 +157,5 @@ _COUNTING = ("get_rope_index", "create_position_ids_from_input_ids")
 in the RoBERTa family, where it may be a function of the file."""
 
 
-def _counts_positions(module: nn.Module) -> bool:
-    kind = type(module)
+def _counts_positions(kind: type[nn.Module]) -> bool:
     return any(hasattr(kind, name) or hasattr(sys.modules.get(kind.__module__), name) for name in _COUNTING)

@@ -1,5 +1,6 @@
 """Outputs with the tokens on the first axis, masks under other names, and the number of rows."""
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -375,3 +376,26 @@ def test_both_sides_of_a_transformer_of_torch():
         )
         for name in layers:
             np.testing.assert_allclose(found[name][row], expected[name][0], atol=1e-5)
+
+
+def test_what_is_made_of_images_does_not_pass_for_the_text():
+    family = next(one for one in families.MULTIMODAL_MODELS if one.name == "Qwen2.5-VL")
+    batch = {key: value[:1] for key, value in family.batch(4, 1).items()}
+    # As many patches as tokens: 8 patches, two tokens of the image and six others.
+    batch["input_ids"] = torch.tensor([[5, 6, families.IMAGE, families.IMAGE, 7, 8, 9, 5]] * 2)
+    batch["attention_mask"], batch["mm_token_type_ids"] = torch.ones(2, 8), (batch["input_ids"] == families.IMAGE).int()
+    batch["pixel_values"] = torch.cat([family.batch(4, seed)["pixel_values"][:8] for seed in (1, 2)])
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 2]] * 2)
+    with pytest.raises(
+        ValueError, match=r"^model.visual.blocks.0.norm1: the output \[16, 16\] is of images, .* 2 prompts"
+    ):
+        lineas.collect(family.model, batch, layers="model.visual.blocks.0.norm1")
+    gemma = next(one for one in families.MULTIMODAL_MODELS if one.name.startswith("Gemma3"))
+    batch = {key: value for key, value in gemma.batch(4, 1).items() if key != "attention_mask"}
+    name = "model.vision_tower.encoder.layers.0.layer_norm1"
+    found = lineas.collect(gemma.model, batch, layers=name)[name]
+    alone = lineas.collect(gemma.model.model.vision_tower, batch["pixel_values"], layers="encoder.layers.0.layer_norm1")
+    np.testing.assert_allclose(found, alone["encoder.layers.0.layer_norm1"], atol=1e-5)
+    batch["input_ids"][1][batch["input_ids"][1] == families.IMAGE] = 5
+    with pytest.raises(ValueError, match="which of 'pixel_values' belongs to which prompt cannot be told: row 1 of"):
+        lineas.collect(gemma.model, batch | {"pixel_values": batch["pixel_values"]}, layers=name)

@@ -159,7 +159,7 @@ def test_two_images_of_one_prompt_and_none_of_another_are_not_split():
     batch["token_type_ids"] = (batch["input_ids"] == families.IMAGE).int()
     assert (row == families.IMAGE).sum() == 4
     lineas.collect(family.model, batch, layers=NORM)
-    with pytest.raises(ValueError, match=r"^'pixel_values' can be split by prompts only where each has one: row 1 of"):
+    with pytest.raises(ValueError, match=r"^which of 'pixel_values' belongs to which prompt cannot be told: row 1 of"):
         lineas.collect(family.model, batch, layers=NORM, batch_size=2)
 
 
