@@ -26,7 +26,7 @@ _OTHER_MASKS = re.compile(
 # Entries that are flattened over the images, by the sizes of these and their mark in "mm_token_type_ids".
 _FLATTENED = (("image_grid_thw", 1, ("pixel_values",)),
               ("video_grid_thw", 2, ("pixel_values_videos", "second_per_grid_ts")))  # fmt: skip
-_DECODER = re.compile(r"(^|\.)decoder\.")
+_DECODER = re.compile(r"(^|\.)decoder(\.|$)")
 _CROSS = re.compile(r"\.(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(.*\.)?(k|v|key|value|[kv]_proj)$")
 
 

@@ -366,7 +366,7 @@ def test_both_sides_of_a_transformer_of_torch():
     after = torch.arange(4) >= torch.tensor([4, 2, 1, 3, 4])[:, None]
     causal = nn.Transformer.generate_square_subsequent_mask(4)
     masks = {"src_key_padding_mask": PADDING, "tgt_key_padding_mask": after, "memory_key_padding_mask": PADDING}
-    layers = ["encoder.layers.0.norm1", "decoder.layers.0", "decoder.layers.0.multihead_attn"]
+    layers = ["encoder.layers.0.norm1", "decoder.layers.0", "decoder.layers.0.multihead_attn", "decoder"]
     batch = {"src": source, "tgt": target, "tgt_mask": causal, **masks}
     found = lineas.collect(model, batch, layers=layers)
     for row, (long, short) in enumerate(zip(LENGTHS, [4, 2, 1, 3, 4], strict=True)):
