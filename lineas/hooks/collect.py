@@ -50,8 +50,8 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
         If an argument is of a wrong type, texts come without a tokenizer, or a module's output holds no tensor.
     ValueError
         If no module matches `layers` (near names are listed) or none is suggested, a matched module is not run, there
-        is no prompt, a prompt without an answer where the generated tokens are asked for, or a mask does not fit the
-        activation it belongs to.
+        is no prompt, a prompt without an answer where the generated tokens are asked for, a mask does not fit the
+        activation it belongs to or is of unknown meaning, or an output has no row for each prompt.
     """
     check_fit_tokens(settings.tokens, model)
     batches = read_prompts(data, "data", settings).parts(settings.batch_size)

@@ -35,7 +35,7 @@ def _is_model_output(output: Any) -> bool:
 def take(output: Any, name: str = "module") -> Tensor:
     """The hidden state in a module's output: the tensor itself, or the first entry of a tuple, list or ModelOutput.
 
-    TypeError, which names the module, when there is no floating-point tensor in that place.
+    TypeError, which names the module, when there is no floating-point tensor in that place, or a nested one.
     """
     value = output
     if _is_model_output(output):
@@ -51,6 +51,11 @@ def take(output: Any, name: str = "module") -> Tensor:
         )
     if not value.is_floating_point():
         raise TypeError(f"{name}: the output must be a floating-point tensor, got {value.dtype}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: the output is a nested tensor, which has no axis of tokens; TransformerEncoder makes none "
+            "with enable_nested_tensor=False"
+        )
     return value
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs.batches import Batch
-from ..inputs.call import unwrap
+from ..inputs.call import by_name, unwrap
 from ..maps.metadata import Selection, name_of, show_tokens
 from . import outputs
+from .layout import Layout, batch_first
 from .pooling import pool_output
 from .settings import RunSettings
 
@@ -139,38 +140,62 @@ class BatchTokens:
 
     def __init__(self, model: nn.Module, batch: Batch, settings: RunSettings) -> None:
         self.model, self.batch = unwrap(model), batch
+        self.named = batch if settings.forward is not None else by_name(model, batch)
+        self.layout = Layout(self.model, self.named)
         self.tokens, self.pooling = settings.tokens, settings.pooling
         self._masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def mask(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
-        """What of the output `tensor` of a module is pooled: [B, T], nonzero where it is, or None for everything.
+        """What of the output `tensor` [B, T, d] of a module is pooled: [B, T], nonzero where it is, or None for all.
 
-        ValueError when the output has no tokens, the attention mask another shape, or a row no selected token.
+        ValueError when the output has no tokens, the attention mask another shape, a row no selected token, or there is
+        a mask under a name that does not tell what it marks.
         """
-        if self.tokens == "all":
-            return self.batch.mask_of(name, self.model)
-        check_site(name, module, tensor, show_tokens(self.tokens))
-        key = tensor.shape[:2], tensor.device
-        if key not in self._masks:
-            self._masks[key] = self._select(name, tensor)
-        return self._masks[key]
+        if self.tokens != "all":
+            _check_axes(name, module, tensor, show_tokens(self.tokens))
+            key = tensor.shape[:2], tensor.device
+            if key not in self._masks:
+                self._check_masks(name, self.named.mask, len(tensor))
+                self._masks[key] = self._select(name, tensor)
+            return self._masks[key]
+        mask = self.named.mask_of(name, self.model)
+        if tensor.ndim == 3 and outputs.channel_axis(module, tensor, name) == -1:
+            self._check_masks(name, mask, len(tensor))
+        return mask
 
     def pool(self, name: str, module: nn.Module, tensor: Tensor, mapped: Tensor | None = None) -> Tensor:
         """The output `tensor` of a module, or what maps made of it, pooled over the selected tokens: `pool_output`."""
-        mask, size = self.mask(name, module, tensor), self.batch.size_of(name, self.model)
-        return pool_output(name, module, tensor if mapped is None else mapped, mask, self.pooling, size)
+        shown = self._batch_first(name, module, tensor if mapped is None else mapped)
+        mask, size = self.mask(name, module, shown), self.named.size_of(name, self.model)
+        return pool_output(name, module, shown, mask, self.pooling, size)
 
     def only(self, name: str, module: nn.Module, tensor: Tensor, mapped: Tensor) -> Tensor:
         """`mapped` at the selected tokens, `tensor` elsewhere."""
         if self.tokens == "all":
             return mapped
-        chosen = self.mask(name, module, tensor)
+        shown = self._batch_first(name, module, tensor)
+        chosen = self.mask(name, module, shown)
         assert chosen is not None
-        return torch.where(chosen[:, :, None], mapped, tensor)
+        return torch.where((chosen if shown is tensor else chosen.T)[:, :, None], mapped, tensor)
+
+    def _batch_first(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
+        """The output of a module with the batch on its first axis; ValueError where it has no row for each prompt."""
+        if tensor.ndim > 1 and self.layout.is_sequence_first(name, module, tensor):
+            return tensor.transpose(0, 1)
+        return tensor
+
+    def _check_masks(self, name: str, mask: Tensor | None, prompts: int) -> None:
+        unclear = None if mask is not None else self.named.unclear_mask(prompts)
+        if unclear is not None:
+            raise ValueError(
+                f"{name}: which tokens are real cannot be told: {unclear} of the batch may mark padding or what is "
+                "real; give 'attention_mask' [batch, tokens], nonzero where a token is real, through forward= where "
+                "the model has another name for it"
+            )
 
     def _select(self, name: str, tensor: Tensor) -> Tensor:
         shape = tensor.shape[:2]
-        mask = self.batch.mask
+        mask = self.named.mask
         if mask is None:
             real = torch.ones(shape, dtype=torch.bool, device=tensor.device)
         elif mask.shape != shape:
@@ -203,6 +228,15 @@ class BatchTokens:
 
 def check_site(name: str, module: nn.Module, tensor: Tensor, what: str) -> None:
     """ValueError where the output of a module is not [batch, tokens, channels], so that nothing can be selected."""
+    _check_axes(name, module, tensor, what)
+    if batch_first(module) is False:
+        raise ValueError(
+            f"{name}: {what} needs an output [batch, tokens, channels], the module gives [tokens, batch, channels] "
+            "(batch_first=False); tokens='all' and a strength without an axis of tokens fit any output"
+        )
+
+
+def _check_axes(name: str, module: nn.Module, tensor: Tensor, what: str) -> None:
     if tensor.ndim != 3 or outputs.channel_axis(module, tensor) != -1:
         raise ValueError(
             f"{name}: {what} needs an output [batch, tokens, channels], got the shape {list(tensor.shape)}; "

@@ -88,14 +88,21 @@ def outputs(family: Family, names: list[str], batch: Any) -> tuple[dict[str, tor
 
 
 def alone(batch: Any, row: int) -> Any:
-    """One prompt of a batch of four, without its padding."""
+    """One prompt of a batch of four, without its padding and with its own images."""
     if not isinstance(batch, Mapping):
         return batch[row : row + 1]
     one = {key: value[row : row + 1] if len(value) == 4 else value for key, value in batch.items()}
     for side in ("", "decoder_"):
         if (mask := one.get(f"{side}attention_mask")) is not None:
-            for key in (f"{side}input_ids", f"{side}attention_mask"):
-                one[key] = one[key][:, mask[0] != 0]
+            for key in (f"{side}input_ids", f"{side}attention_mask", *(("mm_token_type_ids", "token_type_ids"))):
+                if key in one and one[key].shape[1] == len(mask[0]):
+                    one[key] = one[key][:, mask[0] != 0]
+    if (grids := batch.get("image_grid_thw")) is not None:  # four patches to a token
+        ends = 4 * (batch["mm_token_type_ids"] == 1).sum(dim=1).cumsum(dim=0)
+        images = grids.prod(dim=1).cumsum(dim=0)
+        start, end = (int(ends[row - 1]) if row else 0), int(ends[row])
+        one["pixel_values"] = batch["pixel_values"][start:end]
+        one["image_grid_thw"] = grids[(images > start) & (images <= end)]
     return one
 
 

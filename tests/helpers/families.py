@@ -74,6 +74,8 @@ def prompts(count: int, seed: int) -> dict[str, torch.Tensor]:
 def greedy(model: nn.Module, batch: dict[str, torch.Tensor], use_cache: bool) -> torch.Tensor:
     inputs = {key: value for key, value in batch.items() if not key.startswith("decoder_")}
     settings = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    if "pixel_values" in batch:  # a part of an image cannot be generated
+        settings["suppress_tokens"] = [IMAGE, IMAGE + 1]
     return model.generate(**inputs, **settings, use_cache=use_cache)
 
 
@@ -357,4 +359,98 @@ IMAGE_MODELS = [
     Family("nn.Sequential", zoo.mlp, rows, [], 0),
 ]  # fmt: skip
 
-FAMILIES = [*LANGUAGE_MODELS, *STATE_MODELS, *TEXT_MODELS, *IMAGE_MODELS]
+# --- models of text and images ----------------------------------------------------------------------------------------
+
+
+VISION = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "out_hidden_size": WIDTH, "depth": LAYERS,
+          "num_heads": 2, "patch_size": 2}  # fmt: skip
+IMAGE = zoo.VOCABULARY  # the token that stands for a part of an image
+GRIDS = [(1, 4, 2), (1, 2, 6), (1, 4, 4)]  # patches of the images; four of them make a token
+
+
+def multimodal(name: str, config: type, model: type, sites: list[str], *, vision: dict, **settings: Any) -> Family:
+    """A model of text and images whose tokens of images have positions along three axes."""
+    text = {
+        "vocab_size": zoo.VOCABULARY + 2,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+
+    def build() -> nn.Module:
+        tokens = {"image_token_id": IMAGE, "video_token_id": IMAGE + 1}
+        made = model(config(text_config=text | settings, vision_config=VISION | vision, **tokens))
+        made.generation_config.pad_token_id = 0
+        return made
+
+    return Family(name, build, text_and_images, sites, len(sites) * LAYERS, greedy)
+
+
+def text_and_images(count: int, seed: int, side: str = "left") -> dict[str, torch.Tensor]:
+    """Texts of different lengths around one image or two, which differ in size."""
+    rows, grids = [], []
+    for row, ids in enumerate(zoo.tokenizer()(zoo.texts(count, seed=seed))["input_ids"]):
+        mine = [GRIDS[(row + k) % len(GRIDS)] for k in range(1 + row % 2)]
+        images = [token for _, height, width in mine for token in [*[IMAGE] * (height * width // 4), ids[0]]]
+        rows.append(torch.tensor([*ids[:2], *images, *ids[2:]]))
+        grids += mine
+    padded = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    patches = sum(height * width for _, height, width in grids)
+    return {
+        "input_ids": padded(rows),
+        "attention_mask": padded([torch.ones_like(row) for row in rows]),
+        "mm_token_type_ids": padded([(row == IMAGE).int() for row in rows]),
+        "pixel_values": noise(seed, patches, 3 * 2 * 2 * 2),
+        "image_grid_thw": torch.tensor(grids),
+    }
+
+
+def gemma3() -> nn.Module:
+    text = {
+        "vocab_size": zoo.VOCABULARY + 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+    }
+    vision = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
+              "num_attention_heads": 2, "image_size": 8, "patch_size": 2}  # fmt: skip
+    made = tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(text_config=text | HEADS, vision_config=vision, mm_tokens_per_image=4, image_token_id=IMAGE)
+    )
+    made.generation_config.pad_token_id = 0
+    return made
+
+
+def text_and_an_image(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Texts of different lengths with an image each, padded on the left."""
+    rows = [[*ids[:2], *[IMAGE] * 4, *ids[2:]] for ids in zoo.tokenizer()(zoo.texts(count, seed=seed))["input_ids"]]
+    padded = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = (padded([torch.tensor(row) ** power for row in rows]) for power in (1, 0))
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids == IMAGE).int()} | images(count, seed)
+
+
+TOWER = ["model.language_model.layers.*.post_attention_layernorm"]
+MULTIMODAL_MODELS = [
+    multimodal("Qwen2.5-VL", tf.Qwen2_5_VLConfig, tf.Qwen2_5_VLForConditionalGeneration, TOWER,
+               vision={"fullatt_block_indexes": [1], "window_size": 8}),
+    multimodal("Qwen3-VL", tf.Qwen3VLConfig, tf.Qwen3VLForConditionalGeneration, TOWER,
+               vision={"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, **HEADS),
+    multimodal("GLM-4V", tf.Glm4vConfig, tf.Glm4vForConditionalGeneration,
+               [*TOWER, *(f"model.language_model.layers.*.post_{part}_layernorm" for part in ("self_attn", "mlp"))],
+               vision={"image_size": 8}),
+    Family("Gemma3 (text and images)", gemma3, text_and_an_image,
+           [*TOWER, "model.language_model.layers.*.post_feedforward_layernorm"], 2 * LAYERS, greedy),
+]  # fmt: skip
+
+FAMILIES = [*LANGUAGE_MODELS, *STATE_MODELS, *TEXT_MODELS, *IMAGE_MODELS, *MULTIMODAL_MODELS]

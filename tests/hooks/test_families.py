@@ -82,3 +82,10 @@ def test_blocks_of_images_are_pooled_over_their_pixels():
         ValueError, match=r"^conv_act: the output of SiLU has shape .* does not tell whether its channels"
     ):
         lineas.collect(family.model, batch, layers="conv_act")
+
+
+def test_the_decoder_as_a_whole_goes_by_its_own_mask():
+    family = BY_NAME["T5"]
+    batch = family.batch(4, 1)
+    found = lineas.collect(family.model, batch, layers=["decoder", "decoder.final_layer_norm"])
+    np.testing.assert_allclose(found["decoder"], found["decoder.final_layer_norm"], atol=1e-6)
