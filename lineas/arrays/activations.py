@@ -23,6 +23,12 @@ class Activations(dict[str, NDArray]):
         `lineas.sparse_path` and the baselines hand it on to the maps, which so act on the tokens that they were fitted
         to, and refuse two samples that were not collected alike.
 
+    Raises
+    ------
+    ValueError
+        If "tokens" is none of the selections that `lineas.collect` takes, as given there or spelled out as in the
+        metadata of maps.
+
     Examples
     --------
     >>> import numpy as np, lineas
@@ -34,6 +40,7 @@ class Activations(dict[str, NDArray]):
     def __init__(self, arrays: Mapping[str, NDArray], metadata: Mapping[str, Any]) -> None:
         super().__init__(arrays)
         self.metadata = dict(metadata)
+        spell(self.metadata)  # refuses tokens that are none
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name!r}: {list(np.shape(x))}" for name, x in self.items())

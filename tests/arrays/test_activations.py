@@ -86,6 +86,32 @@ def test_a_dict_with_metadata(rng):
     )
 
 
+@pytest.mark.parametrize("tokens", ["lsat", 5, ["x"], {"a": 1}, slice(0, 2, -1), slice("a", None)])
+def test_tokens_that_are_no_selection(rng, tokens):
+    with pytest.raises(ValueError, match="^metadata name the tokens " + re.escape(repr(tokens))):
+        activations(rng, tokens=tokens)
+    source = activations(rng)
+    source.metadata["tokens"] = tokens
+    with pytest.raises(ValueError, match="metadata name the tokens"):
+        lineas.fit(source, activations(rng))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spelled"),
+    [
+        ("generated", "generated"),
+        (slice(np.int64(1), None), {"slice": [1, None, None]}),
+        ({"slice": [-2, None, None]}, {"slice": [-2, None, None]}),
+        (len, {"callable": "len"}),
+        ({"callable": "third"}, {"callable": "third"}),
+    ],
+)
+def test_tokens_as_given_or_spelled_out(rng, tokens, spelled):
+    source = activations(rng, tokens=tokens)
+    assert lineas.fit(source, dict(source)).metadata["tokens"] == spelled
+    assert "tokens" not in lineas.fit(activations(rng, tokens=None), dict(source)).metadata
+
+
 def test_attached_maps_act_on_the_tokens_of_the_activations(rng):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
