@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -115,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         """A command that `run` carries out and describes."""
         made = commands.add_parser(name, help=help, description=run.__doc__)
+        # As from Python 3.14 on: what begins like a number, such as -3: and -1e-3, is the value of an option.
+        made._negative_number_matcher = re.compile(r"-\.?\d")
         made.set_defaults(run=run)
         return made
 

@@ -240,6 +240,13 @@ def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"one.txt", "binary.txt"}
 
 
+def test_slices_and_numbers_may_begin_with_a_minus(fit, folder):
+    code, path = fit("--method", "mean", "--tokens", "-3:")
+    assert code == 0 and lineas.load(path).metadata["tokens"] == {"slice": [-3, None, None]}
+    code, path = fit("--method", "mean", "--tokens", ":-1")
+    assert code == 0 and lineas.load(path).metadata["tokens"] == {"slice": [None, -1, None]}
+
+
 @pytest.fixture(scope="module")
 def maps_path(folder):
     """Maps strong enough to change what the tiny model says."""
