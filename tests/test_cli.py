@@ -247,6 +247,16 @@ def test_slices_and_numbers_may_begin_with_a_minus(fit, folder):
     assert code == 0 and lineas.load(path).metadata["tokens"] == {"slice": [None, -1, None]}
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model fails the test."""
+
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli, "_load_model", load)
+
+
 @pytest.fixture(scope="module")
 def maps_path(folder):
     """Maps strong enough to change what the tiny model says."""
@@ -293,6 +303,24 @@ def test_generate_reads_prompts_and_repeats_itself_with_the_same_seed(folder, ma
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert [line.split()[:2] for line in outputs[0].splitlines()] == [["the", "film"], ["my", "day"]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson"])
+def test_json_lines_whatever_the_case_of_their_ending(tmp_path, name):
+    file, chat = tmp_path / name, [{"role": "user", "content": "x"}]
+    file.write_text(f'"one\\ntwo"\n\n{json.dumps(chat)}\n[1, 2]\n', encoding="utf-8")
+    assert cli._read_prompts(file) == ["one\ntwo", chat, [1, 2]]
+    for line in ("3", "[]", '["a"]', '{"text": "a"}', '[{"content": "a"}]', "null", "[true]"):
+        file.write_text(f'"one"\n{line}\n', encoding="utf-8")
+        with pytest.raises(ValueError, match="line 2: expected a text, messages or token ids, got"):
+            cli._read_prompts(file)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON"])
+def test_a_json_list_is_no_list_of_lines(fit, no_model, tmp_path, capsys, name):
+    (tmp_path / name).write_text('[\n"one",\n"two"\n]', encoding="utf-8")
+    code, _ = fit(source=tmp_path / name)
+    fails(capsys, code, f"{name}: expected text or JSON lines: write one value a line, and name the file .jsonl")
 
 
 def test_generate_refuses_bad_input(folder, maps_path, tmp_path, capsys):
