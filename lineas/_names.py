@@ -41,14 +41,19 @@ def matching(glob: str, names: Iterable[str]) -> list[str]:
 
 
 def near_names(wanted: str, names: Iterable[str]) -> list[str]:
-    """Names that look like `wanted`, best first, at most five; those that differ in a number as one, with ``*``."""
+    """Names that end with `wanted` or look like it, best first, at most five; those that differ in a number as one.
+
+    A number that differs is written ``*``, so that what stands for several names is a glob for them.
+    """
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_without_numbers(name), []).append(name)
-    near = difflib.get_close_matches(_without_numbers(wanted), alike, n=5, cutoff=0.3)
-    if near and near[0] == _without_numbers(wanted) and not is_glob(wanted):
+    template = _without_numbers(wanted)
+    ends = sorted((one for one in alike if f".{one}".endswith(f".{template}")), key=len)
+    near = list(dict.fromkeys([*ends, *difflib.get_close_matches(template, alike, n=5, cutoff=0.5)]))[:5]
+    if near and near[0] == template and not is_glob(wanted):
         return [*alike[near[0]], *near[1:]][:5]  # only the number is wrong
-    return [template if len(alike[template]) > 1 else alike[template][0] for template in near]
+    return [one if len(alike[one]) > 1 else alike[one][0] for one in near]
 
 
 def in_execution_order(first: Sequence[str], second: Sequence[str]) -> list[str]:

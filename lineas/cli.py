@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineas
+from lineas._checks import as_finite, as_int, as_not_negative, as_share
 from lineas.fitting import settings
+from lineas.hooks.settings import RunSettings
 
 if TYPE_CHECKING:
     from .fitting.result import FitResult
@@ -73,6 +76,8 @@ _END_TO_END: dict[str, dict[str, Any]] = {
         "help": "keep this share of both files, from their ends, out of the fit and choose the best maps by it",
     },
 }
+# What checks the settings of a method, before the model is loaded.
+_SETTINGS: dict[str, Any] = {"end-to-end": settings.FitSettings, "incremental": settings.IncrementalSettings}
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}
 
 
@@ -103,8 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("lineas: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        print(f"lineas: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lineas: error: {_with_options(' '.join(str(error).split()), args)}", file=sys.stderr)
         return 2
+
+
+def _with_options(message: str, args: argparse.Namespace) -> str:
+    """A message of the library with an option in place of the argument that it begins with."""
+    flags = {name: _flag(name) for name in vars(args) if name not in ("run", "model", "maps", "prompt", "prompts")}
+    flags["held_out"] = "--held-out-fraction"
+    return re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         """A command that `run` carries out and describes."""
         made = commands.add_parser(name, help=help, description=run.__doc__)
+        # As from Python 3.14 on: what begins like a number, such as -3: and -1e-3, is the value of an option.
+        made._negative_number_matcher = re.compile(r"-\.?\d")
         made.set_defaults(run=run)
         return made
 
@@ -136,7 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "continue prompts with maps on")
     _add_model(generate)
     generate.add_argument("prompt", nargs="*", help="prompts to continue")
-    generate.add_argument("--prompts", type=Path, metavar="FILE", help="file of prompts, one a line")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of prompts, as for `lineas fit`; of conversations the next answer is printed, or the last anew",
+    )
     generate.add_argument("--maps", required=True, **_MAPS)
     generate.add_argument(
         "--strength",
@@ -208,13 +227,20 @@ def _fit(args: argparse.Namespace) -> int:
         if len(given.get(name, ())) == 1:
             given[name] = given[name][0]
     fraction = given.pop("held_out_fraction", None)
+    if fraction is None and given.get("strengths", [1]) != [1]:
+        raise ValueError("--strengths: there are no prompts to choose among them by without --held-out-fraction")
     (source, held_source), (target, held_target) = (_read_sets(path, fraction) for path in (args.source, args.target))
     if fraction is not None:
         given["held_out"] = (held_source, held_target)
-    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-        raise ValueError(f"--output: expected a file in an existing folder, got {args.output}")
+    files = {name: getattr(args, name) for name in ("source", "target", "checkpoint", "output") if getattr(args, name)}
+    for name, path in files.items():
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")
+        if name != "output" and path.resolve() == args.output.resolve():
+            raise ValueError(f"--output: {path} is the file of {_flag(name)}, which the maps would replace")
+    _SETTINGS.get(args.method, RunSettings)(**given)
 
-    model, tokenizer = _load_model(args)
+    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
     given |= {"tokenizer": tokenizer, "progress": not args.quiet}
     code = 0
     if args.method == "end-to-end":
@@ -249,19 +275,23 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = args.prompt + ([] if args.prompts is None else _read_prompts(args.prompts))
     if not prompts:
         raise ValueError("expected a prompt or --prompts FILE with at least one, got none")
+    strengths = [as_finite(strength, "strength") for strength in args.strength or [1.0]]
+    as_int(args.max_new_tokens, "max_new_tokens", low=1)
+    random = {"temperature": as_not_negative(args.temperature, "temperature"), "top_p": as_share(args.top_p, "top_p")}
+    how = {"do_sample": True, **random} if args.temperature else {"do_sample": False}
     maps = _load_maps(args.maps)
-    strengths = args.strength or [1.0]
-    model, tokenizer = _load_model(args)
+    tokenizer = _load(args, "AutoTokenizer")
+    from .inputs.prompts import read
+
+    rows = read([_asked(prompt) for prompt in prompts], "prompts", tokenizer=tokenizer)
+    model = _load_model(args)
     import torch
 
-    random = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-    how = {"do_sample": False} if args.temperature == 0 else random
     with maps.attach(model) as handle, torch.inference_mode():
-        for prompt in prompts:
+        for k, prompt in enumerate(prompts):
             # Prompt by prompt: no padding, so any tokenizer will do, and a text does not depend on its neighbours.
-            batch = tokenizer(prompt, return_tensors="pt").to(model.device)
-            if batch["input_ids"].shape[1] == 0:
-                raise ValueError(f"prompt {prompt!r} has no tokens")
+            batch = {name: x.to(model.device) for name, x in rows.take([k])[0].kwargs.items()}
+            start = batch["input_ids"].shape[1] if isinstance(prompt[-1], dict) else 0  # of chats the answer alone
             for strength in strengths:
                 handle.strength = strength
                 torch.manual_seed(args.seed)
@@ -272,14 +302,21 @@ def _generate(args: argparse.Namespace) -> None:
                     pad_token_id=tokenizer.pad_token_id,
                     **how,
                 )
-                text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+                text = tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
                 print(text if len(strengths) == 1 else f"[{strength:g}] {text}", flush=True)
+
+
+def _asked(prompt: Any) -> Any:
+    """A prompt without the answer that a conversation ends with."""
+    if isinstance(prompt, str) or len(prompt) < 2 or not isinstance(prompt[-1], dict):
+        return prompt
+    return prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
 
 
 def _sites(args: argparse.Namespace) -> None:
     """List the modules that can carry maps, by glob, the suggested ones marked. Reads no weights of the model."""
     torch, transformers = _libraries()
-    config = transformers.AutoConfig.from_pretrained(args.model)
+    config = _load(args, "AutoConfig")
     with torch.device("meta"):
         print(lineas.sites(transformers.AutoModelForCausalLM.from_config(config)))
 
@@ -290,9 +327,10 @@ def _fold(args: argparse.Namespace) -> None:
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output: the folder of {args.output} does not exist")
+    strength = as_finite(args.strength, "strength")
     maps = _load_maps(args.maps)
-    model, tokenizer = _load_model(args)
-    folded: Any = maps.fold(model, args.strength, inplace=not args.convert, convert=args.convert)
+    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
+    folded: Any = maps.fold(model, strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
     with tempfile.TemporaryDirectory(dir=args.output.absolute().parent, prefix=f".{args.output.name}-") as place:
         made = Path(place, "model")
@@ -316,6 +354,8 @@ def _info(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     """Steer a small language model from negative to positive; shows samples, scores and what the effect costs."""
+    as_int(args.steps, "steps", low=1)
+    as_int(args.seed, "seed", low=0)
     from .demo.run import run
 
     return run(args.output, steps=args.steps, seed=args.seed, quick=args.quick)
@@ -334,13 +374,16 @@ def _load_maps(name: str) -> lineas.SteeringMaps:
 
 def _read_prompts(path: Path) -> list[Any]:
     """The lines of a UTF-8 text file without the blank ones, or the values of a file of JSON lines."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise ValueError(f"{path}: expected text or JSON lines: write one value a line, and name the file .jsonl")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         seen = f"byte {error.object[error.start]:#x} at {error.start}"
         raise ValueError(f"{path}: expected UTF-8 text, got {seen}") from None
     lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
-    if path.suffix != ".jsonl":
+    if kind not in (".jsonl", ".ndjson"):
         return list(lines.values())
     prompts = []
     for number, line in lines.items():
@@ -349,10 +392,18 @@ def _read_prompts(path: Path) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: expected JSON, got {line[:40]!r} ({error})") from None
         value = value.get("messages") if isinstance(value, dict) else value
-        if not isinstance(value, str | list):
+        if not isinstance(value, str) and not _is_prompt(value):
             raise ValueError(f"{path}, line {number}: expected a text, messages or token ids, got {line[:40]!r}")
         prompts.append(value)
     return prompts
+
+
+def _is_prompt(value: Any) -> bool:
+    """Whether a fit takes `value` for a prompt."""
+    _libraries()
+    from .inputs.tokenize import KINDS
+
+    return any(holds(value) for holds in KINDS.values())
 
 
 def _read_sets(path: Path, fraction: float | None) -> tuple[list[Any], list[Any]]:
@@ -382,18 +433,26 @@ def _libraries() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    torch, transformers = _libraries()
-    if args.quiet:
+def _load(args: argparse.Namespace, what: str, **options: Any) -> Any:
+    """What a class of transformers loads of MODEL, which the error names where it cannot."""
+    transformers = _libraries()[1]
+    if vars(args).get("quiet"):
         transformers.utils.logging.disable_progress_bar()
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     try:
-        model = model.to(args.device)
+        return getattr(transformers, what).from_pretrained(args.model, **options)
+    except (OSError, ValueError) as error:
+        here = "" if Path(args.model).is_dir() else ", which is no folder here"
+        raise ValueError(f"cannot load {args.model!r}{here}: {error}") from error
+
+
+def _load_model(args: argparse.Namespace) -> Any:
+    torch = _libraries()[0]
+    try:
+        torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises an AssertionError
         raise ValueError(f"--device: expected a device of this machine, got {args.device!r} ({error})") from None
-    return model.eval(), tokenizer
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    return _load(args, "AutoModelForCausalLM", dtype=dtype).to(args.device).eval()
 
 
 if __name__ == "__main__":

@@ -218,19 +218,12 @@ def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
         ({"output": tmp_path / "absent" / "maps.safetensors"}, (), "--output: expected a file in an existing folder"),
         ({"output": folder}, (), "--output: expected a file in an existing folder"),
         ({"model": tmp_path / "absent"}, (), "absent"),
-        ({"layers": ("model.layer.*",)}, (), "'model.layer.*'"),
+        ({"layers": ("model.layer.*",)}, (), "--layers: no module matches 'model.layer.*'"),
         ({}, ("--method", "linear", "--lr", "0.1"), "--lr is for --method end-to-end only, got --method linear"),
         ({}, ("--held-out-fraction", "1.5"), "--held-out-fraction: expected 0 < x < 1, got 1.5"),
         ({}, ("--held-out-fraction", "0.9"), "at least 2 prompts on each side, got 1 fitted and 7 held out of"),
-        ({}, ("--pooling", "median"), "pooling must be one of"),
         ({}, ("--tokens", "generated"), "tokens='generated' selects nothing of source"),
-        (
-            {},
-            ("--tokens", "first"),
-            "tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable, got 'f",
-        ),
-        ({}, ("--steps", "0"), "steps must be at least 1, got 0"),
-        ({}, ("--checkpoint", str(tmp_path / "none" / "fit")), "No such file or directory"),
+        ({}, ("--checkpoint", str(tmp_path / "none" / "fit")), "--checkpoint: expected a file in an existing folder"),
         ({}, ("--device", "nowhere"), "--device: expected a device of this machine, got 'nowhere'"),
     ]
     for files, options, message in cases:
@@ -238,6 +231,92 @@ def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):
         fails(capsys, code, message)
         assert not output.is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"one.txt", "binary.txt"}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model fails the test."""
+
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli, "_load_model", load)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--l1", "nan"), "--l1 must be finite, got nan"),
+        (("--group", "-1"), "--group must not be negative, got -1"),
+        (("--lr", "0"), "--lr must be above 0, got 0"),
+        (("--lr", "-1e-3"), "--lr must be above 0, got -0.001"),
+        (("--optimizer", "adm"), "--optimizer must be one of 'sgd', 'adam', got 'adm'"),
+        (("--optimizer", "adam"), "--lr must be a number for optimizer 'adam'"),
+        (("--scaling", "papr"), "--scaling must be one of"),
+        (("--pooling", "median"), "--pooling must be one of"),
+        (("--pooling", "median", "--method", "mean"), "--pooling must be one of"),
+        (("--tokens", "lst"), "--tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable, got"),
+        (("--tokens", "lst", "--method", "incremental"), "--tokens must be 'all'"),
+        (("--tokens", "::-1"), "--tokens: the step of a slice must be above 0, got -1"),
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--mini-batch", "1"), "--mini-batch must be at least 2, got 1"),
+        (("--batch-size", "0", "--method", "linear"), "--batch-size must be at least 1, got 0"),
+        (("--max-length", "0"), "--max-length must be at least 1, got 0"),
+        (("--patience", "0"), "--patience must be at least 1, got 0"),
+        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--strengths", "0.5", "1"), "--strengths: there are no prompts to choose among them by without --held-out"),
+        (("--strengths", "nan", "--held-out-fraction", "0.5"), "--strengths must be finite, got nan"),
+    ],
+)
+def test_values_are_checked_before_the_model_is_loaded(fit, no_model, capsys, options, message):
+    code, output = fit(*options)
+    fails(capsys, code, message)
+    assert not output.exists()
+
+
+def test_values_of_other_commands_are_checked_before_a_model_is_loaded(folder, maps_path, no_model, tmp_path, capsys):
+    for option, value, message in (
+        ("--strength", "nan", "--strength must be finite, got nan"),
+        ("--max-new-tokens", "0", "--max-new-tokens must be at least 1, got 0"),
+        ("--temperature", "-1", "--temperature must not be negative, got -1"),
+        ("--temperature", "inf", "--temperature must be finite, got inf"),
+        ("--top-p", "2", "--top-p must be from 0 to 1, got 2"),
+        ("--top-p", "-1e-3", "--top-p must be from 0 to 1, got -0.001"),
+    ):
+        fails(capsys, generate(folder, maps_path, option, value, "a day"), message)
+    fails(capsys, generate(folder, maps_path, ""), "prompts[0] has no tokens")
+    fold = ["fold", str(folder / "model"), "--maps", str(maps_path), "-o", str(tmp_path / "x"), "--strength", "nan"]
+    fails(capsys, cli.main(fold), "--strength must be finite, got nan")
+    fails(capsys, cli.main(["demo", "--steps", "0"]), "--steps must be at least 1, got 0")
+    fails(capsys, cli.main(["demo", "--seed", "-1"]), "--seed must be at least 0, got -1")
+
+
+def test_the_maps_replace_no_file_that_the_fit_needs(fit, folder, no_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _ = fit("--checkpoint", "./same.st", output=tmp_path / "same.st")
+    fails(capsys, code, "--output: same.st is the file of --checkpoint, which the maps would replace")
+    for name in ("source", "target"):
+        before = (folder / f"{name}.txt").read_bytes()
+        (tmp_path / name).symlink_to(folder / f"{name}.txt")
+        code, _ = fit(output=tmp_path / name)
+        fails(capsys, code, f"is the file of --{name}, which the maps would replace")
+        assert (folder / f"{name}.txt").read_bytes() == before
+
+
+def test_slices_and_numbers_may_begin_with_a_minus(fit, folder):
+    code, path = fit("--method", "mean", "--tokens", "-3:")
+    assert code == 0 and lineas.load(path).metadata["tokens"] == {"slice": [-3, None, None]}
+    code, path = fit("--method", "mean", "--tokens", ":-1")
+    assert code == 0 and lineas.load(path).metadata["tokens"] == {"slice": [None, -1, None]}
+
+
+def test_a_model_that_is_not_there_is_named(folder, maps_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    made = str(tmp_path / "made")
+    (tmp_path / "empty").mkdir()
+    for name, here in (("modles/llama", ", which is no folder here"), (str(tmp_path / "empty"), "")):
+        for command in (["sites", name], ["fold", name, "--maps", str(maps_path), "-o", made]):
+            fails(capsys, cli.main(command), f"cannot load {name!r}{here}: ")
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +365,58 @@ def test_generate_reads_prompts_and_repeats_itself_with_the_same_seed(folder, ma
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert [line.split()[:2] for line in outputs[0].splitlines()] == [["the", "film"], ["my", "day"]]
+
+
+def test_generate_answers_conversations(folder, maps_path, tmp_path, capsys):
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = models_zoo.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'the ' + m['content'] + ' <eos> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
+    )
+    chats = tmp_path / "model"
+    models_zoo.llama().save_pretrained(chats)
+    tokenizer.save_pretrained(chats)
+    asked = {"role": "user", "content": "the film"}
+    lines = [[asked], {"messages": [asked, {"role": "assistant", "content": "my day"}]}]
+    file = tmp_path / "chats.JSONL"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    options = ["--temperature", "0", "--max-new-tokens", "6", "--prompts", str(file), "--strength", "0.5"]
+    assert cli.main(["generate", str(chats), "--maps", str(maps_path), "--quiet", *options]) == 0
+    model, tokens = models_zoo.llama(), torch.tensor([tokenizer("the the film <eos> a")["input_ids"]])
+    with lineas.load(maps_path).attach(model, strength=0.5):
+        found = model.generate(tokens, do_sample=False, max_new_tokens=6, pad_token_id=0)[0, tokens.shape[1] :]
+    answer = AutoTokenizer.from_pretrained(chats).decode(found, skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{answer}\n{answer}\n"
+
+
+def test_generate_refuses_conversations_before_it_loads_a_model(folder, maps_path, no_model, tmp_path, capsys):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps([{"role": "user", "content": "the film"}]), encoding="utf-8")
+    code = generate(folder, maps_path, "--prompts", str(file))
+    fails(capsys, code, "prompts[0] is a conversation, and ")
+    code = generate(folder, maps_path, "--prompts", str(file), "the film")
+    fails(capsys, code, "prompts[1] must be a text like the entries before it, got list")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson"])
+def test_json_lines_whatever_the_case_of_their_ending(tmp_path, name):
+    file, chat = tmp_path / name, [{"role": "user", "content": "x"}]
+    file.write_text(f'"one\\ntwo"\n\n{json.dumps(chat)}\n[1, 2]\n', encoding="utf-8")
+    assert cli._read_prompts(file) == ["one\ntwo", chat, [1, 2]]
+    for line in ("3", "[]", '["a"]', '{"text": "a"}', '[{"content": "a"}]', "null", "[true]"):
+        file.write_text(f'"one"\n{line}\n', encoding="utf-8")
+        with pytest.raises(ValueError, match="line 2: expected a text, messages or token ids, got"):
+            cli._read_prompts(file)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON"])
+def test_a_json_list_is_no_list_of_lines(fit, no_model, tmp_path, capsys, name):
+    (tmp_path / name).write_text('[\n"one",\n"two"\n]', encoding="utf-8")
+    code, _ = fit(source=tmp_path / name)
+    fails(capsys, code, f"{name}: expected text or JSON lines: write one value a line, and name the file .jsonl")
 
 
 def test_generate_refuses_bad_input(folder, maps_path, tmp_path, capsys):
@@ -341,7 +472,7 @@ def test_usage(capsys):
 
 
 def test_prompts_may_stand_before_and_after_the_options(folder, maps_path, capsys):
-    assert generate(folder, maps_path, "the film", "--max-new-tokens", "1", "my day", "a dog") == 0
+    assert generate(folder, maps_path, "the film", "--max-new-tokens", "1", "my day", "a dog", "--top-p", "0") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["the", "my", "a"]
 
 

@@ -23,7 +23,7 @@ NO_TORCH = ("maps", "arrays", "notebook", "cli")
 # Imports of lineas inside functions, and lazy methods: module, and what it asks for when it is called.
 LAZY = {
     "arrays.gaussian": ["hooks.affine"],
-    "cli": ["demo.run"],
+    "cli": ["demo.run", "inputs.prompts", "inputs.tokenize"],
     "demo.run": ["notebook.plot"],
     "fitting.result": ["notebook.plot"],
     "maps.affine": ["hooks.affine"],

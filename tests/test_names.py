@@ -117,6 +117,9 @@ def test_a_star_stops_at_dots_and_two_do_not(glob, found):
 def test_names_that_are_near():
     assert _names.near_names("model.layers.3.norm", BLOCKS)[:2] == ["model.layers.0.norm", "model.layers.12.norm"]
     assert _names.near_names("model.layer.0.norm", BLOCKS)[0] == "model.layers.*.norm"
-    assert _names.near_names("xyz", BLOCKS) == []
+    assert _names.near_names("norm", BLOCKS) == ["model.norm", "model.layers.*.norm"]
+    assert _names.near_names("0.norm", BLOCKS)[0] == "model.layers.*.norm"
+    assert _names.near_names("layers.0", ["model.layers.0", "model.sublayers.0"])[0] == "model.layers.0"
+    assert _names.near_names("xyz", BLOCKS) == _names.near_names("nope", BLOCKS) == []
     assert _names.hint("xyz", [], "this") == "; this has no modules"
     assert _names.hint("%", BLOCKS) == "; the model has " + ", ".join(BLOCKS[:5])

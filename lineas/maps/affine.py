@@ -44,8 +44,8 @@ class AffineMap:
     Maps are combined in two ways. ``second @ first`` applies `first`, then `second` to what it gives. ``a + b`` adds
     what each of them changes, T(z) - z, about the same z: slopes ``a.weight + b.weight - 1``, shifts
     ``a.bias + b.bias``; a neuron that one side leaves alone is the other's to the last bit. For maps that only shift
-    both are the same. ``0.5 * a`` is ``a.scaled(0.5)``, ``-a`` is ``a.scaled(-1)``, and ``a - b`` adds the change of
-    `a` and takes off that of `b`: ``a - a`` changes nothing.
+    both are the same. ``0.5 * a`` and ``a / 2`` are ``a.scaled(0.5)``, ``-a`` is ``a.scaled(-1)``, and ``a - b`` adds
+    the change of `a` and takes off that of `b`: ``a - a`` changes nothing. ``sum([a, b, c])`` is ``a + b + c``.
 
     Parameters
     ----------
@@ -192,6 +192,9 @@ class AffineMap:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, number: float) -> AffineMap:
+        return self.scaled(1 / as_finite(number, "the divisor")) if is_number(number) else NotImplemented
+
     def __neg__(self) -> AffineMap:
         return self.scaled(-1)
 
@@ -233,6 +236,9 @@ class AffineMap:
 
     def __add__(self, other: AffineMap) -> AffineMap:
         return self._with(other, partial(_changes, sign=1), "add")
+
+    def __radd__(self, start: int) -> AffineMap:
+        return self if is_number(start) and start == 0 else NotImplemented  # sum() starts with 0
 
     def __sub__(self, other: AffineMap) -> AffineMap:
         return self._with(other, partial(_changes, sign=-1), "subtract")

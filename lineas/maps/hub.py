@@ -9,6 +9,7 @@ from .files import FILE, save, write_atomically
 from .steering import SteeringMaps
 
 CARD = "README.md"
+_OF_FILES = {".bin", ".ckpt", ".json", ".npy", ".npz", ".pkl", ".pt", ".pth", ".safetensor", ".sft", ".st", ".tmp"}
 
 _CARD = """\
 ---
@@ -190,8 +191,14 @@ def push_to_hub(
 def download(name: str, revision: str | None, **options: Any) -> str:
     """The file with the maps of a repository on the hub, in the cache; options and errors as those of `load`."""
     nothing = f"{name!r} is no file or folder"
+    folder, _, file = name.partition("/")
     if name.count("/") != 1:
         raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")
+    # A slip in the name of a file here is told at once: offline, asking the hub takes half a minute.
+    meant = revision is not None or any(options.values())
+    if not meant and (os.path.isdir(folder) or os.path.splitext(file)[1].lower() in _OF_FILES):
+        why = f"the folder {folder!r} is" if os.path.isdir(folder) else "its ending is that of a file"
+        raise FileNotFoundError(f"{nothing} here ({why}); with revision='main' the hub is asked all the same")
     hub = _library(f"{nothing} here, and asking the hub")
     if not _is_id(hub, name):
         raise FileNotFoundError(f"{nothing}, nor a hub id such as 'user/name'")

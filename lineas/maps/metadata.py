@@ -65,10 +65,31 @@ def check_tokens(tokens: Any) -> Selection:
 
 
 def spell_tokens(tokens: Any) -> Any:
-    """`tokens` with a slice or a callable as a dict that says so."""
-    if isinstance(tokens, slice):
-        return {"slice": [tokens.start, tokens.stop, tokens.step]}
-    return {"callable": name_of(tokens)} if callable(tokens) else tokens
+    """`tokens`, as users give them or spelled out already, as JSON can hold them; None is passed on.
+
+    A slice is ``{"slice": [start, stop, step]}``, a callable ``{"callable": its name}``. ValueError where it is none.
+    """
+    if tokens is None or _named_callable(tokens) is not None:
+        return tokens
+    found = _read_tokens(tokens)
+    if isinstance(found, slice):
+        return {"slice": [found.start, found.stop, found.step]}
+    return {"callable": name_of(found)} if callable(found) else found
+
+
+def _named_callable(tokens: Any) -> str | None:
+    """The name of the callable that metadata have in place of it, if they do."""
+    name = tokens.get("callable") if isinstance(tokens, dict) and len(tokens) == 1 else None
+    return name if isinstance(name, str) else None
+
+
+def _read_tokens(tokens: Any) -> Selection:
+    """The selection that `tokens` are or spell out; ValueError where they do neither."""
+    parts = tokens.get("slice") if isinstance(tokens, dict) and len(tokens) == 1 else None
+    try:
+        return check_tokens(slice(*parts) if isinstance(parts, list | tuple) else tokens)
+    except (TypeError, ValueError) as error:  # metadata hold values, not arguments: a wrong type is a wrong value
+        raise ValueError(f"metadata name the tokens {tokens!r}: {error}") from None
 
 
 def name_of(function: Any) -> str:
@@ -84,7 +105,8 @@ def show_tokens(tokens: Selection) -> str:
 def fitted_tokens(metadata: Mapping[str, Any]) -> Selection:
     """The selection that maps with this metadata were fitted for; "all" where it says nothing of it.
 
-    ValueError where it was a callable, which no file holds, or differs among the maps that these are composed of.
+    ValueError where it was a callable, which no file holds, differs among the maps that these are composed of, or is
+    none.
     """
     parts = metadata.get("parts")
     if "tokens" not in metadata and isinstance(parts, list) and parts and all(isinstance(p, dict) for p in parts):
@@ -95,15 +117,11 @@ def fitted_tokens(metadata: Mapping[str, Any]) -> Selection:
                 f"{', '.join(dict.fromkeys(map(show_tokens, found)))}; pass tokens= to say which they are to act on"
             )
         return found[0]
-    value = metadata.get("tokens", "all")
-    if isinstance(value, dict) and isinstance(value.get("callable"), str):
+    value = metadata.get("tokens")
+    name = _named_callable(value)
+    if name is not None:
         raise ValueError(
-            f"these maps were fitted for the tokens that {value['callable']} selects, which metadata cannot hold: "
+            f"these maps were fitted for the tokens that {name} selects, which metadata cannot hold: "
             "pass it, or another selection, as tokens="
         )
-    try:
-        if isinstance(value, dict) and isinstance(value.get("slice"), list):
-            return check_tokens(slice(*value["slice"]))
-        return check_tokens(value) if isinstance(value, str) else "all"
-    except (TypeError, ValueError):
-        return "all"  # metadata may hold anything; this was not written by a fit
+    return "all" if value is None else _read_tokens(value)

@@ -27,7 +27,8 @@ class SparsePath(Record):
 
     `lineas.sparse_path` makes one from arrays, `lineas.sparse_path_end_to_end` from a model. ``path.at(...)`` takes the
     maps of a point; ``len(path)`` is the number of points and ``path[k]`` the same as ``path.at(index=k)``.
-    ``path.save(file)`` writes it for `lineas.load`. Paths are equal if all but their metadata is.
+    ``path.save(file)`` writes it for `lineas.load`. Paths are equal if all but their metadata is. The arrays are
+    read-only, as those of maps are.
 
     Attributes
     ----------
@@ -101,6 +102,11 @@ class SparsePath(Record):
             starts = np.concatenate(([0], np.cumsum(self.widths)[:-1]))
             object.__setattr__(self, "module_support", np.add.reduceat(changed, starts, axis=1, dtype=np.int64))
         object.__setattr__(self, "support", self.module_support.sum(axis=1))
+        self.__setstate__(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the fields as they are, but for arrays, which become read-only; of copies and pickles as well."""
+        vars(self).update({name: _read_only(value) for name, value in state.items()})
 
     def __len__(self) -> int:
         return len(self.penalties)
@@ -286,3 +292,13 @@ class SparsePath(Record):
         plot = plot
     else:
         plot = lazy_method("notebook.plot", "path")
+
+
+def _read_only(value: Any) -> Any:
+    """`value` with read-only views in place of the arrays in it."""
+    if isinstance(value, np.ndarray):
+        value = value.view()
+        value.flags.writeable = False
+    if isinstance(value, list):
+        return [_read_only(one) for one in value]
+    return {key: _read_only(one) for key, one in value.items()} if isinstance(value, dict) else value

@@ -185,6 +185,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, number: float) -> SteeringMaps:
+        return self.scaled(1 / as_finite(number, "the divisor")) if is_number(number) else NotImplemented
+
     def __neg__(self) -> SteeringMaps:
         return self.scaled(-1)
 
@@ -193,6 +196,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     def __add__(self, other: SteeringMaps) -> SteeringMaps:
         return _combined(self, other, lambda name: self[name] + other[name], "sum")
+
+    def __radd__(self, start: int) -> SteeringMaps:
+        return self if is_number(start) and start == 0 else NotImplemented  # sum() starts with 0
 
     def __sub__(self, other: SteeringMaps) -> SteeringMaps:
         if not isinstance(other, SteeringMaps):

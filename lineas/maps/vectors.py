@@ -35,10 +35,12 @@ def from_vector(
         [d], the same for all modules, or a mapping from module (as in `layers`) to the [d] of its own. float16,
         bfloat16, float32, float64 or integers.
     layers : str, int, re.Pattern or a sequence of them, optional
-        The modules: names in execution order. With a model also globs, compiled regular expressions, and the
-        numbers of its decoder blocks, from 0 or from the end (-1). Default: all that the mapping holds.
+        The modules: names in execution order. With a model also globs, compiled regular expressions (which may match
+        the same modules), and the numbers of its decoder blocks, from 0 or from the end (-1). Default: all that the
+        mapping holds.
     model : torch.nn.Module, optional
-        Where numbers and globs are looked up. It is not changed.
+        Where numbers and globs are looked up, and the widths of modules as far as they are known without a forward
+        pass. It is not changed.
     scale : float, default 1.0
         What every vector is multiplied by.
     normalize : bool, default False
@@ -50,7 +52,7 @@ def from_vector(
         If an argument is of a wrong type, or `layers` is missing where `vector` is one array.
     ValueError
         If a vector is not [d] and finite, has no direction to normalize or is missing, or a module is not in the
-        model, given twice, or can only be looked up with a model.
+        model, has another width, is given twice by name or number, or can only be looked up with a model.
 
     Examples
     --------
@@ -60,11 +62,12 @@ def from_vector(
     array([1.2, 1.6])
     """
     scale, normalize = as_finite(scale, "scale"), as_flag(normalize, "normalize")
+    argument = "layers"
     if layers is None:
         if not isinstance(vector, Mapping):
             raise TypeError("layers must be given where vector is one array")
-        layers = list(vector)
-    names, wanted = _names_of(layers, model, "layers")
+        layers, argument = list(vector), "vector"
+    names, wanted = _names_of(layers, model, argument)
     maps: dict[str, AffineMap] = {}
     for key, x in vector.items() if isinstance(vector, Mapping) else [(wanted, vector)]:
         argument = f"vector[{key!r}]" if isinstance(vector, Mapping) else "vector"
@@ -78,9 +81,13 @@ def from_vector(
         raise ValueError(f"vector: there is none for module {missing[0]!r}{hint(missing[0], list(maps), 'this')}")
     facts: dict[str, Any] = {"layers": wanted, "scale": scale, "normalize": normalize}
     if model is not None:
-        from ..hooks.modules import model_name
+        from ..hooks.modules import get_module, model_name, output_width
 
         facts["model"] = model_name(model)
+        for name in names:
+            width = output_width(get_module(model, name))
+            if width not in (None, maps[name].d):
+                raise ValueError(f"vector: module {name!r} has {width} neurons, got {maps[name].d}")
     return SteeringMaps({name: maps[name] for name in names}, describe("vector", **facts))
 
 
@@ -96,14 +103,24 @@ def _names_of(layers: Any, model: nn.Module | None, argument: str) -> tuple[list
         if unknown or not wanted:
             why = f"{unknown[0]!r} can only be looked up with model=" if unknown else "there are none"
             raise ValueError(f"{argument}: {why}")
-        return list(dict.fromkeys(wanted)), wanted
+        _check_different(wanted, argument)
+        return wanted, wanted
     from ..hooks.modules import block_names, resolve
 
     blocks = block_names(model) if any(isinstance(one, int) for one in wanted) else []
     for one in wanted:
         if isinstance(one, int) and not -len(blocks) <= one < len(blocks):
             raise ValueError(f"{argument}: there is no layer {one}, only 0 to {len(blocks) - 1}")
-    return resolve(model, [blocks[one] if isinstance(one, int) else one for one in wanted], argument=argument), wanted
+    named = [blocks[one] if isinstance(one, int) else one for one in wanted]
+    exact = [one for one in named if isinstance(one, str) and not is_glob(one)]
+    _check_different([name for one in exact for name in resolve(model, [one], argument=argument)], argument)
+    return resolve(model, named, argument=argument), wanted
+
+
+def _check_different(names: Sequence[str], argument: str) -> None:
+    twice = [name for k, name in enumerate(names) if name in names[:k]]
+    if twice:
+        raise ValueError(f"{argument}: module {twice[0]!r} is given twice")
 
 
 def _adding(vector: ArrayLike, argument: str, scale: float, normalize: bool) -> AffineMap:

@@ -86,6 +86,80 @@ def test_a_dict_with_metadata(rng):
     )
 
 
+@pytest.mark.parametrize("tokens", ["lsat", 5, ["x"], {"a": 1}, slice(0, 2, -1), slice("a", None)])
+def test_tokens_that_are_no_selection(rng, tokens):
+    with pytest.raises(ValueError, match="^metadata name the tokens " + re.escape(repr(tokens))):
+        activations(rng, tokens=tokens)
+    source = activations(rng)
+    source.metadata["tokens"] = tokens
+    with pytest.raises(ValueError, match="metadata name the tokens"):
+        lineas.fit(source, activations(rng))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spelled"),
+    [
+        ("generated", "generated"),
+        (slice(np.int64(1), None), {"slice": [1, None, None]}),
+        ({"slice": [-2, None, None]}, {"slice": [-2, None, None]}),
+        (len, {"callable": "len"}),
+        ({"callable": "third"}, {"callable": "third"}),
+    ],
+)
+def test_tokens_as_given_or_spelled_out(rng, tokens, spelled):
+    source = activations(rng, tokens=tokens)
+    assert lineas.fit(source, dict(source)).metadata["tokens"] == spelled
+    assert "tokens" not in lineas.fit(activations(rng, tokens=None), dict(source)).metadata
+
+
+def test_copies_are_activations(rng):
+    one = activations(rng)
+    twin = one.copy()
+    assert type(twin) is Activations and twin.metadata == COLLECTED and twin["a.0"] is one["a.0"]
+    twin["b"], twin.metadata["tokens"] = one["a.0"], "all"
+    assert list(one) == ["a.0", "a.1"] and one.metadata == COLLECTED
+
+
+def test_modules_are_joined(rng):
+    one, more = activations(rng), {"b": np.ones((6, 2))}
+    for joined, names in ((one | more, ["a.0", "a.1", "b"]), (more | one, ["b", "a.0", "a.1"])):
+        assert type(joined) is Activations and list(joined) == names and joined.metadata == COLLECTED
+    other = Activations(more, {"model": None, "layers": re.compile("b"), "tokens": slice(-2, None)})
+    assert (one | other).metadata == {**COLLECTED, "layers": ["a.*", "b"]}
+    assert (one | activations(rng)).metadata == COLLECTED
+    for wrong in (Activations(more, {"tokens": "all"}), Activations(more, {"pooling": "max"})):
+        with pytest.raises(ValueError, match="the left side and the right side must be collected alike, got"):
+            one | wrong
+        with pytest.raises(ValueError, match="must be collected alike"):
+            one |= wrong
+    assert list(one) == ["a.0", "a.1"]
+    one |= other
+    one |= [("c", np.ones((6, 1)))]
+    assert type(one) is Activations and list(one) == ["a.0", "a.1", "b", "c"] and one.metadata["layers"] == ["a.*", "b"]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        one | 3
+
+
+@pytest.mark.parametrize(
+    "index", [slice(0, 4), slice(None, None, 2), [0, -1], np.array([5, 0, 0]), np.arange(6) < 3, [True] * 6, 2]
+)
+def test_rows_of_all_modules(rng, index):
+    one = activations(rng)
+    some = one.rows(index)
+    assert type(some) is Activations and some.metadata == COLLECTED and list(some) == list(one)
+    for name, x in some.items():
+        np.testing.assert_array_equal(x, one[name][[2] if isinstance(index, int) else index])
+    assert lineas.fit(one.rows(slice(0, 3)), one.rows(slice(3, 6))).metadata["tokens"] == TAKEN_OVER["tokens"]
+
+
+@pytest.mark.parametrize("index", ["a", 1.0, [0.5], None, [[0, 1]], [], (slice(1), 0)])
+def test_rows_that_are_none(rng, index):
+    with pytest.raises(TypeError, match="index must be a slice, row numbers or booleans, got"):
+        activations(rng).rows(index)
+    with pytest.raises(IndexError):
+        activations(rng).rows([6])
+
+
 def test_attached_maps_act_on_the_tokens_of_the_activations(rng):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -1,6 +1,7 @@
 """Selections of tokens with everything else: other maps, errors, copies, gradients, threads, wrappers, metadata."""
 
 import copy
+import re
 import threading
 
 import numpy as np
@@ -181,10 +182,7 @@ def test_a_compiled_model_maps_the_same_tokens():
         ({}, "all"),
         ({"tokens": "last"}, "last"),
         ({"tokens": {"slice": [-2, None, None]}}, slice(-2, None)),
-        ({"tokens": "first"}, "all"),
-        ({"tokens": 3}, "all"),
-        ({"tokens": {"slice": ["a"]}}, "all"),
-        ({"tokens": {"slice": [1, 2, 3, 4]}}, "all"),
+        ({"tokens": None}, "all"),
         ({"parts": [{"tokens": "last"}]}, "last"),
         ({"parts": [{"tokens": "last"}, {"parts": [{"tokens": "last"}]}]}, "last"),
         ({"parts": 3}, "all"),
@@ -198,6 +196,25 @@ def test_maps_act_by_default_on_what_they_were_fitted_for(metadata, expected):
         assert handle.tokens == expected
     with maps.attach(model, tokens="all") as handle:
         assert handle.tokens == "all"
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        *("first", 3, True, ["last"], {}, {"a": 1}, {"callable": 3}, {"slice": [0, 1, 1], "callable": "third"}),
+        *({"slice": part} for part in (3, [], ["a", None, None], [1, 2, 3, 4], [0, 1, 0])),
+    ],
+)
+def test_metadata_that_name_no_tokens_are_refused(tokens):
+    model, maps = steered("llama")
+    for metadata in ({"tokens": tokens}, {"parts": [{"tokens": "all"}, {"tokens": tokens}]}):
+        wrong = lineas.SteeringMaps(dict(maps), metadata)
+        with pytest.raises(ValueError, match="^metadata name the tokens " + re.escape(repr(tokens))):
+            wrong.attach(model)
+        with pytest.raises(ValueError, match="tokens"):
+            wrong.fold(model)
+        with wrong.attach(model, tokens="last") as handle:
+            assert handle.tokens == "last"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -173,10 +174,17 @@ def test_numbers_scale(rng):
     one = AffineMap(*rng.normal(size=(2, 8)))
     for number in (0.5, 2, np.float64(0.5), np.float32(0.5)):
         assert number * one == one * number == one.scaled(number)
-    assert -one == one.scaled(-1) and one * 1 == one
+    for number in (2, 3.0, np.float64(-8), np.float32(0.5), Fraction(1, 2)):
+        assert one / number == one.scaled(1 / float(number))
+    assert -one == one.scaled(-1) and one * 1 == one / 1 == one
     half = AffineMap(*rng.normal(size=(2, 8)))
     mixed = (0.5 * one + 0.5 * half).transform(np.ones(8))
     np.testing.assert_allclose(mixed, (one.transform(np.ones(8)) + half.transform(np.ones(8))) / 2, rtol=1e-12)
+
+
+def test_sum_is_a_sum(rng):
+    a, b, c = (AffineMap(*rng.normal(size=(2, 8))) for _ in range(3))
+    assert sum([a, b, c]) == a + b + c and sum([a]) == a and sum([a, b], start=0.0) == a + b
 
 
 @pytest.mark.parametrize(
@@ -190,6 +198,16 @@ def test_numbers_scale(rng):
         (lambda one: one * True, TypeError, "unsupported operand"),
         (lambda one: "2" * one, TypeError, "can't multiply sequence|unsupported operand"),
         (lambda one: np.ones(3) * one, TypeError, "unsupported operand|does not support ufuncs"),
+        (lambda one: one / one, TypeError, "unsupported operand"),
+        (lambda one: one / True, TypeError, "unsupported operand"),
+        (lambda one: 1 / one, TypeError, "unsupported operand"),
+        (lambda one: one / 0, ZeroDivisionError, "division by zero"),
+        (lambda one: one / np.float64(0), ZeroDivisionError, "division by zero"),
+        (lambda one: one / np.nan, ValueError, "the divisor must be finite, got nan"),
+        (lambda one: one / 5e-324, ValueError, "strength must be finite, got inf"),
+        (lambda one: 1 + one, TypeError, "unsupported operand"),
+        (lambda one: False + one, TypeError, "unsupported operand"),
+        (lambda one: sum([one], start=1.0), TypeError, "unsupported operand"),
         (lambda one: one + np.ones(3), TypeError, "unsupported operand|does not support ufuncs"),
         (lambda one: np.inf * one, ValueError, "strength must be finite, got inf"),
         (lambda one: 1e300 * (one + one), ValueError, r"bias must be finite, got inf at neuron 0"),

@@ -1,5 +1,6 @@
 """Maps in a folder and on the hub, which is replaced at its boundary: the methods of huggingface_hub."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,28 @@ def test_what_is_no_id_never_reaches_the_hub(name, tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="repo_id must be a string, got int"):
         maps().push_to_hub(3)
     assert hub.calls == []
+
+
+def test_a_file_that_is_missing_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, tmp_path)
+    maps().push_to_hub("user/name")
+    hub.calls.clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    for name, why in (
+        ("results/zz.st", "the folder 'results' is"),
+        ("results/zz", "the folder 'results' is"),
+        ("./zz", "the folder '.' is"),
+        ("elsewhere/maps.PT", "its ending is that of a file"),
+    ):
+        text = f"{name!r} is no file or folder here ({why}); with revision='main' the hub is asked all the same"
+        with pytest.raises(FileNotFoundError, match=re.escape(text)):
+            lineas.load(name)
+    assert hub.calls == []
+    (tmp_path / "user").mkdir()
+    for options in ({"revision": "main"}, {"token": True}, {"cache_dir": "c"}, {"local_files_only": True}):
+        assert lineas.load("user/name", **options) == maps()
+    assert lineas.load("other/maps-v0.2") == maps()  # dots are in many names of the hub
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Sparse paths and results of fits: equal by their fields, and the same after they were saved."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 
 import numpy as np
@@ -96,6 +98,31 @@ def test_a_path_gives_the_same_maps_after_it_was_saved(tmp_path):
     between = float(np.sqrt(path.penalties[1] * path.penalties[2]))
     for ask in ({"support": 3}, {"penalty": between}, {"index": -1}, {"best": True}):
         assert back.at(**ask) == path.at(**ask) and back.at(**ask).metadata == path.at(**ask).metadata
+
+
+@pytest.mark.parametrize("make", [sparse_path, path_of_one_array, end_to_end_path])
+def test_arrays_of_a_path_are_read_only(make, tmp_path):
+    path, file = make(), tmp_path / "path.safetensors"
+    path.save(file)
+    for twin in (path, lineas.load(file), copy.deepcopy(path), pickle.loads(pickle.dumps(path)), copy.copy(path)):
+        assert twin == path
+        fields = [getattr(twin, field.name) for field in dataclasses.fields(twin)]
+        arrays = [value for value in fields if isinstance(value, np.ndarray)]
+        arrays += [*(twin.moments or []), *getattr(twin, "history", {}).values()]
+        assert len(arrays) >= 6
+        for array in arrays:
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 7
+    if path.moments is not None:
+        assert path.at(penalty=float(path.penalties[:2].mean())).support >= 0  # solved from the read-only moments
+
+
+def test_a_path_leaves_the_callers_arrays_as_they_are():
+    base = paths.path(3, 8, points=5)
+    given = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.init}
+    given["weight"] = np.array(base.weight)
+    SparsePath(**given)
+    given["weight"][:] = 7
 
 
 def test_equality():

@@ -159,12 +159,24 @@ def test_a_sum_of_several(pair):
 
 def test_numbers_scale_several(pair):
     assert 0.5 * pair == pair * 0.5 == np.float32(0.5) * pair == pair.scaled(0.5) and -pair == pair.scaled(-1)
-    assert (0.5 * pair).metadata == pair.scaled(0.5).metadata
+    assert (0.5 * pair).metadata == (pair / 2).metadata == pair.scaled(0.5).metadata and pair / 2 == 0.5 * pair
+    assert pair / np.float32(4) == pair.scaled(0.25)
+    for use in (lambda: pair / pair, lambda: 2 / pair, lambda: 1 + pair, lambda: pair / "a", lambda: pair + 0):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            use()
+    with pytest.raises(ZeroDivisionError):
+        pair / 0
     for use in (lambda: pair * pair, lambda: pair + 1, lambda: pair - "a", lambda: pair * None, lambda: True * pair):
         with pytest.raises(TypeError, match="unsupported operand"):
             use()
     with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs"):
         np.ones(3) * pair
+
+
+def test_sum_is_a_sum_of_several(pair):
+    other = pair.rename({"layers.0": "layers.2"})
+    assert sum([pair, other]) == pair + other and sum([pair, other]).metadata == (pair + other).metadata
+    assert sum([pair]) is pair and sum([pair, other, pair / 2]) == (pair + other) + pair / 2
 
 
 def test_rename(pair):

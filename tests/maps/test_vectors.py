@@ -36,7 +36,7 @@ def test_a_vector_for_each_module():
         [1, 0, 0],
     ]
     assert list(SteeringMaps.from_vector(vectors, ["c", "a"])) == ["c", "a"]
-    assert SteeringMaps.from_vector(vectors, ["b", "b"]) == SteeringMaps.from_vector({"b": -V})
+    assert SteeringMaps.from_vector(vectors, ["b"]) == SteeringMaps.from_vector({"b": -V})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64", "bfloat16"])
@@ -59,6 +59,8 @@ def test_types(dtype):
     [
         (V, {}, TypeError, "layers must be given where vector is one array"),
         (V, {"layers": []}, ValueError, "layers: there are none"),
+        (V, {"layers": ["a", "b", "a"]}, ValueError, "layers: module 'a' is given twice"),
+        ({"a": V}, {"layers": ["a", "a"]}, ValueError, "layers: module 'a' is given twice"),
         (V, {"layers": "a.*"}, ValueError, "layers: 'a.*' can only be looked up with model="),
         (V, {"layers": [5]}, ValueError, "layers: 5 can only be looked up with model="),
         (V, {"layers": re.compile("a")}, ValueError, "layers: re.compile('a') can only be looked up with model="),
@@ -104,6 +106,7 @@ BLOCKS = ["model.layers.0", "model.layers.1", "model.layers.2"]
         (np.arange(1, 3), BLOCKS[1:]),
         ("model.layers.*", BLOCKS),
         (["model.norm", 2, re.compile(r".*\.0\.mlp")], ["model.layers.0.mlp", BLOCKS[2], "model.norm"]),
+        (["model.layers.*", "**.[02]", BLOCKS[1]], BLOCKS),
     ],
 )
 def test_layers_of_a_model(llama, layers, names):
@@ -119,11 +122,17 @@ def test_vectors_by_layer_of_a_model(llama):
     assert [one.bias[0] for one in maps.values()] == [0, 2, 1]
     for vector, layers, text in (
         (vectors, [0, 1], "vector: there is none for module 'model.layers.1'; similar names: model.layers.2"),
-        ({0: np.ones(16), BLOCKS[0]: np.ones(16)}, None, "vector: there are two for module 'model.layers.0'"),
+        ({0: np.ones(16), BLOCKS[0]: np.ones(16)}, None, "vector: module 'model.layers.0' is given twice"),
+        ({0: np.ones(16), "model.layers.*": V}, None, "vector: there are two for module 'model.layers.0'"),
         (np.ones(16), 3, "layers: there is no layer 3, only 0 to 2"),
         ({-4: np.ones(16)}, None, "there is no layer -4, only 0 to 2"),
         (np.ones(16), "model.layer.0", "layers: no module matches 'model.layer.0'; similar names: model.layers.*"),
         (np.ones(16), [], "layers is empty"),
+        (np.ones(16), [0, 2, BLOCKS[0]], "layers: module 'model.layers.0' is given twice"),
+        (np.ones(16), [1, -2], "layers: module 'model.layers.1' is given twice"),
+        (np.ones(16), ["model.norm", "module.model.norm"], "layers: module 'model.norm' is given twice"),
+        (np.ones(8), [0, "model.norm"], "vector: module 'model.norm' has 16 neurons, got 8"),
+        ({0: np.ones(8), "**.q_proj": np.ones(9)}, None, "vector: module 'model.layers.0.self_attn.q_proj' has 16 neu"),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             SteeringMaps.from_vector(vector, layers, model=llama)
