@@ -197,12 +197,17 @@ def _fit(
                 "modules": objective.widths,
                 "loss modules": objective.loss_names,
                 "dtype": str(objective.dtype),
+                "dtypes of the activations": sorted(map(str, objective.seen)),
                 "tasks": names,
                 "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
             }
-            checkpoint = Checkpoint(settings.checkpoint, identity)
+            # The targets are the second of the sets, and the held-out ones the fourth.
+            fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
+            fits |= {sets[3].argument: task for sets, task in zip(tasks, held_out, strict=False)}
+            targets = {argument: task.targets for argument, task in fits.items()}
+            checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective)
             if os.path.exists(settings.checkpoint):
                 checkpoint.resume(history, steps)
         run(steps, history, checkpoint, held_out, settings, caller)

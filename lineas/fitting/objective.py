@@ -91,6 +91,11 @@ class Objective:
         self.seen: set[torch.dtype] = set()
         self._ordered = False
 
+    @property
+    def tolerance(self) -> float:
+        """Up to which share activations are taken for the same: half of the digits of their dtype."""
+        return math.sqrt(max(torch.finfo(dtype).eps for dtype in self.seen))
+
     # --- activations --------------------------------------------------------------------------------------------------
 
     def target(self, batches: Sequence[Batch], argument: str) -> list[Tensor]:
@@ -279,10 +284,9 @@ class Objective:
 
         Then the gradients would be those of another loss.
         """
-        tolerance = math.sqrt(max(torch.finfo(dtype).eps for dtype in self.seen))
         with torch.no_grad():
             same = torch.stack(
-                [(a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(before, after, strict=True)]
+                [(a - b).abs().max() <= self.tolerance * b.abs().max() for a, b in zip(before, after, strict=True)]
             )
         if not same.all():
             name = self.loss_names[int((~same).nonzero()[0])]

@@ -105,8 +105,9 @@ class FitSettings(ObjectiveSettings):
     checkpoint : path, optional
         File to keep the fit in: written before the first step and after every one, as a whole or not at all. Where it
         is there, the fit goes on from it, whatever ended it, to the same bits as if nothing had (on the same machine,
-        with as many threads): model, data and settings must be those of then; only `patience` and, at automatic rates
-        without mini-batches, `steps` may differ.
+        with as many threads): model, data and settings must be those of then, and whatever else acts on the model,
+        such as attached maps or adapters, which the target's activations tell, up to rounding. Only `patience` and, at
+        automatic rates without mini-batches, `steps`, upwards, may differ.
     """
 
     init: Mapping[str, Any] | None = None
