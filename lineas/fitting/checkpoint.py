@@ -72,6 +72,11 @@ class Checkpoint:
                 "file, or remove it to begin again"
             )
         self._check_targets(tensors)
+        if len(state["records"]) > steps.count:
+            raise ValueError(
+                f"steps must be at least the {len(state['records'])} that the fit in {self.path} has taken, got "
+                f"{steps.count}; give another file for a shorter fit"
+            )
         maps, device = history.maps, history.maps.weight.device
         maps.weight.copy_(tensors["weight"])
         maps.bias.copy_(tensors["bias"])

@@ -313,6 +313,13 @@ def test_other_sums_of_the_same_go_on(tmp_path):
     assert calls and len(found.history["loss"]) == 4
 
 
+def test_fewer_steps_than_were_taken_are_refused(fit, kept):
+    before = kept.read_bytes()
+    with pytest.raises(ValueError, match=r"^steps must be at least the 2 that the fit in .* has taken, got 1; give"):
+        fit(lr="auto", steps=1, checkpoint=kept)
+    assert kept.read_bytes() == before
+
+
 def test_wrong_types(llama):
     with pytest.raises(TypeError, match="checkpoint must be a path, got int"):
         fit_end_to_end(llama, prompts(6, 1), prompts(6, 2), layers=zoo.NORMS["llama"], checkpoint=3)
