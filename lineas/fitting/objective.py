@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
-from ..hooks.capture import Capture
+from ..hooks.capture import Capture, warn_of_repeated
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
@@ -105,10 +105,10 @@ class Objective:
         _check_count(samples, argument)
         return sort_columns(samples, [f"{argument}: {name}" for name in self.loss_names])
 
-    @torch.no_grad()
     def _activations(self, batches: Sequence[Batch], maps: Leaves | None = None) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules, all batches one after the other, without a graph."""
-        return _join([self._pooled(Capture(), batch, maps) for batch in batches])
+        with torch.no_grad():  # no decorator, which would be taken for the caller where something is warned of
+            return _join([self._pooled(Capture(), batch, maps) for batch in batches])
 
     def _pooled(self, capture: Capture, batch: Batch, maps: Leaves | None) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules for one batch, with maps on if there are any."""
@@ -140,6 +140,7 @@ class Objective:
         last = self.loss_names[-1] if self._ordered else None  # the first run goes on until every module was called
         order = capture.run(self.model, batch, names, on_output, last=last, forward=self.settings.forward)
         if not self._ordered:
+            warn_of_repeated(capture.repeated)
             self._sort(order)
         return [pooled[name].to(self.device, self.dtype) for name in self.loss_names]
 

@@ -14,7 +14,7 @@ from ..inputs.batches import Batch
 from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts, read
 from ..maps.metadata import spell
-from .capture import Capture
+from .capture import Capture, warn_of_repeated
 from .modules import model_name
 from .settings import RunSettings, takes
 from .sites import choose_layers
@@ -26,7 +26,9 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
     """Take pooled activations out of a model: one row a prompt, one array a module.
 
     The model is called as it is, in eval mode, without gradients, and left early once the last of the modules has
-    been seen; mode, flags and random state are restored afterwards, also after an error.
+    been seen; mode, flags and random state are restored afterwards, also after an error. A module that runs several
+    times in a forward pass, such as the shared layers of ALBERT, counts with its first call, while attached maps act at
+    every call: `lineas.sites` with data shows such modules.
 
     Parameters
     ----------
@@ -52,6 +54,11 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
         If no module matches `layers` (near names are listed) or none is suggested, a matched module is not run, there
         is no prompt, a prompt without an answer where the generated tokens are asked for, or a mask does not fit the
         activation it belongs to.
+
+    Warns
+    -----
+    UserWarning
+        If a module was called a second time before the model was left; what would have run later is not known.
     """
     check_fit_tokens(settings.tokens, model)
     batches = read_prompts(data, "data", settings).parts(settings.batch_size)
@@ -77,6 +84,7 @@ def collect_batches(
     model: nn.Module, batches: Iterable[Batch], names: Sequence[str], settings: RunSettings
 ) -> dict[str, NDArray[np.float32]]:
     """Pooled activations [n, d] of the modules `names`, in execution order, over `batches`; the model is frozen."""
+    capture = Capture()
 
     def pooled(batch: Batch) -> dict[str, NDArray[np.float32]]:
         selected, found = BatchTokens(model, batch, settings), {}
@@ -85,10 +93,11 @@ def collect_batches(
             if name not in found:  # a module called twice counts with its first call
                 found[name] = to_numpy(selected.pool(name, module, tensor))
 
-        Capture().run(model, batch, names, on_output, forward=settings.forward)
+        capture.run(model, batch, names, on_output, forward=settings.forward)
         return found
 
     parts = [pooled(batch) for batch in batches]
+    warn_of_repeated(capture.repeated)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -46,7 +46,8 @@ class RunSettings:
         Over the tokens under the attention mask. "all" keeps each of them as a sample of its own.
     tokens : "all", "last", "prompt", "generated", slice or callable, default "all"
         The tokens that maps act on, and over which activations are pooled: what is fitted is what the maps meet when
-        they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata name
+        they are attached (of a module that runs several times in a forward pass, at its first call). See
+        `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata name
         them. In a prompt "last" is its last token. "generated" are the answers of conversations that end with one
         of the assistant, and "prompt" is what stands before them; in all other prompts "generated" is none and refused.
         ``pooling="last"`` takes the last one of the selected tokens. Outputs without tokens, such as images, allow
