@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._checks import as_pair
+from .._warn import warn
 from ..hooks.collect import read_prompts
 from ..hooks.modules import find, model_name, resolve
 from ..hooks.settings import RunSettings, optional, takes
@@ -25,7 +26,10 @@ from .objective import Objective, Task
 from .parameters import MapParameters, ProximalOptimizer
 from .result import FitResult
 from .settings import FitSettings, ObjectiveSettings
-from .step_sizes import AutomaticSteps, ScheduledSteps, Steps
+from .step_sizes import AutomaticSteps, ScheduledSteps, Steps, penalty_of
+
+# A loss so many times the first, penalties included, is that of steps that were too long.
+DIVERGED = 10
 
 Pair: TypeAlias = tuple[Any, Any]
 """Source and target, as users give them."""
@@ -57,7 +61,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     -------
     FitResult
         The maps, the history of the S steps taken and what they cost; see `FitResult`. Ctrl-C and a loss that is not
-        finite end the fit early and keep the best maps so far.
+        finite end the fit early and keep the best maps so far. A loss that went far up, at a rate that was given and
+        without held-out sets, is warned of.
 
     Raises
     ------
@@ -189,6 +194,7 @@ def _fit(
             stepper = ProximalOptimizer(maps, settings.penalties, settings.optimizer, settings.betas)
             steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps)
         history, checkpoint = History(maps), None
+        penalty = penalty_of(maps, settings.penalties, maps.sizes)
         if settings.checkpoint is not None:
             identity = {
                 **{key: value for key, value in settings.record().items() if key not in settings.free},
@@ -211,6 +217,12 @@ def _fit(
             if os.path.exists(settings.checkpoint):
                 checkpoint.resume(history, steps)
         run(steps, history, checkpoint, held_out, settings, caller)
+    loss = None
+    if settings.mini_batch is None and history.best_strength == 1:
+        last = history.best_step == len(history.records)
+        loss = steps.loss if last else history.records[history.best_step]["loss"]
+    if not (held_out or settings.lr == "auto" or history.stopped.startswith("not finite")):
+        _warn_of_divergence(history.records, penalty, caller)
 
     arrays = history.arrays(len(given), len(objective.loss_names), settings.scaling)
     held_out_task_loss = None
@@ -232,4 +244,16 @@ def _fit(
         held_out_passes=history.held_out_passes,
         held_out_task_loss=held_out_task_loss,
         best_strength=history.best_strength,
+        loss=loss,
     )
+
+
+def _warn_of_divergence(records: list[dict[str, Any]], penalty: float, caller: str) -> None:
+    """Warn where loss and penalties together went far up; `penalty` is that of the maps that the fit started from."""
+    if len(records) > 1:
+        before, after = records[0]["loss"] + penalty, records[-1]["loss"] + records[-2]["penalty"]
+        if after > DIVERGED * before:
+            warn(
+                f"{caller} went up: loss and penalties were {before:.4g} before the first step and {after:.4g} before "
+                "the last; take a smaller lr, or lr='auto'"
+            )
