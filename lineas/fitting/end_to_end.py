@@ -25,7 +25,7 @@ from .loop import History, of_tasks, run
 from .objective import Objective, Task
 from .parameters import MapParameters, ProximalOptimizer
 from .result import FitResult
-from .settings import FitSettings, ObjectiveSettings
+from .settings import FitSettings, JointSettings, ObjectiveSettings
 from .step_sizes import AutomaticSteps, ScheduledSteps, Steps, penalty_of
 
 # A loss so many times the first, penalties included, is that of steps that were too long.
@@ -78,8 +78,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     return _fit(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
 
-@takes(FitSettings)
-def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings: FitSettings) -> FitResult:
+@takes(JointSettings)
+def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings: JointSettings) -> FitResult:
     """Fit one set of maps for several concepts at once: as `fit_end_to_end`, of the mean of the tasks' losses.
 
     Maps that were fitted one by one can be composed (``second @ first``), but each was fitted to a model without the

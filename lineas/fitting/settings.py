@@ -43,14 +43,13 @@ class ObjectiveSettings(RunSettings):
     ----------
     loss_layers : str, list[str] or re.Pattern, optional
         Modules at which the distance is taken. Default: those of `layers`.
-    held_out : (source, target), or a dict of them by task, optional
-        Two more sets, by whose loss the best maps are chosen; of `lineas.fit_jointly` two for each task, by the mean.
+    held_out : (source, target), optional
+        Two more sets, by whose loss the best maps are chosen.
     scaling : {"layer-mean", "paper", "reference"}, default "layer-mean"
         The loss is the mean over loss modules, their sum (eq. 4 of the paper), or what the published code minimises,
         which its rates and penalties fit.
     seed : int, default 0
-        Of torch's random numbers during the fit, for models that draw any, and of the mini-batches. The state is
-        restored afterwards.
+        Of torch's random numbers during the fit, for models that draw any. The state is restored afterwards.
     """
 
     loss_layers: Layers | None = None
@@ -65,7 +64,7 @@ class ObjectiveSettings(RunSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(ObjectiveSettings):
-    """Settings of `lineas.fit_end_to_end` and `lineas.fit_jointly`.
+    """Settings of `lineas.fit_end_to_end`.
 
     Parameters
     ----------
@@ -102,6 +101,9 @@ class FitSettings(ObjectiveSettings):
     patience : int or None, default 5
         With `held_out`: stop after so many steps without a lower held-out loss, those that are taken back not counted;
         None takes all steps.
+    seed : int, default 0
+        Of the mini-batches, and of torch's random numbers during the fit, for models that draw any. The state is
+        restored afterwards.
     checkpoint : path, optional
         File to keep the fit in: written before the first step and after every one, as a whole or not at all. Where it
         is there, the fit goes on from it, whatever ended it, to the same bits as if nothing had (on the same machine,
@@ -156,6 +158,17 @@ class FitSettings(ObjectiveSettings):
     def free(self) -> tuple[str, ...]:
         """The settings in which a fit that goes on may differ: the number of steps where no rate depends on it."""
         return ("steps", "patience") if self.lr == "auto" and self.mini_batch is None else ("patience",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings(FitSettings):
+    """Settings of `lineas.fit_jointly`.
+
+    Parameters
+    ----------
+    held_out : dict of str to (source, target), optional
+        Two more sets for each task, by whose mean loss the best maps are chosen.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

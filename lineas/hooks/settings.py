@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
@@ -119,7 +120,7 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
     """Let callers write the settings, the last parameter of a function, as keyword arguments.
 
     Signature and description show all of them: the descriptions of the settings, and of the classes they come from,
-    stand where the function's own description says ``**settings``.
+    stand where the function's own description says ``**settings``; a class that describes a setting anew has its way.
     """
     cls = cast(type, settings)
 
@@ -144,8 +145,12 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
         )
         if function.__doc__ is not None:  # there is none under -OO
             texts = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__[:-1])]
-            described = "\n".join(text.partition("----------\n")[2] for text in texts)
-            wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", described.strip(), 1)
+            described: dict[str, str] = {}  # by the line of names before the colon
+            for text in texts:
+                for entry in re.split(r"\n(?=\S)", text.partition("----------\n")[2].strip()):
+                    described[entry.partition(" : ")[0]] = entry
+            entries = "\n".join(described.values())
+            wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", entries, 1)
         return wrapper
 
     return cast("_Taker[P, S]", decorate)

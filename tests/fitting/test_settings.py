@@ -10,13 +10,13 @@ import pytest
 from fits import QUIET, prompts
 
 import lineas
-from lineas.fitting.settings import FitSettings, IncrementalSettings, PathSettings
+from lineas.fitting.settings import FitSettings, IncrementalSettings, JointSettings, PathSettings
 from lineas.hooks.settings import RunSettings, takes
 
 CALLS = {
     lineas.collect: RunSettings,
     lineas.fit_end_to_end: FitSettings,
-    lineas.fit_jointly: FitSettings,
+    lineas.fit_jointly: JointSettings,
     lineas.fit_incremental: IncrementalSettings,
     lineas.sparse_path_end_to_end: PathSettings,
 }
@@ -41,6 +41,21 @@ def test_every_setting_is_described_once():
         for base in settings.__mro__[:-1]:
             for name in base.__annotations__:
                 assert f"{name} : " in base.__doc__ or f"{name}, " in base.__doc__ or f", {name} : " in base.__doc__
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lineas.fit_end_to_end, "(source, target)"),
+        (lineas.sparse_path_end_to_end, "(source, target)"),
+        (lineas.fit_jointly, "dict of str to (source, target)"),
+    ],
+)
+def test_the_held_out_sets_are_described_as_each_function_takes_them(function, kind):
+    described = inspect.getdoc(function)
+    assert f"\nheld_out : {kind}, optional\n" in described
+    assert ("by task" in described or "each task" in described) == ("dict" in kind)
+    assert ("mini-batches, and of torch" in described) == (function is not lineas.sparse_path_end_to_end)
 
 
 def test_arguments_are_bound_as_python_does():
