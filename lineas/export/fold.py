@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import as_finite, as_flag
 from ..hooks.affine import moved, parameters
 from ..hooks.attach import attach
+from ..hooks.settings import as_tokenizer, optional
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
@@ -95,6 +96,7 @@ def fold(
         missing or has another width, or `check` finds a difference.
     """
     strength = as_finite(strength, "strength")
+    optional(as_tokenizer, tokenizer, "tokenizer")
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:
         raise ValueError("convert makes a model of another class: it cannot be done in place")

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._names import near_names
 from ..hooks.attach import attached
-from ..hooks.modules import find, get_module, output_width
+from ..hooks.modules import check_model, find, get_module, output_width
 from ..inputs.call import unwrap
 from ..maps.steering import SteeringMaps
 
@@ -68,8 +68,7 @@ def check_arguments(
     when an argument is of a wrong type; ValueError when maps are on the model, these maps were fitted for some tokens
     only, a module is missing or has another width, or `readers` has a name without a map or an empty list.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     tokens = _tokens(maps.metadata)
     if tokens != "all":
         raise ValueError(

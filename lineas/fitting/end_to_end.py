@@ -12,7 +12,7 @@ from torch import nn
 from .._checks import as_pair
 from .._warn import warn
 from ..hooks.collect import read_prompts
-from ..hooks.modules import find, model_name, resolve
+from ..hooks.modules import check_runs, find, model_name, resolve
 from ..hooks.settings import RunSettings, optional, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
@@ -71,9 +71,11 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     OSError
         If a checkpoint cannot be read or written; what is on disk stays.
     ValueError
-        If `checkpoint` is there and is none, damaged or of another fit, a setting is out of range, no module matches, a
+        If the model's weights are on the meta device, `checkpoint` is there and is none, damaged or of another fit, a
+        setting is out of range, no module matches, a
         set has fewer than 2 prompts, or a map could not influence any loss; the message names the argument or module.
     """
+    check_runs(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
     return _fit(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
@@ -110,6 +112,7 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
         As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, or `held_out` has others. The
         message names the task.
     """
+    check_runs(model)
     pairs = _pairs("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")

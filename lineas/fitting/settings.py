@@ -60,6 +60,8 @@ class ObjectiveSettings(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(scaling=as_choice(self.scaling, "scaling", SCALINGS), seed=as_int(self.seed, "seed", low=0))
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,8 @@ class PathSettings(ObjectiveSettings):
 
     Parameters
     ----------
+    held_out : (source, target), optional
+        Two more sets, whose loss is taken at every point: by it refits are kept or not, and the best point is found.
     n_penalties : int, default 50
         How many penalties, at least 2, in equal ratios from the smallest one that leaves every map the identity, which
         the gradient there tells, down to ``min_ratio`` times it.

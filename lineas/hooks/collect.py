@@ -15,7 +15,7 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts, read
 from ..maps.metadata import spell
 from .capture import Capture, warn_of_repeated
-from .modules import model_name
+from .modules import check_runs, model_name
 from .settings import RunSettings, takes
 from .sites import choose_layers
 from .tokens import BatchTokens, check_fit_tokens
@@ -51,15 +51,16 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
     TypeError
         If an argument is of a wrong type, texts come without a tokenizer, or a module's output holds no tensor.
     ValueError
-        If no module matches `layers` (near names are listed) or none is suggested, a matched module is not run, there
-        is no prompt, a prompt without an answer where the generated tokens are asked for, or a mask does not fit the
-        activation it belongs to.
+        If the model's weights are on the meta device, no module matches `layers` (near names are listed) or none is
+        suggested, a matched module is not run, there is no prompt, a prompt without an answer where the generated
+        tokens are asked for, or a mask does not fit the activation it belongs to.
 
     Warns
     -----
     UserWarning
         If a module was called a second time before the model was left; what would have run later is not known.
     """
+    check_runs(model)
     check_fit_tokens(settings.tokens, model)
     batches = read_prompts(data, "data", settings).parts(settings.batch_size)
     names, layers = choose_layers(model, settings.layers, say=settings.progress)

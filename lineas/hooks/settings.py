@@ -73,6 +73,7 @@ class RunSettings:
             pooling=as_choice(self.pooling, "pooling", POOLINGS),
             tokens=check_tokens(self.tokens),
             progress=as_flag(self.progress, "progress"),
+            tokenizer=optional(as_tokenizer, self.tokenizer, "tokenizer"),
         )
         if self.forward is not None and not callable(self.forward):
             raise TypeError(f"forward must be a function of model and batch, got {type(self.forward).__name__}")
@@ -90,6 +91,16 @@ class RunSettings:
         """The settings that the metadata of maps keep, as JSON has them."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_RECORDED}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def as_tokenizer(value: Any, name: str) -> Any:
+    """`value`; TypeError if it cannot be called as a tokenizer is, such as the name of one, or its class."""
+    if isinstance(value, type) or not callable(value):
+        got = value if isinstance(value, type) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a loaded tokenizer, such as transformers.AutoTokenizer.from_pretrained(name), got {got}"
+        )
+    return value
 
 
 def optional(check: Callable[..., Any], value: Any, name: str, **bounds: Any) -> Any:
@@ -131,6 +142,11 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                raise TypeError(
+                    f"{function.__name__}() takes only {', '.join(names)} by position, got {len(args)} positional "
+                    "arguments: settings are given by name, such as layers=..."
+                )
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:

@@ -20,7 +20,8 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import read
 from ..maps.metadata import Layers
 from . import outputs
-from .modules import likely_slip, named_modules, output_width, resolve
+from .modules import check_model, check_runs, likely_slip, named_modules, output_width, resolve
+from .settings import as_tokenizer, optional
 
 # Norms between attention and feed-forward, where their name does not say "post"; with a number before them, in a block.
 _AFTER_ATTENTION = re.compile(
@@ -168,24 +169,22 @@ def sites(
     Raises
     ------
     TypeError
-        If `model` is no torch module, or `data` no texts or batch.
+        If `model` is no torch module, `tokenizer` no tokenizer, or `data` no texts or batch.
     ValueError
-        If texts come without a tokenizer.
+        If texts come without a tokenizer, or `data` with a model without weights.
 
     Examples
     --------
     >>> found = lineas.sites(model)  # doctest: +SKIP
     >>> acts = lineas.collect(model, texts, layers=found.suggested, tokenizer=tokenizer)  # doctest: +SKIP
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__} (of a pipeline, pass the model in it, such "
-            "as its unet or transformer)"
-        )
+    check_model(model)
+    optional(as_tokenizer, tokenizer, "tokenizer")
     modules = named_modules(model)
     found = {name: module for name, module in modules.items() if _is_candidate(module)}
     ran: dict[str, _Ran] = {}
     if data is not None:
+        check_runs(model)
         batch = read(data, "data", tokenizer=tokenizer, max_length=max_length).first()
         ran = _run(model, batch, found, forward)
         found = {name: found[name] for name in ran}

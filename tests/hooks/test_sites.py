@@ -198,5 +198,7 @@ def test_a_run_tells_how_often_modules_are_called():
 def test_what_is_no_module_is_an_error_that_says_what_to_pass():
     with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got dict \(of a pipeline, pass the model"):
         lineas.sites({})
+    with pytest.raises(TypeError, match=r"^tokenizer must be a loaded tokenizer, such as .*, got str"):
+        lineas.sites(zoo.llama(), ["a"], tokenizer="gpt2")
     with pytest.raises(ValueError, match=r"^data holds texts: pass tokenizer="):
         lineas.sites(zoo.llama(), ["a"])
