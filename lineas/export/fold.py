@@ -94,6 +94,11 @@ def fold(
         shift that no bias on disk could hold, weights that are quantised, offloaded or tied to others, modules
         without a gain. Also if maps are attached to the model, these maps are for some tokens only, a module is
         missing or has another width, or `check` finds a difference.
+
+    Warns
+    -----
+    UserWarning
+        If the metadata name another model than this one, as `attach`.
     """
     strength = as_finite(strength, "strength")
     optional(as_tokenizer, tokenizer, "tokenizer")
@@ -108,7 +113,7 @@ def fold(
     values, settings = _plan(maps, inner, strength, readers, convert)
     hooked: list[Tensor] = []
     if batches:
-        with attach(maps, model, strength):
+        with attach(dict(maps), model, strength):  # without metadata, of which there was a warning if need be
             hooked = _outputs(model, batches, forward)
     target = model if inplace else to_llama(inner) if convert else copy.deepcopy(model)
     undo = write_parameters(unwrap(target), values)
