@@ -107,7 +107,10 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
             raise ValueError(f"{argument}: no module matches {text!r}{hint(text, names)}")
         slip = likely_slip(hits)
         if slip and patterns is not layers:
-            raise ValueError(f"{argument}: {text!r} matches {slip}; where all are meant, give a list: [{pattern!r}]")
+            raise ValueError(
+                f"{argument}: {text!r} matches {slip}; give narrower globs, such as lineas.sites(model).suggested (in "
+                "a list, all that a glob matches is taken as meant, and must be able to take a map)"
+            )
         chosen.update(hits)
     return [name for name in names if name in chosen]
 
