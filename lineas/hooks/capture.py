@@ -132,7 +132,7 @@ class Capture:
 def warn_of_repeated(names: Collection[str]) -> None:
     """Warn of modules that were called more than once in a forward pass, if there are any."""
     if names:
-        others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+        others = f", like others ({len(names)} in all)," if len(names) > 1 else ""
         warn(
             f"module {next(iter(names))!r}{others} runs more than once in a forward pass: its activations are those of "
             "the first call, while attached maps act at every call",
