@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import as_finite, as_flag
 from ..hooks.affine import moved, parameters
 from ..hooks.attach import attach
+from ..hooks.settings import as_tokenizer, optional
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
@@ -93,8 +94,14 @@ def fold(
         shift that no bias on disk could hold, weights that are quantised, offloaded or tied to others, modules
         without a gain. Also if maps are attached to the model, these maps are for some tokens only, a module is
         missing or has another width, or `check` finds a difference.
+
+    Warns
+    -----
+    UserWarning
+        If the metadata name another model than this one, as `attach`.
     """
     strength = as_finite(strength, "strength")
+    optional(as_tokenizer, tokenizer, "tokenizer")
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:
         raise ValueError("convert makes a model of another class: it cannot be done in place")
@@ -106,7 +113,7 @@ def fold(
     values, settings = _plan(maps, inner, strength, readers, convert)
     hooked: list[Tensor] = []
     if batches:
-        with attach(maps, model, strength):
+        with attach(dict(maps), model, strength):  # without metadata, of which there was a warning if need be
             hooked = _outputs(model, batches, forward)
     target = model if inplace else to_llama(inner) if convert else copy.deepcopy(model)
     undo = write_parameters(unwrap(target), values)

@@ -86,6 +86,11 @@ def to_peft_lora(
         maps need biases or a higher rank than was given, change nothing, or as `fold`. Nothing is written then.
     OSError
         If the files cannot be written.
+
+    Warns
+    -----
+    UserWarning
+        If the metadata name another model than this one, as `attach`.
     """
     try:
         from peft import LoraConfig

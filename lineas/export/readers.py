@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._names import near_names
-from ..hooks.attach import attached
-from ..hooks.modules import find, get_module, output_width
+from ..hooks.attach import attached, warn_of_another_model
+from ..hooks.modules import check_model, find, get_module, output_width
 from ..inputs.call import unwrap
 from ..maps.steering import SteeringMaps
 
@@ -66,10 +66,10 @@ def check_arguments(
 
     Returns the maps by the names that their modules have in the innermost model, that model, and `readers`. TypeError
     when an argument is of a wrong type; ValueError when maps are on the model, these maps were fitted for some tokens
-    only, a module is missing or has another width, or `readers` has a name without a map or an empty list.
+    only, a module is missing or has another width, or `readers` has a name without a map or an empty list. Warns as
+    `attach` where the maps were fitted to a model of another name.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     tokens = _tokens(maps.metadata)
     if tokens != "all":
         raise ValueError(
@@ -86,6 +86,7 @@ def check_arguments(
         width = output_width(module)
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
+    warn_of_another_model(maps.metadata, model)
     maps, model = maps.rename(names), unwrap(model)
     return maps, model, {} if readers is None else _check_readers(readers, maps, model)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ..maps.files import read, write
 
 if TYPE_CHECKING:
     from .loop import History
+    from .objective import Objective
     from .step_sizes import Steps
 
 FORMAT = "lineas checkpoint"
@@ -30,16 +31,28 @@ _PROGRESS = ("records", "best_step", "best_strength", "best_loss", "held_out_pas
 class Checkpoint:
     """The file in which a fit is kept.
 
-    `identity` is what must be the same for a fit to go on, as JSON has it: settings, modules, digests.
+    What must be the same for a fit to go on is `identity`, as JSON has it: settings, modules, digests; and, up to
+    rounding, the `targets`: the target activations of every set, which whatever else acts on the model changes too,
+    such as attached maps, adapters, a `forward` or a selection of tokens.
     """
 
-    def __init__(self, path: str | PathLike[str], identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        identity: dict[str, Any],
+        targets: Mapping[str, Sequence[Tensor]],
+        objective: Objective,
+    ) -> None:
         self.path, self.identity = os.fspath(path), identity
+        self.targets = {argument: _moments(samples) for argument, samples in targets.items()}
+        self.names, self.tolerance = objective.loss_names, objective.tolerance
 
     def save(self, history: History, steps: Steps) -> None:
         """Write the fit as it stands; OSError if that fails."""
         tensors, state = steps.state()
         tensors |= {"weight": history.maps.weight, "bias": history.maps.bias}
+        for argument, moments in self.targets.items():
+            tensors |= {f"moments {argument} {k}": module for k, module in enumerate(moments)}
         random = RandomState(steps.objective.model)
         tensors |= {f"random {device}": numbers for device, numbers in random.tensors.items()}
         if history.best is not None:
@@ -58,6 +71,12 @@ class Checkpoint:
                 f"checkpoint: {self.path} is that of another fit, of which the {differs} differs{detail}; give another "
                 "file, or remove it to begin again"
             )
+        self._check_targets(tensors)
+        if len(state["records"]) > steps.count:
+            raise ValueError(
+                f"steps must be at least the {len(state['records'])} that the fit in {self.path} has taken, got "
+                f"{steps.count}; give another file for a shorter fit"
+            )
         maps, device = history.maps, history.maps.weight.device
         maps.weight.copy_(tensors["weight"])
         maps.bias.copy_(tensors["bias"])
@@ -71,6 +90,32 @@ class Checkpoint:
         random = RandomState(steps.objective.model)
         random.tensors = {name: tensors.get(f"random {name}", numbers) for name, numbers in random.tensors.items()}
         random.restore()
+
+    def _check_targets(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where the activations of a target are others, by more than other sums of the same would."""
+        for argument, moments in self.targets.items():
+            for k, (name, now) in enumerate(zip(self.names, moments, strict=True)):
+                if not _alike(tensors[f"moments {argument} {k}"], now.cpu(), self.tolerance):
+                    raise ValueError(
+                        f"checkpoint: {self.path} is that of another fit, of which the activations of {argument} at "
+                        f"module {name!r} differ, though weights and prompts are the same: look for attached maps, "
+                        "adapters switched on or off, another forward= or tokens=; make it as it was, give another "
+                        "file, or remove it to begin again"
+                    )
+
+
+def _moments(samples: Sequence[Tensor]) -> list[Tensor]:
+    """Mean and standard deviation [2, d] of the samples [m, d] of every module."""
+    return [torch.stack(torch.std_mean(sample, dim=0, correction=0)[::-1]) for sample in samples]
+
+
+def _alike(before: Tensor, now: Tensor, tolerance: float) -> bool:
+    """Whether two means and standard deviations [2, d] are the same up to a share of the size of the neurons.
+
+    Not to the bit: other threads, another machine and another device add in another order.
+    """
+    size = before.square().sum(dim=0).sqrt()
+    return bool(((now - before).abs() <= tolerance * (size + size.median())).all())
 
 
 def save(path: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -117,19 +162,24 @@ def digest(*values: Any) -> str:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """A digest of all parameters and buffers of a model: names, shapes, dtypes, the sum of their bits, some values.
+    """A digest of all parameters and buffers of a model: names, shapes, dtypes, and sums that tell every bit's place.
 
-    Sums of integers wrap around and do not depend on their order, so that they are the same on every device, and take
-    one pass over the weights. Weights that are not in memory count by name and shape alone.
+    Every number is multiplied by one that belongs to its place. Sums of integers wrap around and do not depend on their
+    order, so that they are the same on every device, and take one pass over the weights. Weights that are not in memory
+    count by name and shape alone.
     """
     found: list[Any] = []
+    places = torch.from_numpy(np.random.PCG64(0).random_raw(_BLOCK).view(np.int64))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         found += [name, str(tensor.dtype), list(tensor.shape)]
         if type(tensor.data) is Tensor and tensor.device.type != "meta" and tensor.numel():
+            places = places.to(tensor.device)
             values = tensor.detach().contiguous().flatten()
-            bits = values.view(_INTEGERS.get(values.element_size(), torch.uint8))
-            found += [int(bits.sum(dtype=torch.int64)), bits[:: max(1, len(bits) // 64)]]
+            blocks = values.view(_INTEGERS.get(values.element_size(), torch.uint8)).split(_BLOCK)
+            found += torch.stack([(block * places[: len(block)]).sum() for block in blocks]).tolist()
     return digest(found)
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 1 << 20
+# Of numbers of 8 bytes either half has a place: products of whole ones would lose what differs in the first bits only.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int32}

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .._checks import as_pair
+from .._warn import warn
 from ..hooks.collect import read_prompts
-from ..hooks.modules import find, model_name, resolve
+from ..hooks.modules import check_runs, find, model_name, resolve
 from ..hooks.settings import RunSettings, optional, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
@@ -24,8 +25,11 @@ from .loop import History, of_tasks, run
 from .objective import Objective, Task
 from .parameters import MapParameters, ProximalOptimizer
 from .result import FitResult
-from .settings import FitSettings, ObjectiveSettings
-from .step_sizes import AutomaticSteps, ScheduledSteps, Steps
+from .settings import FitSettings, JointSettings, ObjectiveSettings
+from .step_sizes import AutomaticSteps, ScheduledSteps, Steps, penalty_of
+
+# A loss so many times the first, penalties included, is that of steps that were too long.
+DIVERGED = 10
 
 Pair: TypeAlias = tuple[Any, Any]
 """Source and target, as users give them."""
@@ -57,7 +61,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     -------
     FitResult
         The maps, the history of the S steps taken and what they cost; see `FitResult`. Ctrl-C and a loss that is not
-        finite end the fit early and keep the best maps so far.
+        finite end the fit early and keep the best maps so far. A loss that went far up, at a rate that was given and
+        without held-out sets, is warned of.
 
     Raises
     ------
@@ -66,15 +71,17 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     OSError
         If a checkpoint cannot be read or written; what is on disk stays.
     ValueError
-        If `checkpoint` is there and is none, damaged or of another fit, a setting is out of range, no module matches, a
+        If the model's weights are on the meta device, `checkpoint` is there and is none, damaged or of another fit, a
+        setting is out of range, no module matches, a
         set has fewer than 2 prompts, or a map could not influence any loss; the message names the argument or module.
     """
+    check_runs(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
     return _fit(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
 
-@takes(FitSettings)
-def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings: FitSettings) -> FitResult:
+@takes(JointSettings)
+def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings: JointSettings) -> FitResult:
     """Fit one set of maps for several concepts at once: as `fit_end_to_end`, of the mean of the tasks' losses.
 
     Maps that were fitted one by one can be composed (``second @ first``), but each was fitted to a model without the
@@ -105,6 +112,7 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
         As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, or `held_out` has others. The
         message names the task.
     """
+    check_runs(model)
     pairs = _pairs("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")
@@ -189,6 +197,7 @@ def _fit(
             stepper = ProximalOptimizer(maps, settings.penalties, settings.optimizer, settings.betas)
             steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps)
         history, checkpoint = History(maps), None
+        penalty = penalty_of(maps, settings.penalties, maps.sizes)
         if settings.checkpoint is not None:
             identity = {
                 **{key: value for key, value in settings.record().items() if key not in settings.free},
@@ -197,15 +206,26 @@ def _fit(
                 "modules": objective.widths,
                 "loss modules": objective.loss_names,
                 "dtype": str(objective.dtype),
+                "dtypes of the activations": sorted(map(str, objective.seen)),
                 "tasks": names,
                 "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
             }
-            checkpoint = Checkpoint(settings.checkpoint, identity)
+            # The targets are the second of the sets, and the held-out ones the fourth.
+            fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
+            fits |= {sets[3].argument: task for sets, task in zip(tasks, held_out, strict=False)}
+            targets = {argument: task.targets for argument, task in fits.items()}
+            checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective)
             if os.path.exists(settings.checkpoint):
                 checkpoint.resume(history, steps)
         run(steps, history, checkpoint, held_out, settings, caller)
+    loss = None
+    if settings.mini_batch is None and history.best_strength == 1:
+        last = history.best_step == len(history.records)
+        loss = steps.loss if last else history.records[history.best_step]["loss"]
+    if not (held_out or settings.lr == "auto" or history.stopped.startswith("not finite")):
+        _warn_of_divergence(history.records, penalty, caller)
 
     arrays = history.arrays(len(given), len(objective.loss_names), settings.scaling)
     held_out_task_loss = None
@@ -227,4 +247,16 @@ def _fit(
         held_out_passes=history.held_out_passes,
         held_out_task_loss=held_out_task_loss,
         best_strength=history.best_strength,
+        loss=loss,
     )
+
+
+def _warn_of_divergence(records: list[dict[str, Any]], penalty: float, caller: str) -> None:
+    """Warn where loss and penalties together went far up; `penalty` is that of the maps that the fit started from."""
+    if len(records) > 1:
+        before, after = records[0]["loss"] + penalty, records[-1]["loss"] + records[-2]["penalty"]
+        if after > DIVERGED * before:
+            warn(
+                f"{caller} went up: loss and penalties were {before:.4g} before the first step and {after:.4g} before "
+                "the last; take a smaller lr, or lr='auto'"
+            )

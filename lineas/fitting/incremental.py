@@ -15,7 +15,7 @@ from ..hooks import outputs
 from ..hooks.affine import apply, parameters, working_dtype
 from ..hooks.capture import Capture
 from ..hooks.collect import collect_batches, to_numpy
-from ..hooks.modules import model_name
+from ..hooks.modules import check_runs, model_name
 from ..hooks.settings import takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import BatchTokens, check_fit_tokens
@@ -55,6 +55,7 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     TypeError, ValueError
         As `fit` and `collect`.
     """
+    check_runs(model)
     sides = read_sets(None, (source, target), None, settings)
     sources, targets = (prompts.parts(settings.batch_size) for prompts in sides)
     names, layers = choose_layers(model, settings.layers, say=settings.progress)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
-from ..hooks.capture import Capture
+from ..hooks.capture import Capture, warn_of_repeated
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
@@ -91,6 +91,11 @@ class Objective:
         self.seen: set[torch.dtype] = set()
         self._ordered = False
 
+    @property
+    def tolerance(self) -> float:
+        """Up to which share activations are taken for the same: half of the digits of their dtype."""
+        return math.sqrt(max(torch.finfo(dtype).eps for dtype in self.seen))
+
     # --- activations --------------------------------------------------------------------------------------------------
 
     def target(self, batches: Sequence[Batch], argument: str) -> list[Tensor]:
@@ -100,10 +105,10 @@ class Objective:
         _check_count(samples, argument)
         return sort_columns(samples, [f"{argument}: {name}" for name in self.loss_names])
 
-    @torch.no_grad()
     def _activations(self, batches: Sequence[Batch], maps: Leaves | None = None) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules, all batches one after the other, without a graph."""
-        return _join([self._pooled(Capture(), batch, maps) for batch in batches])
+        with torch.no_grad():  # no decorator, which would be taken for the caller where something is warned of
+            return _join([self._pooled(Capture(), batch, maps) for batch in batches])
 
     def _pooled(self, capture: Capture, batch: Batch, maps: Leaves | None) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules for one batch, with maps on if there are any."""
@@ -135,6 +140,7 @@ class Objective:
         last = self.loss_names[-1] if self._ordered else None  # the first run goes on until every module was called
         order = capture.run(self.model, batch, names, on_output, last=last, forward=self.settings.forward)
         if not self._ordered:
+            warn_of_repeated(capture.repeated)
             self._sort(order)
         return [pooled[name].to(self.device, self.dtype) for name in self.loss_names]
 
@@ -279,10 +285,9 @@ class Objective:
 
         Then the gradients would be those of another loss.
         """
-        tolerance = math.sqrt(max(torch.finfo(dtype).eps for dtype in self.seen))
         with torch.no_grad():
             same = torch.stack(
-                [(a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(before, after, strict=True)]
+                [(a - b).abs().max() <= self.tolerance * b.abs().max() for a, b in zip(before, after, strict=True)]
             )
         if not same.all():
             name = self.loss_names[int((~same).nonzero()[0])]

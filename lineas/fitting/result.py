@@ -49,6 +49,10 @@ class FitResult(Record):
         The held-out loss of each task, where there are several.
     best_strength : float
         The strength, of those to choose among, that the maps of that step were best at. It is in ``maps`` already.
+    loss : float or None
+        The loss of ``maps``, without penalties, where a step of the fit told it. None with mini-batches, for maps at
+        another strength than 1, and for those after the last step at a rate that was given: ``history["loss"]`` ends
+        before that step.
     """
 
     FORMAT = "lineas fit"
@@ -62,6 +66,7 @@ class FitResult(Record):
     held_out_passes: int = 0
     held_out_task_loss: dict[str, float] | None = None
     best_strength: float = 1.0
+    loss: float | None = None
 
     @property
     def attach(self) -> Callable[..., Handle]:
@@ -75,11 +80,19 @@ class FitResult(Record):
 
     def __repr__(self) -> str:
         losses = self.history["loss"]
-        course = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}" if len(losses) else "no step"
+        steps = f"{len(losses)} step{'' if len(losses) == 1 else 's'}"
+        if not len(losses):
+            course = "no step"
+        elif self.loss is not None:
+            course = f"loss {losses[0]:.4g} -> {self.loss:.4g} in {steps}"
+        elif len(losses) == 1:
+            course = f"loss {losses[0]:.4g} before the only step"
+        else:
+            course = f"loss {losses[0]:.4g} -> {losses[-1]:.4g} before the last of {steps}"
         held_out = "" if self.held_out_loss is None else f", held-out {self.held_out_loss:.4g}"
         strength = "" if self.best_strength == 1 else f", best_strength={self.best_strength:g}"
         return (
-            f"FitResult({len(self.maps)} maps, {course} in {len(losses)} steps{held_out}, "
+            f"FitResult({len(self.maps)} maps, {course}{held_out}, "
             f"best_step={self.best_step}{strength}, stopped={self.stopped!r})"
         )
 

@@ -43,14 +43,13 @@ class ObjectiveSettings(RunSettings):
     ----------
     loss_layers : str, list[str] or re.Pattern, optional
         Modules at which the distance is taken. Default: those of `layers`.
-    held_out : (source, target), or a dict of them by task, optional
-        Two more sets, by whose loss the best maps are chosen; of `lineas.fit_jointly` two for each task, by the mean.
+    held_out : (source, target), optional
+        Two more sets, by whose loss the best maps are chosen.
     scaling : {"layer-mean", "paper", "reference"}, default "layer-mean"
         The loss is the mean over loss modules, their sum (eq. 4 of the paper), or what the published code minimises,
         which its rates and penalties fit.
     seed : int, default 0
-        Of torch's random numbers during the fit, for models that draw any, and of the mini-batches. The state is
-        restored afterwards.
+        Of torch's random numbers during the fit, for models that draw any. The state is restored afterwards.
     """
 
     loss_layers: Layers | None = None
@@ -61,11 +60,13 @@ class ObjectiveSettings(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(scaling=as_choice(self.scaling, "scaling", SCALINGS), seed=as_int(self.seed, "seed", low=0))
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(ObjectiveSettings):
-    """Settings of `lineas.fit_end_to_end` and `lineas.fit_jointly`.
+    """Settings of `lineas.fit_end_to_end`.
 
     Parameters
     ----------
@@ -102,11 +103,15 @@ class FitSettings(ObjectiveSettings):
     patience : int or None, default 5
         With `held_out`: stop after so many steps without a lower held-out loss, those that are taken back not counted;
         None takes all steps.
+    seed : int, default 0
+        Of the mini-batches, and of torch's random numbers during the fit, for models that draw any. The state is
+        restored afterwards.
     checkpoint : path, optional
         File to keep the fit in: written before the first step and after every one, as a whole or not at all. Where it
         is there, the fit goes on from it, whatever ended it, to the same bits as if nothing had (on the same machine,
-        with as many threads): model, data and settings must be those of then; only `patience` and, at automatic rates
-        without mini-batches, `steps` may differ.
+        with as many threads): model, data and settings must be those of then, and whatever else acts on the model,
+        such as attached maps or adapters, which the target's activations tell, up to rounding. Only `patience` and, at
+        automatic rates without mini-batches, `steps`, upwards, may differ.
     """
 
     init: Mapping[str, Any] | None = None
@@ -158,11 +163,24 @@ class FitSettings(ObjectiveSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JointSettings(FitSettings):
+    """Settings of `lineas.fit_jointly`.
+
+    Parameters
+    ----------
+    held_out : dict of str to (source, target), optional
+        Two more sets for each task, by whose mean loss the best maps are chosen.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class PathSettings(ObjectiveSettings):
     """Settings of `lineas.sparse_path_end_to_end`.
 
     Parameters
     ----------
+    held_out : (source, target), optional
+        Two more sets, whose loss is taken at every point: by it refits are kept or not, and the best point is found.
     n_penalties : int, default 50
         How many penalties, at least 2, in equal ratios from the smallest one that leaves every map the identity, which
         the gradient there tells, down to ``min_ratio`` times it.

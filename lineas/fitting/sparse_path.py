@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .. import _core
 from .._checks import as_pair
 from .._warn import warn
+from ..hooks.modules import check_runs
 from ..hooks.settings import optional, takes
 from ..inputs.frozen import frozen
 from ..maps.metadata import describe
@@ -64,6 +65,7 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
     ValueError
         As `fit_end_to_end`; and if the penalties are not falling, or a value is not finite before a point is found.
     """
+    check_runs(model)
     sets = read_sets(None, (source, target), optional(as_pair, settings.held_out, "held_out"), settings)
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, [sets], settings)

@@ -60,8 +60,8 @@ class Iterate:
         return self.loss / squared if squared > 0 and self.loss > 0 else 1.0
 
 
-def penalty_of(at: Iterate, penalties: Penalties, widths: Sequence[int]) -> float:
-    """The penalty of the maps of an iterate; see `ProximalOptimizer`."""
+def penalty_of(at: Iterate | MapParameters, penalties: Penalties, widths: Sequence[int]) -> float:
+    """The penalty of maps, as they stand or once stood; see `ProximalOptimizer`."""
     l1, group, l1_bias, group_bias = penalties
     total = 0.0
     for x, lasso, ridge in ((double(at.weight) - 1, l1, group), (double(at.bias), l1_bias, group_bias)):
@@ -201,6 +201,11 @@ class ScheduledSteps:
         self.lr, self.count = lr, steps
         self.passes = 0
 
+    @property
+    def loss(self) -> None:
+        """The loss at the maps as they stand: only another pass would tell."""
+        return None
+
     def measure(self, step: int) -> tuple[float, Tensor]:
         """Loss and terms at the maps as they stand, of the prompts of a step."""
         tasks = [task.at(step) for task in self.tasks]
@@ -240,6 +245,11 @@ class AutomaticSteps(SpectralSteps):
         self.tasks, self.penalties, self.count = tasks, penalties, steps
         self.sampled = tasks[0].sampler is not None  # then all are
         self.retreats = 0
+
+    @property
+    def loss(self) -> float | None:
+        """The loss at the maps as they stand, if that of all prompts is known."""
+        return None if self.iterate is None or self.sampled else self.iterate.loss
 
     def measure(self, step: int) -> tuple[float, Tensor]:
         """Loss and terms at the maps as they stand, of the prompts of a step."""

@@ -379,7 +379,7 @@ def attach(
         width = output_width(modules[name])
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
-    _warn_of_another_model(getattr(maps, "metadata", {}), model)
+    warn_of_another_model(getattr(maps, "metadata", {}), model)
     before = attached(model) if replace else []
     handle = Handle(maps, modules, model, given, chosen)
     for other in before:
@@ -387,7 +387,7 @@ def attach(
     return handle
 
 
-def _warn_of_another_model(metadata: Mapping[str, Any], model: nn.Module) -> None:
+def warn_of_another_model(metadata: Mapping[str, Any], model: nn.Module) -> None:
     """Warn where maps that were fitted to models of other names than this one happen to have its names and widths."""
     here = model_name(model)
     others = [name for name in _fitted_models(metadata) if here and _last_part(name) != _last_part(here)]

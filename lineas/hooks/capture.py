@@ -7,7 +7,7 @@ language-model head run, whatever wraps the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .._warn import warn
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call
 from . import outputs
@@ -37,9 +38,15 @@ class Capture:
     >>> with Capture() as capture:                                # doctest: +SKIP
     ...     capture.run(model, batch, names, on_output)
     ...     loss.backward()
+
+    Attributes
+    ----------
+    repeated : dict of str to None
+        Modules that were called more than once in one of the runs, as far as these went, in that order.
     """
 
     def __init__(self) -> None:
+        self.repeated: dict[str, None] = {}
         self._hooks = ExitStack()  # those that are held
         self._held = False
 
@@ -92,7 +99,9 @@ class Capture:
             # Under checkpointing, tensors saved here must not be counted among those a recomputation saves again.
             with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
                 replaced = on_output(name, module, tensor)
-            if running:
+            if running:  # not in a recomputation, which is no call of its own
+                if name in order:
+                    self.repeated.setdefault(name)
                 order.setdefault(name)
                 waiting.discard(name)
                 if not waiting:
@@ -118,3 +127,14 @@ class Capture:
             if self._held:
                 self._hooks = hooks.pop_all()
         return list(order)
+
+
+def warn_of_repeated(names: Collection[str]) -> None:
+    """Warn of modules that were called more than once in a forward pass, if there are any."""
+    if names:
+        others = f", like others ({len(names)} in all)," if len(names) > 1 else ""
+        warn(
+            f"module {next(iter(names))!r}{others} runs more than once in a forward pass: its activations are those of "
+            "the first call, while attached maps act at every call",
+            UserWarning,
+        )

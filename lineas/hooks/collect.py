@@ -14,8 +14,8 @@ from ..inputs.batches import Batch
 from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts, read
 from ..maps.metadata import spell
-from .capture import Capture
-from .modules import model_name
+from .capture import Capture, warn_of_repeated
+from .modules import check_runs, model_name
 from .settings import RunSettings, takes
 from .sites import choose_layers
 from .tokens import BatchTokens, check_fit_tokens
@@ -26,7 +26,9 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
     """Take pooled activations out of a model: one row a prompt, one array a module.
 
     The model is called as it is, in eval mode, without gradients, and left early once the last of the modules has
-    been seen; mode, flags and random state are restored afterwards, also after an error.
+    been seen; mode, flags and random state are restored afterwards, also after an error. A module that runs several
+    times in a forward pass, such as the shared layers of ALBERT, counts with its first call, while attached maps act at
+    every call: `lineas.sites` with data shows such modules.
 
     Parameters
     ----------
@@ -49,10 +51,17 @@ def collect(model: nn.Module, data: Any, settings: RunSettings) -> Activations:
     TypeError
         If an argument is of a wrong type, texts come without a tokenizer, or a module's output holds no tensor.
     ValueError
-        If no module matches `layers` (near names are listed) or none is suggested, a matched module is not run, there
-        is no prompt, a prompt without an answer where the generated tokens are asked for, a mask does not fit the
-        activation it belongs to or is of unknown meaning, or an output has no row for each prompt.
+        If the model's weights are on the meta device, no module matches `layers` (near names are listed) or none is
+        suggested, a matched module is not run, there is no prompt, a prompt without an answer where the generated
+        tokens are asked for, a mask does not fit the activation it belongs to or is of unknown meaning, or an output
+        has no row for each prompt.
+
+    Warns
+    -----
+    UserWarning
+        If a module was called a second time before the model was left; what would have run later is not known.
     """
+    check_runs(model)
     check_fit_tokens(settings.tokens, model)
     batches = read_prompts(data, "data", settings).parts(settings.batch_size)
     names, layers = choose_layers(model, settings.layers, say=settings.progress)
@@ -77,6 +86,7 @@ def collect_batches(
     model: nn.Module, batches: Iterable[Batch], names: Sequence[str], settings: RunSettings
 ) -> dict[str, NDArray[np.float32]]:
     """Pooled activations [n, d] of the modules `names`, in execution order, over `batches`; the model is frozen."""
+    capture = Capture()
 
     def pooled(batch: Batch) -> dict[str, NDArray[np.float32]]:
         selected, found = BatchTokens(model, batch, settings), {}
@@ -85,10 +95,11 @@ def collect_batches(
             if name not in found:  # a module called twice counts with its first call
                 found[name] = to_numpy(selected.pool(name, module, tensor))
 
-        Capture().run(model, batch, names, on_output, forward=settings.forward)
+        capture.run(model, batch, names, on_output, forward=settings.forward)
         return found
 
     parts = [pooled(batch) for batch in batches]
+    warn_of_repeated(capture.repeated)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

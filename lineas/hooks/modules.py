@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,28 @@ _MOST = 100
 _PREFIXES = ("module.", "base_model.model.", "base_model.")
 # Where modules tell how many channels their output has; `nf` is transformers' Conv1D (GPT-2).
 _WIDTH_ATTRIBUTES = ("out_features", "out_channels", "num_channels", "num_features", "embedding_dim", "nf")
+
+
+def check_model(model: Any) -> None:
+    """TypeError where `model` is no torch module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__} (of a pipeline, pass the model in it, such "
+            "as its model, unet or transformer)"
+        )
+
+
+def check_runs(model: Any) -> None:
+    """`check_model`; ValueError where the model cannot run, since none of its weights has values."""
+    check_model(model)
+    weights = list(model.parameters())
+    # Those that accelerate keeps elsewhere come back when their module runs, by hooks of this name.
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if weights and all(weight.is_meta for weight in weights) and not offloaded:
+        raise ValueError(
+            "model: its weights are on the meta device, which holds shapes and no values: load them, by "
+            "from_pretrained or load_state_dict(..., assign=True)"
+        )
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -84,7 +107,10 @@ def resolve(model: nn.Module, layers: Layers, *, argument: str = "layers") -> li
             raise ValueError(f"{argument}: no module matches {text!r}{hint(text, names)}")
         slip = likely_slip(hits)
         if slip and patterns is not layers:
-            raise ValueError(f"{argument}: {text!r} matches {slip}; where all are meant, give a list: [{pattern!r}]")
+            raise ValueError(
+                f"{argument}: {text!r} matches {slip}; give narrower globs, such as lineas.sites(model).suggested (in "
+                "a list, all that a glob matches is taken as meant, and must be able to take a map)"
+            )
         chosen.update(hits)
     return [name for name in names if name in chosen]
 

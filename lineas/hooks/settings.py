@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
@@ -46,7 +47,8 @@ class RunSettings:
         Over the tokens under the attention mask. "all" keeps each of them as a sample of its own.
     tokens : "all", "last", "prompt", "generated", slice or callable, default "all"
         The tokens that maps act on, and over which activations are pooled: what is fitted is what the maps meet when
-        they are attached. See `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata name
+        they are attached (of a module that runs several times in a forward pass, at its first call). See
+        `SteeringMaps.attach`, which acts on the same tokens by default, since the metadata name
         them. In a prompt "last" is its last token. "generated" are the answers of conversations that end with one
         of the assistant, and "prompt" is what stands before them; in all other prompts "generated" is none and refused.
         ``pooling="last"`` takes the last one of the selected tokens. Outputs without tokens, such as images, allow
@@ -71,6 +73,7 @@ class RunSettings:
             pooling=as_choice(self.pooling, "pooling", POOLINGS),
             tokens=check_tokens(self.tokens),
             progress=as_flag(self.progress, "progress"),
+            tokenizer=optional(as_tokenizer, self.tokenizer, "tokenizer"),
         )
         if self.forward is not None and not callable(self.forward):
             raise TypeError(f"forward must be a function of model and batch, got {type(self.forward).__name__}")
@@ -88,6 +91,16 @@ class RunSettings:
         """The settings that the metadata of maps keep, as JSON has them."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_RECORDED}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def as_tokenizer(value: Any, name: str) -> Any:
+    """`value`; TypeError if it cannot be called as a tokenizer is, such as the name of one, or its class."""
+    if isinstance(value, type) or not callable(value):
+        got = value if isinstance(value, type) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a loaded tokenizer, such as transformers.AutoTokenizer.from_pretrained(name), got {got}"
+        )
+    return value
 
 
 def optional(check: Callable[..., Any], value: Any, name: str, **bounds: Any) -> Any:
@@ -118,7 +131,7 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
     """Let callers write the settings, the last parameter of a function, as keyword arguments.
 
     Signature and description show all of them: the descriptions of the settings, and of the classes they come from,
-    stand where the function's own description says ``**settings``.
+    stand where the function's own description says ``**settings``; a class that describes a setting anew has its way.
     """
     cls = cast(type, settings)
 
@@ -129,6 +142,11 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                raise TypeError(
+                    f"{function.__name__}() takes only {', '.join(names)} by position, got {len(args)} positional "
+                    "arguments: settings are given by name, such as layers=..."
+                )
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
@@ -143,8 +161,12 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
         )
         if function.__doc__ is not None:  # there is none under -OO
             texts = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__[:-1])]
-            described = "\n".join(text.partition("----------\n")[2] for text in texts)
-            wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", described.strip(), 1)
+            described: dict[str, str] = {}  # by the line of names before the colon
+            for text in texts:
+                for entry in re.split(r"\n(?=\S)", text.partition("----------\n")[2].strip()):
+                    described[entry.partition(" : ")[0]] = entry
+            entries = "\n".join(described.values())
+            wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", entries, 1)
         return wrapper
 
     return cast("_Taker[P, S]", decorate)

@@ -20,7 +20,8 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import read
 from ..maps.metadata import Layers
 from . import outputs
-from .modules import likely_slip, named_modules, output_width, resolve
+from .modules import check_model, check_runs, likely_slip, named_modules, output_width, resolve
+from .settings import as_tokenizer, optional
 
 # Norms between attention and feed-forward, where their name does not say "post"; with a number before them, in a block.
 _AFTER_ATTENTION = re.compile(
@@ -53,6 +54,7 @@ class Site:
     suggested: bool
     names: tuple[str, ...]
     shape: tuple[int, ...] | None = None
+    calls: int | None = None
 
 
 class Sites(Sequence[Site]):
@@ -60,8 +62,9 @@ class Sites(Sequence[Site]):
 
     A sequence of rows, each for modules of one class whose names differ in numbers only, with ``glob`` (what to pass as
     ``layers=``; it matches these modules and no other), ``kind`` (their class), ``width`` (neurons of their outputs: a
-    number, several, or None where only a run tells), ``count``, ``suggested``, ``names`` and ``shape`` (of the output
-    of the first of them, where the model ran)::
+    number, several, or None where only a run tells), ``count``, ``suggested``, ``names``, and where the model ran
+    ``shape`` (of the output of the first of them) and ``calls`` (how often the one that is called most was: beyond 1,
+    fits look at the first call, and attached maps act at every call)::
 
         found = lineas.sites(model)
         maps = lineas.fit_incremental(model, source, target, layers=found.suggested, tokenizer=tokenizer)
@@ -94,7 +97,9 @@ class Sites(Sequence[Site]):
         for row in self:
             width = "-" if row.width is None else str(row.width).strip("()")
             shape = [str(list(row.shape)) if row.shape is not None else "-"] if ran else []
-            table.append([row.glob, row.kind, width, str(row.count), *shape, "suggested" if row.suggested else ""])
+            notes = ["suggested"] if row.suggested else []
+            notes += [f"{row.calls} calls"] if row.calls is not None and row.calls > 1 else []
+            table.append([row.glob, row.kind, width, str(row.count), *shape, ", ".join(notes)])
         return table
 
     def _summary(self) -> str:
@@ -151,8 +156,8 @@ def sites(
         A model. Without `data` nothing is run: its weights may be on any device, also on "meta".
     data : texts, conversations, token ids, batch or list of batches, optional
         As in `collect`. The first batch (of texts, the first two) is run once. Then rows come in the order of their
-        first calls and tell widths and shapes that only a run can, and modules that were not called or whose output
-        can take no map are left out.
+        first calls and tell widths and shapes that only a run can, and which modules are called several times; those
+        that were not called or whose output can take no map are left out.
     tokenizer, max_length, forward
         As in `collect`.
 
@@ -164,24 +169,22 @@ def sites(
     Raises
     ------
     TypeError
-        If `model` is no torch module, or `data` no texts or batch.
+        If `model` is no torch module, `tokenizer` no tokenizer, or `data` no texts or batch.
     ValueError
-        If texts come without a tokenizer.
+        If texts come without a tokenizer, or `data` with a model without weights.
 
     Examples
     --------
     >>> found = lineas.sites(model)  # doctest: +SKIP
     >>> acts = lineas.collect(model, texts, layers=found.suggested, tokenizer=tokenizer)  # doctest: +SKIP
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__} (of a pipeline, pass the model in it, such "
-            "as its unet or transformer)"
-        )
+    check_model(model)
+    optional(as_tokenizer, tokenizer, "tokenizer")
     modules = named_modules(model)
     found = {name: module for name, module in modules.items() if _is_candidate(module)}
-    ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    ran: dict[str, _Ran] = {}
     if data is not None:
+        check_runs(model)
         batch = read(data, "data", tokenizer=tokenizer, max_length=max_length).first()
         ran = _run(model, batch, found, forward)
         found = {name: found[name] for name in ran}
@@ -192,9 +195,9 @@ def sites(
     rows = []
     for (_, kind, suggested), names in groups.items():
         for pattern, members in _patterns(names, list(modules)):
-            widths = {ran[name][1] if name in ran else output_width(found[name]) for name in members}
-            first = ran.get(members[0], (None, None))[0]
-            rows.append(Site(pattern, kind, _common(widths), len(members), suggested, tuple(members), first))
+            widths = {ran[name].width if name in ran else output_width(found[name]) for name in members}
+            told = (ran[members[0]].shape, max(ran[name].calls for name in members)) if ran else (None, None)
+            rows.append(Site(pattern, kind, _common(widths), len(members), suggested, tuple(members), *told))
     if ran:
         order = list(ran)
         rows.sort(key=lambda row: order.index(row.names[0]))
@@ -237,11 +240,18 @@ def _common(widths: set[int | None]) -> int | tuple[int, ...] | None:
     return known[0] if len(known) == 1 else tuple(known)
 
 
-def _run(
-    model: nn.Module, batch: Batch, found: dict[str, nn.Module], forward: Forward | None
-) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Shape and width of the outputs of modules, in the order of their first calls; only of those that take a map."""
-    ran: dict[str, tuple[tuple[int, ...], int | None]] = {}
+@dataclass
+class _Ran:
+    """What a run tells of a module: shape and width of its first output, and how often it was called."""
+
+    shape: tuple[int, ...]
+    width: int
+    calls: int = 0
+
+
+def _run(model: nn.Module, batch: Batch, found: dict[str, nn.Module], forward: Forward | None) -> dict[str, _Ran]:
+    """What a run tells of the modules whose outputs take a map, in the order of their first calls."""
+    ran: dict[str, _Ran] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         try:
@@ -250,7 +260,7 @@ def _run(
         except (TypeError, ValueError):
             return
         if tensor.ndim > 1:
-            ran.setdefault(name, (tuple(tensor.shape), tensor.shape[axis]))
+            ran.setdefault(name, _Ran(tuple(tensor.shape), tensor.shape[axis])).calls += 1
 
     with ExitStack() as hooks:
         for name, module in found.items():

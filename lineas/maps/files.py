@@ -50,7 +50,7 @@ FORMATS = {
     "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
     "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
     "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
-    "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=2, oldest=2),
+    "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=3, oldest=3),
 }
 
 

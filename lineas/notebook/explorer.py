@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .._checks import as_finite, as_int, as_positive
 from ..fitting.result import FitResult
+from ..hooks.settings import as_tokenizer
 from ..maps.affine import AffineMap
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
@@ -69,7 +70,7 @@ class Explorer(anywidget.AnyWidget):
     strength : float, default 1.0
         The strength to start from.
     max_strength : float, default 2.0
-        The end of the slider.
+        The end of the slider, which reaches further where `strength` is beyond it.
     prompt : str, default ""
         A first prompt.
     max_new_tokens : int, default 30
@@ -83,7 +84,8 @@ class Explorer(anywidget.AnyWidget):
     Attributes
     ----------
     index, strength, prompt, live_text : int, float, str, bool
-        What is chosen now, as above. Each may be set at any time; the first two reach the model at once.
+        What is chosen now, as above. Each may be set at any time; the first two reach the model at once. A strength may
+        be any finite number: the slider is made long enough to show it.
 
     Raises
     ------
@@ -136,6 +138,8 @@ class Explorer(anywidget.AnyWidget):
             raise TypeError(f"{'tokenizer' if generate is None else 'generate'} needs a model, got model=None")
         if generate is not None and not callable(generate):
             raise TypeError(f"generate must be a function from prompt to text, got {type(generate).__name__}")
+        if tokenizer is not None and not callable(getattr(as_tokenizer(tokenizer, "tokenizer"), "decode", None)):
+            raise TypeError(f"tokenizer must have decode() to make text, got {type(tokenizer).__name__}")
         max_new_tokens = as_int(max_new_tokens, "max_new_tokens", low=1)
         for name, value, kind in (("prompt", prompt, str), ("live_text", live_text, bool)):
             if not isinstance(value, kind):

@@ -136,6 +136,7 @@ def test_wrong_arguments():
             ValueError,
             "'model.layers.0.mlp.down_proj' reads 24 neurons, not 16",
         ),
+        ({"check": ["a text"], "tokenizer": "gpt2"}, TypeError, "tokenizer must be a loaded tokenizer, .*, got str"),
         ({"check": ["a text"]}, ValueError, "check holds texts: pass tokenizer="),
     ):
         with pytest.raises(kind, match=message):

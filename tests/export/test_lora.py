@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import fold_cases
 import numpy as np
@@ -233,3 +234,19 @@ def test_peft_is_asked_for_by_name(tmp_path, monkeypatch):
     model = language_model("llama")
     with pytest.raises(ImportError, match=r'pip install "lineas\[peft\]"'):
         sparse_maps(model, BOTH).to_peft_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize("use", ["fold", "check", "lora"])
+def test_maps_of_another_model_are_warned_of_once(tmp_path, use):
+    model = language_model("llama")
+    model.config.name_or_path = "here/llama"
+    maps = lineas.SteeringMaps(dict(sparse_maps(model, BOTH)), {"model": "there/other"})
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        if use == "lora":
+            maps.to_peft_lora(model, tmp_path)
+        else:
+            maps.fold(model, check=batch if use == "check" else None)
+    texts = [str(one.message) for one in seen if one.category is UserWarning]
+    assert [text[:65] for text in texts] == ["these maps were fitted to 'there/other', not to 'here/llama': its"]

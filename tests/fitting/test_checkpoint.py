@@ -216,11 +216,11 @@ def test_what_is_no_checkpoint(fit, kept, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds the checkpoint of a fit: pass it as checkpoint= to go on"):
         lineas.load(kept)
     tensors, state = checkpoint.load(kept)
-    newer = files.FORMATS[checkpoint.FORMAT]._replace(version=3)
+    newer = files.FORMATS[checkpoint.FORMAT]._replace(version=4)
     with monkeypatch.context() as later:
         later.setitem(files.FORMATS, checkpoint.FORMAT, newer)
         checkpoint.save(kept, tensors, state)
-    with pytest.raises(ValueError, match="has version 3 of the format; this lineas reads versions 2 to 2"):
+    with pytest.raises(ValueError, match="has version 4 of the format; this lineas reads versions 3 to 3"):
         fit(lr="auto", checkpoint=kept)
 
 
@@ -253,6 +253,73 @@ def test_a_fit_from_other_maps_is_another(fit, kept, llama):
         fit(lr="auto", checkpoint=kept, init=maps)
 
 
+def test_what_acts_on_the_model_beside_its_weights_makes_it_another_fit(fit, kept, llama):
+    before, text = kept.read_bytes(), r"the activations of target at module 'model\.layers\.0\.post_.*maps, adapters"
+    maps = SteeringMaps({"model.layers.0.mlp": AffineMap(np.full(zoo.WIDTH, 1.01), np.zeros(zoo.WIDTH))})
+    with maps.attach(llama), pytest.raises(ValueError, match=text.replace("0", "1", 1)):
+        fit(lr="auto", checkpoint=kept)
+    for other in ({"forward": noisy}, {"tokens": lambda tokens: tokens.positions >= 1}):
+        with pytest.raises(ValueError, match=text if "forward" in other else "the tokens differs"):
+            fit(lr="auto", checkpoint=kept, **other)
+    assert kept.read_bytes() == before
+    same_fit(fit(lr="auto", checkpoint=kept), fit(lr="auto"))
+
+
+def test_another_selection_of_the_same_name_is_another_fit(fit, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    fit(lr="auto", steps=1, tokens=lambda tokens: tokens.positions >= 0, checkpoint=path)
+    with pytest.raises(ValueError, match=r"the activations of target at module 'model\.layers\.0\."):
+        fit(lr="auto", steps=1, tokens=lambda tokens: tokens.positions >= 1, checkpoint=path)
+
+
+def test_an_adapter_that_was_switched_off_makes_it_another_fit(fit, tmp_path):
+    peft = pytest.importorskip("peft")
+    path = tmp_path / "fit.safetensors"
+    config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(zoo.llama().double(), config)
+    fit(lr="auto", steps=1, model=model, checkpoint=path)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"the activations of target at module"):
+        fit(lr="auto", steps=1, model=model, checkpoint=path)
+
+
+def test_held_out_targets_count_too(fit, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    plain = {"lr": "auto", "steps": 1, "held_out": HELD_OUT, "checkpoint": path}
+    calls = []
+
+    def forward(model, batch):
+        """Others in the second call alone, which is that of the held-out target."""
+        calls.append(1)
+        return noisy(model, batch) if len(calls) == 2 else model(**batch)
+
+    fit(**plain, forward=lambda model, batch: model(**batch))
+    with pytest.raises(ValueError, match=r"the activations of held_out target at module"):
+        fit(**plain, forward=forward)
+
+
+def test_other_sums_of_the_same_go_on(tmp_path):
+    path, model, calls = tmp_path / "fit.safetensors", zoo.llama(), []
+    plain = {"lr": "auto", "l1": 0.01}
+
+    def rounded(model, batch):
+        """A forward whose activations differ as those of another number of threads do."""
+        calls.append(1)
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6))
+        with hook:
+            return model(**batch)
+
+    short_fit(model, **plain, steps=2, checkpoint=path)
+    found = short_fit(model, **plain, steps=4, checkpoint=path, forward=rounded)
+    assert calls and len(found.history["loss"]) == 4
+
+
+def test_fewer_steps_than_were_taken_are_refused(fit, kept):
+    before = kept.read_bytes()
+    with pytest.raises(ValueError, match=r"^steps must be at least the 2 that the fit in .* has taken, got 1; give"):
+        fit(lr="auto", steps=1, checkpoint=kept)
+    assert kept.read_bytes() == before
+
+
 def test_wrong_types(llama):
     with pytest.raises(TypeError, match="checkpoint must be a path, got int"):
         fit_end_to_end(llama, prompts(6, 1), prompts(6, 2), layers=zoo.NORMS["llama"], checkpoint=3)
@@ -279,3 +346,16 @@ def test_the_digest_of_weights_tells_models_apart():
         weight[3, 7] = zoo.llama().model.layers[1].mlp.up_proj.weight[3, 7]
     assert checkpoint.digest_of_weights(model) == before
     assert checkpoint.digest_of_weights(model.to("meta")) != before  # weights that are not in memory count by shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_the_digest_of_weights_tells_where_every_number_is(dtype):
+    model = torch.nn.Module()
+    model.register_buffer("values", (1 + torch.arange(1000) % 100).to(dtype))
+    before = checkpoint.digest_of_weights(model)
+    # Powers of two differ in a few of the first bits of floating-point numbers alone.
+    for a, b in ((0, 1), (1, 3), (3, 63), (40, 90)):
+        model.values[[a, b]] = model.values[[b, a]]
+        assert checkpoint.digest_of_weights(model) != before
+        model.values[[a, b]] = model.values[[b, a]]
+    assert checkpoint.digest_of_weights(model) == before

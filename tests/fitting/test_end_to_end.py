@@ -1,6 +1,7 @@
 """End-to-end fits: what they compute, against a naive implementation in plain torch; data, settings and results."""
 
 import math
+import warnings
 
 import models_zoo as zoo
 import numpy as np
@@ -498,8 +499,37 @@ def test_the_name_of_the_model_is_kept(fit):
 
 def test_repr(fit):
     text = repr(fit(held_out=(prompts(4, 3), prompts(4, 4))))
-    assert text.startswith("FitResult(3 maps, loss ") and "in 4 steps, held-out " in text
+    assert text.startswith("FitResult(3 maps, loss ") and " in 4 steps, held-out " in text
     assert text.endswith("stopped='finished')")
+
+
+def test_the_loss_of_the_maps_is_told_where_it_is_known(fit):
+    automatic = fit(lr="auto", steps=3)
+    more = fit(lr="auto", steps=4)  # it sees the loss after the third step
+    assert automatic.loss == more.history["loss"][3] < automatic.history["loss"][-1]
+    first = automatic.history["loss"][0]
+    assert f"loss {first:.4g} -> {automatic.loss:.4g} in 3 steps, best" in repr(automatic)
+    assert " in 1 step, best_step=1" in repr(fit(lr="auto", steps=1))
+    given = fit(steps=3)
+    assert given.loss is None
+    assert f"-> {given.history['loss'][-1]:.4g} before the last of 3 steps, best" in repr(given)
+    assert f"loss {first:.4g} before the only step, best" in repr(fit(steps=1))
+    held_out = fit(steps=3, lr=1.0, held_out=(prompts(6, 1), prompts(6, 1)))  # the identity is best
+    assert held_out.best_step == 0 and held_out.loss == held_out.history["loss"][0]
+    assert fit(steps=3, mini_batch=3, lr="auto").loss is None
+
+
+def test_a_loss_that_went_far_up_is_warned_of(fit):
+    with pytest.warns(RuntimeWarning, match=r"^fit_end_to_end went up: loss and penalties were .* smaller lr") as seen:
+        found = fit(lr=1e6, steps=2)
+    assert seen[0].filename == __file__ or seen[0].filename.endswith("fits.py")
+    assert found.history["loss"][1] > 1e3 * found.history["loss"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        close = fit(lr="auto", steps=8).maps
+        # A penalty that is new takes maps back on purpose.
+        fit(lr=0.02, steps=4, l1=10.0, init=close)
+        fit(lr=1e6, steps=2, held_out=(prompts(6, 1), prompts(6, 2)))
 
 
 def test_plot_draws_the_history(fit):

@@ -7,16 +7,17 @@ from dataclasses import fields
 
 import models_zoo as zoo
 import pytest
+import torch
 from fits import QUIET, prompts
 
 import lineas
-from lineas.fitting.settings import FitSettings, IncrementalSettings, PathSettings
+from lineas.fitting.settings import FitSettings, IncrementalSettings, JointSettings, PathSettings
 from lineas.hooks.settings import RunSettings, takes
 
 CALLS = {
     lineas.collect: RunSettings,
     lineas.fit_end_to_end: FitSettings,
-    lineas.fit_jointly: FitSettings,
+    lineas.fit_jointly: JointSettings,
     lineas.fit_incremental: IncrementalSettings,
     lineas.sparse_path_end_to_end: PathSettings,
 }
@@ -43,6 +44,21 @@ def test_every_setting_is_described_once():
                 assert f"{name} : " in base.__doc__ or f"{name}, " in base.__doc__ or f", {name} : " in base.__doc__
 
 
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lineas.fit_end_to_end, "(source, target)"),
+        (lineas.sparse_path_end_to_end, "(source, target)"),
+        (lineas.fit_jointly, "dict of str to (source, target)"),
+    ],
+)
+def test_the_held_out_sets_are_described_as_each_function_takes_them(function, kind):
+    described = inspect.getdoc(function)
+    assert f"\nheld_out : {kind}, optional\n" in described
+    assert ("by task" in described or "each task" in described) == ("dict" in kind)
+    assert ("mini-batches, and of torch" in described) == (function is not lineas.sparse_path_end_to_end)
+
+
 def test_arguments_are_bound_as_python_does():
     @takes(RunSettings)
     def fit(model, source, settings):
@@ -55,7 +71,7 @@ def test_arguments_are_bound_as_python_does():
         fit(1)
     with pytest.raises(TypeError, match=r"^fit\(\) got an unexpected keyword argument 'poling' \(similar: pooling"):
         fit(1, 2, poling="max")
-    with pytest.raises(TypeError, match=r"^fit\(\) too many positional arguments"):
+    with pytest.raises(TypeError, match=r"^fit\(\) takes only model, source by position, got 3 positional .* by name"):
         fit(1, 2, 3)
 
 
@@ -88,9 +104,54 @@ def test_metadata_keep_the_settings():
         ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
         ({"max_length": True}, TypeError, "max_length must be an int, got bool"),
         ({"pooling": "median"}, ValueError, "pooling must be one of 'mean', 'min', 'max', 'last', 'all', got 'median'"),
+        ({"tokenizer": "gpt2"}, TypeError, r"tokenizer must be a loaded tokenizer, .*from_pretrained\(name\), got str"),
+        ({"tokenizer": dict}, TypeError, r"tokenizer must be a loaded tokenizer, .*, got <class 'dict'>"),
         ({"tokens": 3}, TypeError, "tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable"),
     ],
 )
 def test_settings_are_checked_before_anything_is_run(settings, error, text):
     with pytest.raises(error, match=text):
         RunSettings(**settings)
+
+
+def calls_of(model, **settings):
+    """Every function that runs a model, called with one."""
+    pair, settings = (torch.ones(2, 5), torch.zeros(2, 5)), {"layers": "0", **settings, **QUIET}
+    return {
+        "collect": lambda: lineas.collect(model, pair[0], **settings),
+        "fit_incremental": lambda: lineas.fit_incremental(model, *pair, **settings),
+        "fit_end_to_end": lambda: lineas.fit_end_to_end(model, *pair, **settings),
+        "fit_jointly": lambda: lineas.fit_jointly(model, {"a": pair, "b": pair}, **settings),
+        "sparse_path_end_to_end": lambda: lineas.sparse_path_end_to_end(model, *pair, **settings),
+        "sites": lambda: lineas.sites(model, pair[0]),
+    }
+
+
+FUNCTIONS = list(calls_of(None))
+
+
+class Pipeline:
+    """Neither callable nor a module, with a model in it."""
+
+    model = zoo.mlp()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("model", ["gpt2", None, [], Pipeline()], ids=lambda model: type(model).__name__)
+def test_what_is_no_model_is_refused_by_every_function(name, model):
+    kind = type(model).__name__
+    with pytest.raises(TypeError, match=rf"^model must be a torch\.nn\.Module, got {kind} \(of a pipeline, pass the"):
+        calls_of(model)[name]()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_model_without_weights_is_refused_by_every_function(name):
+    with pytest.raises(ValueError, match=r"^model: its weights are on the meta device, which holds shapes and no val"):
+        calls_of(zoo.mlp().to("meta"))[name]()
+
+
+@pytest.mark.parametrize("name", ["fit_end_to_end", "fit_jointly", "sparse_path_end_to_end"])
+def test_seeds_that_torch_has_none_of(name):
+    with pytest.raises(ValueError, match=r"^seed must be below 2\*\*64, got 1180591620717411303424"):
+        calls_of(zoo.mlp(), seed=2**70)[name]()
+    calls_of(zoo.mlp(), seed=2**64 - 1, steps=1)[name]()

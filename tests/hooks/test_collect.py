@@ -2,6 +2,7 @@
 
 import gc
 import re
+import warnings
 
 import models_zoo
 import numpy as np
@@ -254,3 +255,33 @@ def test_pool_output_keeps_gradients():
     pooling.pool_output("m", torch.nn.Identity(), x, mask, "mean").sum().backward()
     expected = (mask / mask.sum(dim=1, keepdim=True))[:, :, None].expand(2, 3, 4)
     torch.testing.assert_close(x.grad, expected)
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.end = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.end(self.shared(self.shared(x)))
+
+
+@pytest.mark.parametrize("function", [lineas.collect, lineas.fit_incremental, lineas.fit_end_to_end])
+def test_a_second_call_of_a_module_is_warned_of_once(function):
+    sets = [torch.randn(4, 2), torch.randn(4, 2) + 1]
+    sets = [list(one.split(2)) for one in (sets[:1] if function is lineas.collect else sets)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        function(Twice(), *sets, layers=["shared", "end"], progress=False)
+    assert [one.category for one in seen] == [UserWarning] and seen[0].filename == __file__
+    assert re.match(r"module 'shared' runs more than once in a forward pass: .* the first call", str(seen[0].message))
+
+
+def test_a_recomputation_is_no_second_call():
+    model = models_zoo.llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batches = [dict(models_zoo.tokenizer()(TEXTS[k : k + 2], return_tensors="pt", padding=True)) for k in (0, 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        layers = models_zoo.NORMS["llama"]
+        lineas.fit_end_to_end(model, batches, batches, layers=layers, steps=1, progress=False)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
+import lineas
 from lineas.hooks import modules, outputs
 from lineas.maps import metadata
 
@@ -66,12 +67,21 @@ def test_no_match_names_the_glob_of_a_list_that_failed_and_some_modules_where_no
 def test_one_glob_for_too_many_modules_is_refused_and_a_list_of_it_is_not():
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(101)))
     for layers in ("*", re.compile(".*")):
-        with pytest.raises(ValueError, match=r"^layers: '\.?\*' matches 101 modules; where all are meant, give a li"):
+        with pytest.raises(
+            ValueError, match=r"^layers: '\.?\*' matches 101 modules; give narrower globs, such as lineas"
+        ):
             modules.resolve(model, layers)
         assert len(modules.resolve(model, [layers])) == 101
         assert len(modules.resolve(model[1:], layers)) == 100
-    with pytest.raises(ValueError, match=r"give a list: \[re\.compile\('\.\*'\)\]$"):
-        modules.resolve(model, re.compile(".*"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_is_advised_for_a_glob_of_everything_works(kind):
+    model = models_zoo.LANGUAGE_MODELS[kind]()
+    settings = {"tokenizer": models_zoo.tokenizer()}
+    with pytest.raises(ValueError, match=r"^layers: '\*\*' matches .*; give narrower globs, such as lineas\.sites\("):
+        lineas.collect(model, ["a", "the"], layers="**", **settings)
+    assert lineas.collect(model, ["a", "the"], layers=lineas.sites(model).suggested, **settings)
 
 
 def test_one_glob_for_modules_inside_one_another_is_refused_and_a_list_of_it_is_not(llama):

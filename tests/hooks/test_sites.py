@@ -6,7 +6,7 @@ import models_zoo as zoo
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM
 
 import lineas
 from lineas.hooks import modules, sites
@@ -183,8 +183,22 @@ def test_notebooks_get_a_table_with_nothing_unescaped():
     assert text.startswith("<table>") and text.endswith("</table>")
 
 
+def test_a_run_tells_how_often_modules_are_called():
+    settings = {"vocab_size": zoo.VOCABULARY, "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 3}
+    model = AlbertModel(AlbertConfig(**settings, num_attention_heads=2, intermediate_size=32)).eval()
+    norm = "encoder.albert_layer_groups.*.albert_layers.*.full_layer_layer_norm"
+    found = lineas.sites(model, zoo.texts(2), tokenizer=zoo.tokenizer())
+    assert by_glob(found)[norm].calls == 3 and by_glob(found)["embeddings.LayerNorm"].calls == 1
+    line = next(line for line in str(found).splitlines() if line.startswith(norm))
+    assert line.endswith("  suggested, 3 calls")
+    assert "<td>suggested, 3 calls</td>" in found._repr_html_()
+    assert by_glob(lineas.sites(model))[norm].calls is None
+
+
 def test_what_is_no_module_is_an_error_that_says_what_to_pass():
     with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got dict \(of a pipeline, pass the model"):
         lineas.sites({})
+    with pytest.raises(TypeError, match=r"^tokenizer must be a loaded tokenizer, such as .*, got str"):
+        lineas.sites(zoo.llama(), ["a"], tokenizer="gpt2")
     with pytest.raises(ValueError, match=r"^data holds texts: pass tokenizer="):
         lineas.sites(zoo.llama(), ["a"])

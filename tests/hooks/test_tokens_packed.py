@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from attached import acted_on, ids, language_model, logits
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 peft = pytest.importorskip("peft")
 VIRTUAL = 4
@@ -62,7 +62,9 @@ PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 7]
 def served(model, **settings):
     """What continuous batching makes of PROMPTS, and the errors that it keeps to itself."""
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | settings
-    answers = model.generate_batch(inputs=PROMPTS, generation_config=GenerationConfig(**settings), progress_bar=False)
+    # Without limits it takes most of the memory that is free.
+    limits = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, page_size=8)
+    answers = model.generate_batch(PROMPTS, GenerationConfig(**settings), limits)
     by_request = sorted(answers.items(), key=lambda entry: int(entry[0].split("_")[-1]))
     return [one.generated_tokens for _, one in by_request], [one.error for _, one in by_request]
 

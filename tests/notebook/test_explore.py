@@ -326,6 +326,12 @@ except ImportError as error:
         ({"tokenizer": "t"}, TypeError, r"tokenizer needs a model, got model=None"),
         ({"generate": str}, TypeError, r"generate needs a model, got model=None"),
         ({"generate": 3, "model": 1}, TypeError, r"generate must be a function from prompt to text, got int"),
+        ({"tokenizer": 3, "model": 1}, TypeError, r"tokenizer must be a loaded tokenizer, such as .*, got int"),
+        (
+            {"tokenizer": str.split, "model": 1},
+            TypeError,
+            r"tokenizer must have decode\(\) to make text, got method_de",
+        ),
         ({"index": 12}, IndexError, r"index must be from -12 to 11, got 12"),
         ({"index": 1.0}, TypeError, r"index must be an int, got float"),
         ({"strength": "1"}, TypeError, r"strength must be a real number, got str"),
@@ -350,6 +356,7 @@ def test_arguments_that_are_wrong_are_named(path, settings, error, message):
         {"max_new_tokens": 0},
         {"strength": "1"},
         {"index": 10},
+        {"tokenizer": 3},
         {"prompt": 3},
         {"live_text": 1},
         {"generate": 3},
@@ -391,6 +398,14 @@ def test_settings_that_are_wrong_later_change_nothing(path):
     with pytest.raises(ValueError, match="support must be from 0 to 1200 neurons, got 5000"):
         view.support = 5000
     assert (view.index, view.strength) == (3, 0.5)
+
+
+@pytest.mark.parametrize("strength", [9.0, -1.0])
+def test_a_strength_beyond_the_slider_is_taken(path, strength):
+    view = lineas.explore(path, strength=strength, max_strength=2)  # the browser makes the slider longer
+    assert view.strength == strength and view._path_data["maxStrength"] == 2
+    view.strength = 2 * strength
+    assert view.strength == 2 * strength
 
 
 def test_models_that_do_not_fit_are_refused_and_nothing_is_attached(path):
