@@ -105,7 +105,7 @@ def read_strength(value: Any) -> StrengthValue:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"strength must be a real number, an array of them or a callable, got {array.dtype}")
-        values = torch.tensor(array.astype(np.float64))
+        values = torch.tensor(array.astype(np.float64), device="cpu")
     elif callable(value):
         return Schedule(value)
     else:

@@ -116,7 +116,8 @@ def _called(function: Callable[[Tokens], Any], here: Tokens, positions: Tensor) 
     name, value = name_of(function), function(here)
     if not isinstance(value, Tensor | np.ndarray):
         raise TypeError(f"tokens: {name} must return a boolean tensor or array, got {type(value).__name__}")
-    chosen = torch.as_tensor(value, device=positions.device)
+    # On the CPU until it is known to be boolean: accelerators need not know every dtype.
+    chosen = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     if chosen.dtype != torch.bool:
         raise TypeError(
             f"tokens: {name} must return booleans, got {chosen.dtype}: to weigh tokens, make strength a callable"
