@@ -17,6 +17,7 @@ from ..inputs.call import unwrap
 from ..maps.affine import AffineMap
 from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
 from .forward_state import Tracker
+from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
 from .modules import get_module, model_name, output_width
 from .strength import Schedule, Settings, Strength, StrengthArray, StrengthValue, as_given, read_strength
@@ -79,8 +80,9 @@ class Handle:
         self._root = unwrap(model)
         self._settings = Settings(strength, maps)
         self._tracker = Tracker(self._root, self._settings, model)
+        turned = tokens_first(model, modules)
         self._hooks = [
-            MapHook(name, self._settings, tokens, self._tracker, likely_output(module, model))
+            MapHook(name, self._settings, tokens, self._tracker, likely_output(module, model), turned[name])
             for name, module in modules.items()
         ]
         self._removable: list[RemovableHandle] = []

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from .._warn import warn
 from ..maps.metadata import Selection, show_tokens
+from .caches import CACHES, cache_of, columns, has_states, identity
 from .strength import Schedule, Setting, Settings, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
 
-# The cache among the arguments of a model, and among its outputs; transformers renamed it in 5.24. RWKV's is a list.
-CACHES = ("cache", "past_key_values", "cache_params", "state")
 # Arguments that say that several texts share a row.
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
@@ -277,10 +276,10 @@ class Tracker:
             local.steps += 1
         else:
             here.past = self._past(named, text.shape[1])
-            cache = _cache_of(named)
+            cache = cache_of(named)
             if self.needs_positions:
                 self._locate(here)
-            elif cache is not None and _columns(cache) is None:  # what is not counted now is never known
+            elif cache is not None and columns(cache) is None:  # what is not counted now is never known
                 self._sequence_of(here)
         local.current = here
 
@@ -368,7 +367,7 @@ class Tracker:
         a prompt at most.
         """
         keep = here.named.get("logits_to_keep")
-        candidates = keep - 1 if isinstance(keep, int) and keep > 1 and _cache_of(here.named) is not None else 0
+        candidates = keep - 1 if isinstance(keep, int) and keep > 1 and cache_of(here.named) is not None else 0
         if sequence.start is not None and not begins:
             sequence.open = False  # the prompt is part of every pass
         elif begins or length > candidates + 1:
@@ -388,22 +387,22 @@ class Tracker:
 
         Caches of states alone do not tell. What passes brought into them is then counted here.
         """
-        cache, mask = _cache_of(named), named.get("attention_mask")
+        cache, mask = cache_of(named), named.get("attention_mask")
         if cache is None:
             return 0
-        told = _columns(cache)
+        told = columns(cache)
         if told is not None:
             return told
         known = self._of(cache)
-        if not _has_states(cache, known is not None):
+        if not has_states(cache, known is not None):
             return 0
         if known is not None:
             return known.length
         position = named.get("cache_position")
         if isinstance(position, Tensor) and position.numel():
             return position[0]
-        columns = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
-        return columns - length if columns > length else None
+        width = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+        return width - length if width > length else None
 
     def _sequence_of(self, here: Pass) -> _Sequence:
         """The sequence that a pass goes on with, or begins; found once."""
@@ -411,7 +410,7 @@ class Tracker:
             return here.sequence
         if isinstance(here.past, Tensor):
             here.past = int(here.past)
-        cache, text, local = _cache_of(here.named), here.text, self._local
+        cache, text, local = cache_of(here.named), here.text, self._local
         assert text is not None
         # Without a cache every pass brings its text whole.
         whole = cache is None and (here.named.get("use_cache") is False or not self.can_cache)
@@ -432,7 +431,7 @@ class Tracker:
         return here.sequence
 
     def _of(self, cache: Any) -> _Sequence | None:
-        key = _identity(cache)
+        key = identity(cache)
         entry = self._of_cache.get(id(key))
         if entry is not None and entry[0]() is key:
             return entry[1]
@@ -440,7 +439,7 @@ class Tracker:
 
     def _bind(self, cache: Any, sequence: _Sequence) -> None:
         """Know the sequence by its cache from now on."""
-        cache = _identity(cache)
+        cache = identity(cache)
         key, known = id(cache), self._of_cache
         try:
             known[key] = weakref.ref(cache, lambda _: known.pop(key, None)), sequence
@@ -461,7 +460,7 @@ class Tracker:
             return
         if torch._C._current_graph_task_id() == -1:
             local.last = self._latest = here
-        if output is not None and here.sequence is not None and _cache_of(here.named) is None:
+        if output is not None and here.sequence is not None and cache_of(here.named) is None:
             self._learn_cache(here.sequence, output)
         here.end()
 
@@ -479,7 +478,7 @@ class Tracker:
     def _learn_cache(self, sequence: _Sequence, output: Any) -> None:
         """Where the model made the cache itself, later passes will bring it."""
         if isinstance(output, Mapping):
-            found = _cache_of(output)
+            found = cache_of(output)
         else:
             entries = output if isinstance(output, tuple | list) else ()
             found = next((entry for entry in entries if hasattr(entry, "get_seq_length")), None)
@@ -508,59 +507,6 @@ def _runs(number: int, model: int) -> bool:
             return id(frame.f_locals["self"]) == model
         frame = frame.f_back
     return False
-
-
-def _cache_of(named: Mapping[str, Any]) -> Any:
-    """The cache among arguments or outputs, if there is one."""
-    for key in CACHES:
-        cache = named.get(key)
-        if cache is not None and (key != "state" or _is_state_list(cache)):
-            return cache
-    return None
-
-
-def _is_state_list(cache: Any) -> bool:
-    """Whether a cache is RWKV's: a list of states, whose tensors are written into."""
-    return isinstance(cache, list) and bool(cache) and all(isinstance(entry, Tensor) for entry in cache)
-
-
-def _identity(cache: Any) -> Any:
-    """The object by which a cache is known: of a list of states, which can have no weak reference, the first."""
-    return cache[0] if _is_state_list(cache) else cache
-
-
-def _columns(cache: Any) -> int | Tensor | None:
-    """How many columns are in a cache; a tensor where only the device knows, None where it holds states alone."""
-    told = getattr(cache, "seqlen_offset", None)  # xLSTM's
-    tell = getattr(cache, "get_seq_length", None)
-    if callable(tell) and not _states_alone(cache):
-        try:
-            told = tell()
-        except (ValueError, TypeError):  # transformers' answer where there are states alone
-            return None
-    elif isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list) and cache[0]:
-        first = cache[0][0]
-        return first.shape[-2] if isinstance(first, Tensor) and first.ndim > 1 else None
-    if told is None:
-        return None
-    return told.clone() if isinstance(told, Tensor) else int(told)  # the pass will count on in it
-
-
-def _states_alone(cache: Any) -> bool:
-    """Whether every layer of a cache of transformers holds a state, which does not grow, and no keys and values."""
-    layers = getattr(cache, "layers", None) or ()
-    return bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
-
-
-def _has_states(cache: Any, known: bool) -> bool:
-    """Whether a cache of states has seen tokens; one that does not say has if it is `known`, or a list of them."""
-    tell = getattr(cache, "has_previous_state", None)
-    if callable(tell):
-        try:
-            return bool(tell())
-        except ValueError:  # it has no layers yet
-            return False
-    return tell if isinstance(tell, bool) else known or _is_state_list(cache)
 
 
 def _prompt_learner(model: nn.Module) -> nn.Module | None:

@@ -7,6 +7,7 @@ Where neither tells, nothing is guessed in models that hold sequence-first modul
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -56,6 +57,21 @@ def _told(model: nn.Module, name: str, module: nn.Module) -> bool | None:
     return said if own is None else own
 
 
+def tokens_first(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, bool | None]:
+    """Whether outputs are [tokens, batch, channels], by name; None where nothing tells in a model with such modules."""
+    unknown = None if _mixed(model) else False
+    told = {name: _told(model, name, module) for name, module in modules.items()}
+    return {name: unknown if one is None else not one for name, one in told.items()}
+
+
+def _mixed(model: nn.Module) -> bool:
+    """Whether a model holds modules that put the tokens first."""
+    return any(
+        batch_first(module) is False or type(module).__name__.startswith(_SEQUENCE_FIRST_INSIDE)
+        for module in model.modules()
+    )
+
+
 class Layout:
     """Where the outputs of a `model` for a `batch`, whose arguments are under their names, have prompts and tokens."""
 
@@ -72,10 +88,7 @@ class Layout:
     @cached_property
     def mixed(self) -> bool:
         """Whether the model holds modules that put the tokens first."""
-        return any(
-            batch_first(module) is False or type(module).__name__.startswith(_SEQUENCE_FIRST_INSIDE)
-            for module in self.model.modules()
-        )
+        return _mixed(self.model)
 
     def is_sequence_first(self, name: str, module: nn.Module, tensor: Tensor) -> bool:
         """Whether the output `tensor` of module `name` is [tokens, batch, channels].

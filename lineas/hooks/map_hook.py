@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maps.affine import AffineMap, at_strength
-from ..maps.metadata import Selection
+from ..maps.metadata import Selection, show_tokens
 from . import outputs
 from .affine import apply, blend, moved, parameters, working_dtype
 from .forward_state import Tracker
@@ -31,8 +31,10 @@ class MapHook:
         tokens: Selection,
         tracker: Tracker,
         likely: tuple[torch.device, torch.dtype],
+        tokens_first: bool | None,
     ) -> None:
         self.name, self.settings, self.tokens, self.tracker, self.likely = name, settings, tokens, tracker, likely
+        self.tokens_first = tokens_first  # None: nothing tells
         self.d = settings.latest.maps[name].d
         self.handle: Any = None  # the Handle, for who has lost it
         self.renew()
@@ -129,6 +131,7 @@ class MapHook:
         tensor, axis = self._activation(module, output)
         chosen = None
         if self.tokens != "all":
+            self._check_rows(tensor, show_tokens(self.tokens))
             chosen = self.tracker.current(self.name).chosen(self.tokens, self.name, module, tensor)
             if chosen is None:
                 return None
@@ -138,6 +141,7 @@ class MapHook:
             if isinstance(strength, float) and strength == 0:
                 return None
         if isinstance(strength, StrengthArray):
+            self._check_rows(tensor, f"a strength of the shape {list(strength.values.shape)}")
             strengths = self._strengths(strength, module, tensor)
             acts = strengths != 0
             chosen = acts if chosen is None else chosen & acts
@@ -147,6 +151,21 @@ class MapHook:
             mapped = apply(tensor, *self._at_strength(tensor, setting, strength), axis)
         # Not a product: what is not selected keeps its bits, a NaN among them.
         return outputs.put(output, mapped if chosen is None else torch.where(chosen, mapped, tensor))
+
+    def _check_rows(self, tensor: Tensor, what: str) -> None:
+        """ValueError where the first axis of an output counts the tokens, or may do so."""
+        if tensor.ndim != 3 or self.tokens_first is False:
+            return
+        if self.tokens_first:
+            why = "the module gives [tokens, batch, channels] (batch_first=False)"
+        elif tensor.shape[0] == tensor.shape[1]:
+            why = f"nothing tells which axis counts the prompts in {list(tensor.shape)}, as the model turns them inside"
+        else:
+            return
+        raise ValueError(
+            f"{self.name}: {what} needs an output [batch, tokens, channels], {why}; tokens='all' and a strength "
+            "that is a number fit any output"
+        )
 
     def _strengths(self, strengths: StrengthArray, module: nn.Module, tensor: Tensor) -> Tensor:
         """Strengths as a tensor that can be multiplied with `tensor`."""

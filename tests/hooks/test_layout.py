@@ -399,3 +399,46 @@ def test_what_is_made_of_images_does_not_pass_for_the_text():
     batch["input_ids"][1][batch["input_ids"][1] == families.IMAGE] = 5
     with pytest.raises(ValueError, match="which of 'pixel_values' belongs to which prompt cannot be told: row 1 of"):
         lineas.collect(gemma.model, batch | {"pixel_values": batch["pixel_values"]}, layers=name)
+
+
+# --- attached maps ----------------------------------------------------------------------------------------------------
+
+
+class Turning(nn.Module):
+    """Token ids through a sequence-first encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.encoder = nn.Embedding(9, WIDTH), torch_encoder()
+
+    def forward(self, input_ids):
+        return self.encoder(self.embed(input_ids).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.0.norm1", "encoder.layers.0", "encoder"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"tokens": "last"}, {"strength": [0.0, 1.0, 1.0, 1.0]}, {"strength": np.ones((4, 4))}],
+    ids=["tokens", "rows", "rows and tokens"],
+)
+@pytest.mark.parametrize("prompts", [4, 2])
+def test_attached_maps_do_not_take_tokens_for_prompts(name, settings, prompts):
+    model = seeded(Turning)
+    maps = lineas.SteeringMaps({name: lineas.AffineMap(np.full(WIDTH, 1.5), np.ones(WIDTH))})
+    ids = torch.ones(prompts, 4, dtype=torch.long)
+    with (
+        maps.attach(model, **settings),
+        pytest.raises(ValueError, match=rf"^{name}: .* the module gives \[tokens"),
+    ):
+        model(ids)
+    with maps.attach(model, strength=lambda tokens: 0.5), torch.no_grad():
+        model(ids)  # a number is the same for all
+    embed = lineas.SteeringMaps({"embed": maps[name]})
+    with embed.attach(model, **settings):  # before the axes are turned, and still unclear where both are 4
+        if prompts == 4:
+            with pytest.raises(
+                ValueError, match=r"^embed: .* nothing tells which axis counts the prompts in \[4, 4, 8\]"
+            ):
+                model(ids)
+        elif "tokens" in settings:
+            model(ids)
