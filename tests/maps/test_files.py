@@ -417,7 +417,7 @@ def test_files_of_another_kind(maps, path):
         files.read(path, CHECKPOINT)
 
 
-@pytest.mark.parametrize(("version", "text"), [(1, "reads versions 2 to 2$"), (3, "reads .* 2: update lineas$")])
+@pytest.mark.parametrize(("version", "text"), [(2, "reads versions 3 to 3$"), (4, "reads .* 3: update lineas$")])
 def test_versions_that_are_not_read(path, version, text):
     save_file({}, path, {"format": CHECKPOINT, "version": str(version), "state": "{}"})
     with pytest.raises(ValueError, match=rf"maps\.safetensors has version {version} of the format; this lineas {text}"):
