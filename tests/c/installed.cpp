@@ -29,8 +29,8 @@ int main()
     }
     /* A covariance needs BLAS. */
     double mean = 0, variance = 0;
-    std::vector<double> centred(3);
-    if (lns_covariance(&sample, centred.data(), &mean, &variance, nullptr) != LNS_OK ||
+    std::vector<double> covariance_work(static_cast<std::size_t>(lns_covariance_worksize(3, 1)) / sizeof(double));
+    if (lns_covariance(&sample, covariance_work.data(), &mean, &variance, nullptr) != LNS_OK ||
         std::fabs(variance - 13.0 / 3) > 1e-14) {
         std::puts("wrong variance");
         return 1;
