@@ -26,12 +26,17 @@ static double mass_total(const lns_sample *s)
     return total;
 }
 
-/* Column j in ascending order; through weight * z + bias where given, rounded as the working type does. */
-static entry *sorted_column(const lns_sample *s, int64_t j, const void *weight, const void *bias)
+/* Column j in ascending order; through weight * z + bias where given, rounded as the working type does. *count rows:
+ * those of weight 0 are not there. */
+static entry *sorted_column(const lns_sample *s, int64_t j, const void *weight, const void *bias, int64_t *count)
 {
     entry *column = malloc((size_t)s->n * sizeof *column);
     const double total = mass_total(s);
+    *count = 0;
     for (int64_t i = 0; i < s->n; i++) {
+        if (s->mass != NULL && s->mass[i] == 0) {
+            continue;
+        }
         double x = lns_value(s->data, s->dtype, i * s->d + j);
         if (weight != NULL && s->dtype == LNS_F64) {
             x = ((const double *)weight)[j] * x + ((const double *)bias)[j];
@@ -39,9 +44,9 @@ static entry *sorted_column(const lns_sample *s, int64_t j, const void *weight, 
             const float product = ((const float *)weight)[j] * (float)x;
             x = (double)(product + ((const float *)bias)[j]);
         }
-        column[i] = (entry){x, (s->mass != NULL ? s->mass[i] : 1) / total, i};
+        column[(*count)++] = (entry){x, (s->mass != NULL ? s->mass[i] : 1) / total, i};
     }
-    qsort(column, (size_t)s->n, sizeof *column, ascending);
+    qsort(column, (size_t)*count, sizeof *column, ascending);
     return column;
 }
 
@@ -94,10 +99,17 @@ static double most(lns_dtype dtype)
     return dtype == LNS_F64 ? 1e150 : 1e18;
 }
 
+/* Whether the rows that count are. */
 static int all_finite(const lns_sample *s)
 {
-    lns_place place;
-    return !lns_find_not_finite(s, &place);
+    for (int64_t i = 0; i < s->n; i++) {
+        for (int64_t j = 0; j < s->d && (s->mass == NULL || s->mass[i] != 0); j++) {
+            if (!isfinite(lns_value(s->data, s->dtype, i * s->d + j))) {
+                return 0;
+            }
+        }
+    }
+    return 1;
 }
 
 static lns_sample some_sample(int is_double, int64_t n, int64_t d, int weighted)
@@ -126,7 +138,8 @@ static lns_status call_sort(void *context, int threads, lns_place *place)
 
 static void check_sorted(const lns_sample *s, const void *out, int64_t j)
 {
-    entry *column = sorted_column(s, j, NULL, NULL);
+    int64_t rows;
+    entry *column = sorted_column(s, j, NULL, NULL, &rows);
     int64_t zeros = 0;
     for (int64_t i = 0; i < s->n; i++) {
         const double x = lns_value(out, real_dtype(s->dtype == LNS_F64), i * s->d + j);
@@ -211,10 +224,11 @@ static double plain_w2(const entry *u, int64_t n, const entry *v, int64_t m, dou
 
 static void check_w2(const lns_w2_job *job, int64_t j)
 {
-    const int64_t n = job->u.n, m = job->v.n, d = job->u.d;
+    int64_t n, m;
+    const int64_t d = job->u.d;
     const lns_dtype real = real_dtype(job->u.dtype == LNS_F64);
     const double w = job->weight != NULL ? lns_value(job->weight, real, j) : 1;
-    entry *u = sorted_column(&job->u, j, job->weight, job->bias), *v = sorted_column(&job->v, j, NULL, NULL);
+    entry *u = sorted_column(&job->u, j, job->weight, job->bias, &n), *v = sorted_column(&job->v, j, NULL, NULL, &m);
     double *g = malloc((size_t)n * sizeof *g), grad_weight = 0, grad_bias = 0, sum_weight = 0;
     const double value = plain_w2(u, n, v, m, g), size = extent(u, n) + extent(v, m);
     const double got = lns_value(job->value, real, j);
@@ -322,9 +336,9 @@ static double mean_of(const entry *column, int64_t n)
 
 static void check_fit(const lns_fit_job *job, lns_method method, int64_t j)
 {
-    const int64_t n = job->source.n, m = job->target.n;
+    int64_t n, m;
     const lns_dtype real = real_dtype(job->source.dtype == LNS_F64);
-    entry *u = sorted_column(&job->source, j, NULL, NULL), *v = sorted_column(&job->target, j, NULL, NULL);
+    entry *u = sorted_column(&job->source, j, NULL, NULL, &n), *v = sorted_column(&job->target, j, NULL, NULL, &m);
     overlap *parts = malloc((size_t)(n + m) * sizeof *parts);
     const double mean_u = mean_of(u, n), mean_v = mean_of(v, m), size_u = extent(u, n), size_v = extent(v, m);
     const double slope = lns_value(job->weight, real, j), shift = lns_value(job->bias, real, j);

@@ -21,16 +21,19 @@ void fuzz_sizes(void)
     const lns_w2_job w2 = {.u = s, .v = t};
     const lns_fit_job fit = {.source = s, .target = t};
     const int s_bad = !addressable(n, d), t_bad = !addressable(m, d);
+    /* Float64 and float32 do not go together. */
+    const lns_status refusal = (s.dtype == LNS_F64) == (t.dtype == LNS_F64) ? LNS_BAD_SIZE : LNS_BAD_TYPE;
+    const int pair_bad = s_bad || t_bad || refusal == LNS_BAD_TYPE;
 
     REQUIRE(lns_sort_worksize(&s, 1, threads) >= -1);
     REQUIRE(!s_bad ||
             (lns_sort_worksize(&s, 1, threads) == -1 && lns_sort(&s, 1, 1, NULL, NULL, NULL) == LNS_BAD_SIZE));
     REQUIRE(lns_wasserstein_worksize(&w2, 1, threads) >= -1);
-    REQUIRE(!(s_bad || t_bad) || (lns_wasserstein_worksize(&w2, 1, threads) == -1 &&
-                                  lns_wasserstein(&w2, 1, 0, 1, NULL, NULL) == LNS_BAD_SIZE));
+    REQUIRE(!pair_bad ||
+            (lns_wasserstein_worksize(&w2, 1, threads) == -1 && lns_wasserstein(&w2, 1, 0, 1, NULL, NULL) == refusal));
     REQUIRE(lns_fit_worksize(&fit, 1, threads) >= -1);
-    REQUIRE(!(s_bad || t_bad || n < 2 || m < 2) ||
-            (lns_fit_worksize(&fit, 1, threads) == -1 && lns_fit(&fit, 1, LNS_MEAN, 1, NULL, NULL) == LNS_BAD_SIZE));
+    REQUIRE(!(pair_bad || n < 2 || m < 2) ||
+            (lns_fit_worksize(&fit, 1, threads) == -1 && lns_fit(&fit, 1, LNS_MEAN, 1, NULL, NULL) == refusal));
     REQUIRE(lns_covariance_worksize(n, d) >= -1);
     REQUIRE(!s_bad || (lns_covariance(&s, NULL, NULL, NULL, NULL) == LNS_BAD_SIZE));
     REQUIRE(lns_bures_map_worksize(d) >= -1);
@@ -67,6 +70,8 @@ void fuzz_sizes(void)
     REQUIRE(lns_affine(NULL, none, 1, 1, 1, NULL, NULL, 1, 1, NULL, NULL) == LNS_BAD_TYPE);
     REQUIRE(lns_moments_update(&other, 1, NULL, &state, NULL) == LNS_BAD_TYPE);
     REQUIRE(lns_covariance(&other, NULL, NULL, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_sort(&other, 1, 1, NULL, NULL, NULL) == LNS_BAD_TYPE);
+    REQUIRE(lns_fit(&fit, 1, (lns_method)(4 + byte()), 1, NULL, NULL) == LNS_BAD_TYPE);
 
     REQUIRE(lns_status_text((lns_status)(int)n)[0] != '\0');
     REQUIRE(lns_cpu_init("a processor that nobody has made") == -1);
