@@ -19,7 +19,7 @@ from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
 from .forward_state import Tracker
 from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
-from .modules import get_module, model_name, output_width
+from .modules import check_model, get_module, model_name, output_width
 from .strength import Schedule, Settings, Strength, StrengthArray, StrengthValue, as_given, read_strength
 
 
@@ -256,8 +256,7 @@ def attached(model: nn.Module) -> list[Handle]:
     TypeError
         If `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     found: dict[int, tuple[int, Handle]] = {}
     for module in model.modules():
         for key, hook in module._forward_hooks.items():
@@ -370,8 +369,7 @@ def attach(
     UserWarning
         If the metadata name another model than this one, with modules of the same names and widths.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     given = read_strength(strength)
     chosen = fitted_tokens(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
     as_flag(replace, "replace")
