@@ -17,6 +17,8 @@ from torch import nn
 
 WIDTH, LAYERS = 16, 2
 BLOCKS = "model.layers.*"
+SIZES = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 2 * WIDTH}
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,7 @@ def decoder(
     name: str, config: type, model: type, sites: list[str], count: int = LAYERS, selects: bool = True, **settings: Any
 ) -> Family:
     """A decoder-only language model of transformers."""
-    common = {
-        "vocab_size": zoo.VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 1,
-    }
+    common = {"vocab_size": zoo.VOCABULARY, "max_position_embeddings": 64} | SIZES | ATTENTION
     return Family(name, lambda: model(config(**common | settings)), prompts, sites, count, greedy, selects)
 
 
@@ -125,9 +116,8 @@ def states(
     name: str, config: type, model: type, sites: list[str], count: int = LAYERS, batch: Any = prompts, **settings: Any
 ) -> Family:
     """A language model of transformers whose layers, some or all, keep a state in place of keys and values."""
-    common = {"vocab_size": zoo.VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    return Family(name, lambda: model(config(**common | ids | settings)), batch, sites, count, greedy)
+    common = {"vocab_size": zoo.VOCABULARY} | SIZES
+    return Family(name, lambda: model(config(**common | settings)), batch, sites, count, greedy)
 
 
 def one_length(count: int, seed: int) -> dict[str, torch.Tensor]:
@@ -142,11 +132,9 @@ def greedy_alone(model: nn.Module, batch: dict[str, torch.Tensor], use_cache: bo
 
 def xlstm() -> nn.Module:
     sizes = {"hidden_size": 128, "num_heads": 8, "num_blocks": LAYERS, "chunk_size": 16}  # its smallest
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    return tf.xLSTMForCausalLM(tf.xLSTMConfig(vocab_size=zoo.VOCABULARY, num_hidden_layers=LAYERS, **sizes, **ids))
+    return tf.xLSTMForCausalLM(tf.xLSTMConfig(vocab_size=zoo.VOCABULARY, **SIZES | sizes))
 
 
-ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 2 * WIDTH}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 LINEAR = {f"linear_{part}": 2 for part in ("num_value_heads", "num_key_heads")} | {
     f"linear_{part}_head_dim": 8 for part in ("key", "value")
@@ -159,8 +147,7 @@ STATE_MODELS = [
            head_dim=8, n_groups=1, chunk_size=8),
     states("Falcon-Mamba", tf.FalconMambaConfig, tf.FalconMambaForCausalLM, ["backbone.layers.*.norm"], state_size=4),
     Family("RWKV", lambda: tf.RwkvForCausalLM(tf.RwkvConfig(
-        vocab_size=zoo.VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, attention_hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH, context_length=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        vocab_size=zoo.VOCABULARY, attention_hidden_size=WIDTH, intermediate_size=2 * WIDTH, context_length=64, **SIZES,
     )), one_length, ["rwkv.blocks.*.ln2"], LAYERS, greedy_alone),
     Family("xLSTM", xlstm, one_length, ["backbone.blocks.*.norm_ffn"], LAYERS, greedy),
     states("Jamba", tf.JambaConfig, tf.JambaForCausalLM, ["model.layers.*.pre_ff_layernorm"], **ATTENTION, **EXPERTS,
@@ -372,15 +359,9 @@ def multimodal(name: str, config: type, model: type, sites: list[str], *, vision
     """A model of text and images whose tokens of images have positions along three axes."""
     text = {
         "vocab_size": zoo.VOCABULARY + 2,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        **SIZES,
+        **ATTENTION,
     }
 
     def build() -> nn.Module:
@@ -412,17 +393,7 @@ def text_and_images(count: int, seed: int, side: str = "left") -> dict[str, torc
 
 
 def gemma3() -> nn.Module:
-    text = {
-        "vocab_size": zoo.VOCABULARY + 1,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 1,
-    }
+    text = {"vocab_size": zoo.VOCABULARY + 1} | SIZES | ATTENTION
     vision = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
               "num_attention_heads": 2, "image_size": 8, "patch_size": 2}  # fmt: skip
     made = tf.Gemma3ForConditionalGeneration(
