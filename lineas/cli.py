@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineas
-from lineas._checks import as_finite, as_int, as_not_negative, as_share
+from lineas._checks import as_int, as_not_negative, as_share
 from lineas.fitting import settings
 from lineas.hooks.settings import RunSettings
+from lineas.maps.metadata import CALIBRATED, as_strength
 
 if TYPE_CHECKING:
     from .fitting.result import FitResult
@@ -32,6 +33,13 @@ def _rate(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
+def _strength(text: str) -> float | str:
+    try:
+        return text if text == CALIBRATED else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or {CALIBRATED}, got {text!r}") from None
 
 
 def _tokens(text: str) -> str | slice:
@@ -159,10 +167,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--maps", required=True, **_MAPS)
     generate.add_argument(
         "--strength",
-        type=float,
+        type=_strength,
         action="append",
         metavar="X",
-        help="0 is off, 1 the maps (default: 1); given several times, every prompt is continued at each",
+        help="0 is off, 1 the maps (default: 1), calibrated what `lineas calibrate` found; given several times, every "
+        "prompt is continued at each",
     )
     generate.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy; default: 1")
@@ -174,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     fold = command("fold", _fold, "write a model with maps in its weights")
     _add_model(fold)
     fold.add_argument("--maps", required=True, **_MAPS)
-    fold.add_argument("--strength", type=float, default=1.0, metavar="X", help="default: 1")
+    fold.add_argument(
+        "--strength", type=_strength, default=1.0, metavar="X", help="a number or calibrated (default: 1)"
+    )
     fold.add_argument(
         "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
     )
@@ -275,11 +286,11 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = args.prompt + ([] if args.prompts is None else _read_prompts(args.prompts))
     if not prompts:
         raise ValueError("expected a prompt or --prompts FILE with at least one, got none")
-    strengths = [as_finite(strength, "strength") for strength in args.strength or [1.0]]
     as_int(args.max_new_tokens, "max_new_tokens", low=1)
     random = {"temperature": as_not_negative(args.temperature, "temperature"), "top_p": as_share(args.top_p, "top_p")}
     how = {"do_sample": True, **random} if args.temperature else {"do_sample": False}
     maps = _load_maps(args.maps)
+    strengths = [as_strength(strength, maps.metadata) for strength in args.strength or [1.0]]
     tokenizer = _load(args, "AutoTokenizer")
     from .inputs.prompts import read
 
@@ -327,8 +338,8 @@ def _fold(args: argparse.Namespace) -> None:
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output: the folder of {args.output} does not exist")
-    strength = as_finite(args.strength, "strength")
     maps = _load_maps(args.maps)
+    strength = as_strength(args.strength, maps.metadata)
     tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
     folded: Any = maps.fold(model, strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
@@ -337,7 +348,7 @@ def _fold(args: argparse.Namespace) -> None:
         folded.save_pretrained(made)
         tokenizer.save_pretrained(made)
         made.rename(args.output)
-    print(f"{type(folded).__name__} with {len(maps)} maps at strength {args.strength:g}\nwritten to {args.output}")
+    print(f"{type(folded).__name__} with {len(maps)} maps at strength {strength:g}\nwritten to {args.output}")
 
 
 def _info(args: argparse.Namespace) -> None:
