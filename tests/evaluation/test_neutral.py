@@ -346,7 +346,7 @@ def test_models_of_which_no_price_is_known():
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(vocab_size=zoo.VOCABULARY, **sizes))
     maps = lineas.SteeringMaps({"decoder.block.0.layer.2.layer_norm": lineas.AffineMap.identity(8)})
-    with pytest.raises(ValueError, match="neutral: .* this one has an encoder and a decoder"):
+    with pytest.raises(ValueError, match=r"neutral: .* this one has an encoder and a decoder"):
         price(model, maps)
     model, maps = language_model("llama")
     base = maps.rename(lambda name: name.removeprefix("model."))
