@@ -240,7 +240,9 @@ class Evaluation(Record):
         return max(rows, key=lambda row: sign * row[judge])
 
     def front(self, judge: str | None = None, *, price: str = "kl", minimize: bool = False) -> list[dict[str, Any]]:
-        """The Pareto front: points of which none has a larger effect at no higher price, by rising price.
+        """The Pareto front, by rising price: no other point has a larger effect or a lower price, and is no worse else.
+
+        Of points with the same effect and price the first is taken.
 
         Parameters
         ----------
