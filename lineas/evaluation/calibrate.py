@@ -292,6 +292,7 @@ class _Price:
                 )
         tried = np.array(sorted(self.found))
         price = np.array([float(self._price(self.found[s])) for s in tried]) + self.offset
+        price[~np.isfinite(price)] = math.inf
         return _Found(low, self._range(limit), {"strength": tried, "price": price}, {})
 
     def _narrowed(self, low: float, high: float, limit: float) -> tuple[float, float]:
