@@ -356,49 +356,26 @@ def test_generate_equals_the_model_with_maps_on(folder, maps_path, capsys):
     assert out[0][4:] != out[1][4:]
 
 
-@pytest.fixture
-def calibrated(maps_path, tmp_path):
-    """The same maps after a calibration: the file, and the strength."""
-    texts = models_zoo.texts(8, seed=5)
-    found = lineas.load(maps_path).calibrate(
-        models_zoo.llama(), neutral=texts, max_kl=0.01, tokenizer=models_zoo.tokenizer(), progress=False
-    )
-    found.maps.save(tmp_path / "calibrated.safetensors")
-    return tmp_path / "calibrated.safetensors", found.strength
-
-
-def test_generate_takes_the_calibrated_strength(folder, maps_path, calibrated, capsys):
-    path, strength = calibrated
-    options = ("--temperature", "0", "--max-new-tokens", "6", "the film", "--strength", "0", "--strength")
-    outputs = []
-    for value in ("calibrated", repr(strength), "1"):
-        assert generate(folder, path, *options, value) == 0
-        outputs.append(capsys.readouterr().out.splitlines()[1])
-    assert outputs[0] == outputs[1] and outputs[0].startswith(f"[{strength:g}] the film")
-    assert outputs[0].partition("] ")[2] != outputs[2].partition("] ")[2]
-
-
-def test_a_model_is_folded_at_the_calibrated_strength(folder, calibrated, tmp_path, capsys):
+def test_calibrated_strengths(folder, maps_path, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    path, strength = calibrated
-    fold = ["fold", str(folder / "model"), "--maps", str(path), "--quiet", "-o", str(tmp_path / "folded")]
-    assert cli.main([*fold, "--strength", "calibrated"]) == 0
-    assert f"3 maps at strength {strength:g}\n" in capsys.readouterr().out
+    settings = {"neutral": models_zoo.texts(8, seed=5), "tokenizer": models_zoo.tokenizer(), "progress": False}
+    found = lineas.load(maps_path).calibrate(models_zoo.llama(), max_kl=0.01, **settings)
+    found.maps.save(path := tmp_path / "calibrated.safetensors")
+    outputs = []
+    for value in ("calibrated", repr(found.strength), "1"):
+        assert generate(folder, path, "--strength", "0", "--strength", value, "--temperature", "0", "the film") == 0
+        outputs.append(capsys.readouterr().out.splitlines()[1].partition("] "))
+    assert outputs[0] == outputs[1] and outputs[0][0] == f"[{found.strength:g}" and outputs[0][2] != outputs[2][2]
+    fold = ["fold", str(folder / "model"), "--quiet", "--strength", "calibrated", "-o", str(tmp_path / "x"), "--maps"]
+    assert cli.main([*fold, str(path)]) == 0
+    assert f"3 maps at strength {found.strength:g}\n" in capsys.readouterr().out
     batch = models_zoo.tokenizer()(models_zoo.texts(2), return_tensors="pt", padding=True)
-    expected = lineas.load(path).fold(models_zoo.llama(), strength)(**batch).logits
-    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "folded")(**batch).logits == expected).all()
-
-
-def test_only_calibrated_maps_have_a_calibrated_strength(folder, maps_path, no_model, tmp_path, capsys):
-    message = "--strength='calibrated' is for maps that were calibrated"
-    fails(capsys, generate(folder, maps_path, "--strength", "calibrated", "a day"), message)
-    fold = ["fold", str(folder / "model"), "--maps", str(maps_path), "-o", str(tmp_path / "x"), "--strength"]
-    fails(capsys, cli.main([*fold, "calibrated"]), message)
-    for arguments in ([*fold, "much"], ["generate", "model", "--maps", "x", "--strength", "much", "a day"]):
-        with pytest.raises(SystemExit):
-            cli.main(arguments)
-        assert "argument --strength: expected a number or calibrated, got 'much'" in capsys.readouterr().err
+    expected = found.maps.fold(models_zoo.llama(), found.strength)(**batch).logits
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "x")(**batch).logits == expected).all()
+    fold[6] = str(tmp_path / "y")
+    assert generate(folder, maps_path, "--strength", "calibrated", "a") == cli.main([*fold, str(maps_path)]) == 2
+    assert capsys.readouterr().err.count("--strength='calibrated' is for maps that were calibrated") == 2
 
 
 def test_generate_reads_prompts_and_repeats_itself_with_the_same_seed(folder, maps_path, tmp_path, capsys):
@@ -506,6 +483,9 @@ def test_usage(capsys):
             cli.main(unknown)
         assert stop.value.code == 2
         assert "unrecognized arguments: " in (err := capsys.readouterr().err) and err.endswith("--unknown\n")
+    with pytest.raises(SystemExit):
+        cli.main(["fold", "model", "--strength", "much"])
+    assert "argument --strength: expected a number or calibrated, got 'much'" in capsys.readouterr().err
     for text in ("1:x", "1:2:3:4"):
         with pytest.raises(SystemExit):
             cli.main(["fit", "model", "--tokens", text])
