@@ -39,6 +39,7 @@ MARKS = "<!-- measured: python benchmarks/price_and_effect.py --write -->", "<!-
 FOLDER = ROOT / "build" / "price-and-effect"
 PAGE, PICTURE = ROOT / "docs" / "price-and-effect.md", ROOT / "docs" / "price-and-effect.png"
 BUDGETS = (0.03, 0.1, 0.3)  # nats, of the KL divergence of the next token
+TRIED = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # strengths between which those for the budgets are found
 MAX_LENGTH, NEW_TOKENS = 32, 20
 SEARCHED, PRICED, UNSEEN = 32, 64, 128  # neutral texts: for the strengths, for the price, for the calibrated strength
 CALIBRATED, SEEDS = 64, 5
@@ -159,15 +160,16 @@ class Study:
         return maps
 
     def strengths(self, method: str) -> list[float]:
-        """The strengths of a method that meet the budgets on the texts for this."""
+        """The strengths of a method that meet the budgets on the texts for this, about."""
         file = self.folder / "strengths.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         if method not in found:
-            how = {"neutral": self.searched, "tokenizer": self.tokenizer, "max_length": MAX_LENGTH}
-            found[method] = [
-                self.maps(method).calibrate(self.model, max_kl=kl, confidence=0.5, progress=False, **how).strength
-                for kl in BUDGETS
-            ]
+            how: dict[str, Any] = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
+            tried = lineas.evaluate(self.model, self.maps(method), neutral=self.searched, strengths=TRIED, **how).rows()
+            # The root of the divergence is nearly a straight line in the strength. What it then is, is measured.
+            roots = np.maximum.accumulate(np.sqrt([max(row["kl"], 0) for row in tried]))
+            strengths = np.interp(np.sqrt(BUDGETS), roots, [row["strength"] for row in tried])
+            found[method] = [round(float(strength), 3) for strength in strengths]
             file.write_text(json.dumps(found))
             print(f"{self.name}: {method} at {found[method]}", flush=True)
         return found[method]
