@@ -1,5 +1,6 @@
 """Maps in lm-evaluation-harness: scores and texts equal those of the model under its hooks, computed by hand."""
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,7 @@ import lineas
 from lineas.evaluation import harness
 from lineas.evaluation.harness import LineasLM
 
+pytestmark = pytest.mark.filterwarnings("ignore:map_tokens='generated' leaves")
 ROOT = Path(__file__).parents[2]
 CHAT = (
     "{% for m in messages %}{{ 'we' if m['role'] == 'user' else 'you' }} {{ m['content'] }} {% endfor %}"
@@ -415,6 +417,19 @@ def test_a_calibrated_strength_is_left_to_the_maps(monkeypatch):
     assert "calibrated" in seen and lm.get_model_info()["strength"] == 0.25
 
 
+def test_maps_and_an_adapter(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(models_zoo.llama(), config).eval()
+    adapted.save_pretrained(tmp_path)
+    lm = LineasLM(**arguments(folder, peft=tmp_path, map_tokens="last"), device="cpu", batch_size=3)
+    with language_model()[1].attach(adapted, tokens="last"):
+        encode = tokenizer().encode
+        expected = [score_of(adapted, encode(context), encode(answer)) for context, answer in PAIRS]
+    np.testing.assert_allclose(scores(lm), expected, rtol=0, atol=2e-5)
+    assert not np.allclose(expected, expected_scores("llama", tokens="last"), rtol=0, atol=1e-2)
+
+
 def test_the_entry_point_is_the_class():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     points = project["entry-points"]["lm_eval.models"]
@@ -475,14 +490,6 @@ def test_the_command_line(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_without_maps(folder):
-    given = arguments(folder)
-    done = shell(folder, maps=given["maps"] + "+none.safetensors")
-    assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("FileNotFoundError") and "none.safetensors" in done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(registry, "load_plugins"), reason="lm-eval up to 0.4.13 looks for no other packages")
 def test_the_command_line_of_lm_eval_itself(folder, tmp_path):
     installed = tmp_path / "site" / "lineas_points-0.dist-info"  # as pip writes it
@@ -511,6 +518,13 @@ def test_a_language_model_that_was_trained(tokens):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lineas.evaluation.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    with pytest.raises(ImportError, match=r'needs lm-eval: pip install "lineas\[lm-eval\]"'):
+        importlib.import_module("lineas.evaluation.harness")
 
 
 @pytest.fixture
@@ -572,3 +586,15 @@ def test_bad_input_is_an_error_before_weights_are_read(
         else:
             LineasLM(**arguments(folder) | given)
     assert not lineas.attached(model) and attached.hooks_on(model) == 0
+
+
+def test_tokens_cannot_be_selected_in_an_encoder_decoder_model():
+    import transformers
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=models_zoo.VOCABULARY, **sizes))
+    given = {"pretrained": model, "maps": other_maps(**{"encoder.block.0.layer.1.DenseReluDense.wo": 16})}
+    with pytest.raises(ValueError, match="tokens='last' needs a model with one text"):
+        lm_of(LineasLM, map_tokens="last", **given)
+    assert scores(lm_of(LineasLM, **given)) != scores(lm_of(HFLM, pretrained=model))
+    assert not lineas.attached(model)
