@@ -16,7 +16,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class LineasLM(HFLM):
     as in a generation, with their contexts for the prompts: "generated" are the tokens of a continuation (of a text
     that is scored without a context, all but what lm-eval puts before it), "last" these and the last of the context.
     The first token of a continuation is predicted from the last of its context, so maps for "generated" never change
-    its score: that of answers of a single token stays as it is, with a warning where all are so.
+    its score: those of answers of a single token stay as they are, and a warning counts them.
 
     Parameters
     ----------
@@ -142,9 +142,10 @@ class LineasLM(HFLM):
         lm = LineasLM(pretrained=model, tokenizer=tokenizer, maps=maps, strength=0.5, batch_size=8)
         results = lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])
 
-    From the shell (see docs/lm-eval.md)::
+    From the shell, with the whole command line of lm-eval (see docs/lm-eval.md)::
 
-        lm_eval --model lineas --model_args pretrained=MODEL,maps=maps.safetensors,strength=0.5 --tasks arc_easy
+        python -m lineas.evaluation.harness run --model lineas --tasks arc_easy \\
+            --model_args pretrained=MODEL,maps=maps.safetensors,strength=0.5
     """
 
     def __init__(
@@ -179,13 +180,13 @@ class LineasLM(HFLM):
         return self._maps.attach(model, self._strength, tokens=tokens)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
-        try:
-            with torch.device("meta"):
+        outline = None
+        if not options.get("peft"):  # maps may sit on modules of the adapter
+            # What a model cannot be made for without its weights, loading it will say.
+            with suppress(Exception), torch.device("meta"):
                 outline = self.AUTO_MODEL_CLASS.from_config(
                     self.config, trust_remote_code=options.get("trust_remote_code")
                 )
-        except Exception:  # what a model cannot be made for without its weights, loading them will say
-            outline = None
         if outline is not None:
             self._check(outline)
         super()._create_model(*args, **options)

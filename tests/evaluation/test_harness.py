@@ -538,10 +538,6 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
 
 
-def other_maps(**widths):
-    return attached.random_maps(widths)
-
-
 WRONG = {
     "no maps": ({"maps": None}, ValueError, r"maps: expected a file, folder or hub id of maps, got none"),
     "no name": ({"maps": "a.safetensors+"}, ValueError, r"maps: expected names with \+ between them, got 'a.safe"),
@@ -559,12 +555,12 @@ WRONG = {
     "token step": ({"map_tokens": "1:5:0"}, ValueError, r"map_tokens: the step of a slice must be above 0, got 0"),
     "token number": ({"map_tokens": 3}, TypeError, r"map_tokens must be .* a slice or a callable, got int"),
     "callable": (
-        {"maps": lineas.SteeringMaps(other_maps(a=2), {"tokens": {"callable": "f"}})},
+        {"maps": lineas.SteeringMaps(attached.random_maps({"a": 2}), {"tokens": {"callable": "f"}})},
         ValueError,
         r"pass it, or another selection, as map_tokens=",
     ),
-    "module": ({"maps": other_maps(**{"model.layers.0.nothing": 16})}, ValueError, r"model.layers.0.nothing"),
-    "width": ({"maps": other_maps(**{"model.norm": 15})}, ValueError, r"model.norm: the map is for 15 neurons"),
+    "module": ({"maps": attached.random_maps({"model.layers.0.nothing": 16})}, ValueError, r"model.layers.0.nothing"),
+    "width": ({"maps": attached.random_maps({"model.norm": 15})}, ValueError, r"model.norm: the map is for 15 neurons"),
 }
 
 
@@ -593,7 +589,7 @@ def test_tokens_cannot_be_selected_in_an_encoder_decoder_model():
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=models_zoo.VOCABULARY, **sizes))
-    given = {"pretrained": model, "maps": other_maps(**{"encoder.block.0.layer.1.DenseReluDense.wo": 16})}
+    given = {"pretrained": model, "maps": attached.random_maps({"encoder.block.0.layer.1.DenseReluDense.wo": 16})}
     with pytest.raises(ValueError, match="tokens='last' needs a model with one text"):
         lm_of(LineasLM, map_tokens="last", **given)
     assert scores(lm_of(LineasLM, **given)) != scores(lm_of(HFLM, pretrained=model))
