@@ -11,6 +11,7 @@
 #   make browser    the explorer in JupyterLab, by the system's Chromium
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
+#   make price-and-effect  methods and models by effect and price, for two hours   STUDY_ARGS=--write writes the page
 #   make lint       style and types
 #   make freethreaded  the array tests in four threads at once, on a Python without GIL: PYTHON_FT=python3.14t
 #   make wheel      source archive and wheel in dist/, built and tested apart from everything else (Linux)
@@ -26,6 +27,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 TOXICITY_ARGS ?=
+STUDY_ARGS ?=
 FUZZ_SECONDS ?= 60
 # Least percentage of lines.
 COVERAGE ?= 95
@@ -40,7 +42,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 
 .PHONY: wheel demo test notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
 	fuzz-merge need-clang asan asan-canary asan-c \
-	asan-python freethreaded bench toxicity browser lint venv clean
+	asan-python freethreaded bench toxicity price-and-effect browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -105,6 +107,10 @@ bench: .venv-test/stamp
 toxicity: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'h5py>=3.10,<4'
 	.venv-test/bin/python benchmarks/toxicity.py $(TOXICITY_ARGS)
+
+price-and-effect: .venv-test/stamp
+	.venv-test/bin/$(PIP) install --quiet 'h5py>=3.10,<4'
+	.venv-test/bin/python benchmarks/price_and_effect.py $(STUDY_ARGS)
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'
