@@ -1,7 +1,7 @@
 """What `lineas.evaluate` adds to the generations that it is made of.
 
-300 prompts x 20 new tokens x 5 strengths, 0 among them, on SmolLM2-135M, with 64 neutral texts and VADER for judge, beside
-the model's own ``generate`` on the same prompts in the same batches, five times, without maps. Both run alternately.
+300 prompts x 20 new tokens x 5 strengths, 0 among them, on SmolLM2-135M, with 64 neutral texts and VADER as judge;
+and ``generate`` alone on the same prompts in the same batches, five times, without maps. Both run in turn.
 
     python benchmarks/evaluation_cost.py [--rounds 1] [--prompts 300] [--threads 2]
 """
