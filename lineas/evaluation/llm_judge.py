@@ -92,6 +92,8 @@ class LLMJudge(OwnJudge):
         loaded = is_a(model, "torch.nn", "Module")
         if not loaded and (not callable(model) or isinstance(model, type)):
             raise TypeError(f"model must be a loaded language model or a callable, got {type(model).__name__}")
+        if loaded and not callable(getattr(model, "generate", None)):
+            raise TypeError(f"model must be a language model of transformers, got {type(model).__name__}")
         if loaded == (tokenizer is None):
             raise ValueError(f"tokenizer must {'' if loaded else 'not '}be given with a {type(model).__name__}")
         readings = ("argmax", "expectation", "generated") if loaded else ("generated",)
@@ -185,7 +187,7 @@ class LLMJudge(OwnJudge):
         """Batches of rows of similar length, padded on the left, and which rows they are."""
         from ..inputs.tokenize import TokenRows
 
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for row, label in zip(rows, labels, strict=True):
             if isinstance(limit, int) and len(row) + new_tokens > limit:
                 raise ValueError(

@@ -314,6 +314,11 @@ def test_generated_answers_are_the_same_in_batches(name):
     [
         (lambda: LLMJudge("gpt2", CONCEPT), TypeError, "model must be a loaded language model or a callable, got str"),
         (lambda: LLMJudge(dict, CONCEPT), TypeError, "model must be a loaded language model or a callable, got type"),
+        (
+            lambda: LLMJudge(torch.nn.Linear(2, 2), CONCEPT, tokenizer=tokenizer()),
+            TypeError,
+            "model must be a language model of transformers, got Linear",
+        ),
         (lambda: LLMJudge(llama(), CONCEPT), ValueError, "tokenizer must be given with a LlamaForCausalLM"),
         (lambda: LLMJudge(len, CONCEPT, tokenizer=tokenizer()), ValueError, "tokenizer must not be given with a built"),
         (lambda: LLMJudge(len, " "), TypeError, "concept must be a description in words, got ' '"),
