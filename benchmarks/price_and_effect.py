@@ -47,7 +47,7 @@ CALIBRATED, SEEDS = 64, 5
 SAMPLING = {"top_k": 40, "top_p": 1.0}
 END_TO_END: dict[str, dict[str, Any]] = {
     "LinEAS dense": {"lr": "auto", "steps": 12},
-    "LinEAS sparse": {"lr": "auto", "steps": 16, "l1": 4e-3},
+    "LinEAS sparse": {"lr": "auto", "steps": 16},
 }
 LOCAL: dict[str, tuple[Callable[..., Any], str]] = {
     "mean": (baselines.mean, "mean"),
@@ -64,6 +64,8 @@ class Model:
     label: str
     load: Callable[[], tuple[Any, Any]]
     layers: list[str]
+    tokens: Any
+    l1: float  # of the sparse fit: the losses of the two models are of different sizes
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ def _toxicity_sets() -> tuple[tuple[list[str], list[str]], tuple[list[str], list
     return sets["fit"], sets["validation"]
 
 
-MODELS = {
-    "smollm2": Model("SmolLM2-135M-Instruct", demo_model.load_smollm2, ["model.layers.*.post_attention_layernorm"]),
+MODELS = {  # in both the norms before the MLPs
+    "smollm2": Model(
+        "SmolLM2-135M-Instruct", demo_model.load_smollm2, ["model.layers.*.post_attention_layernorm"], "all", 4e-3
+    ),
+    # Without <bos>, whose activations are many times as large as those of words.
     "gemma3": Model(
-        "Gemma 3 270M",
-        lambda: demo_model.load_gemma3(),
-        ["model.layers.*.post_attention_layernorm", "model.layers.*.post_feedforward_layernorm"],
+        "Gemma 3 270M", demo_model.load_gemma3, ["model.layers.*.pre_feedforward_layernorm"], slice(1, None), 0.08
     ),
 }
 CONCEPTS = {
@@ -139,10 +142,16 @@ class Study:
         file = self.folder / f"{method.replace(' ', '-')}.safetensors"
         if file.exists():
             return lineas.load(file)
-        reading = {"layers": self.spec.layers, "tokenizer": self.tokenizer, "max_length": MAX_LENGTH}
+        reading = {
+            "layers": self.spec.layers,
+            "tokens": self.spec.tokens,
+            "tokenizer": self.tokenizer,
+            "max_length": MAX_LENGTH,
+        }
         start = time.perf_counter()
         if method in END_TO_END:
             settings = {**reading, **END_TO_END[method], "held_out": self.held_out, "progress": False}
+            settings["l1"] = self.spec.l1 if method == "LinEAS sparse" else 0.0
             result = lineas.fit_end_to_end(self.model, *self.fit, **settings)
             if result.stopped == "interrupted" or result.stopped.startswith("not finite"):
                 raise SystemExit(result.stopped)
