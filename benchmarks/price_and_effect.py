@@ -96,7 +96,7 @@ MODELS = {  # in both the norms before the MLPs
     ),
     # Without <bos>, whose activations are many times as large as those of words.
     "gemma3": Model(
-        "Gemma 3 270M", demo_model.load_gemma3, ["model.layers.*.pre_feedforward_layernorm"], slice(1, None), 0.08
+        "Gemma 3 270M", demo_model.load_gemma3, ["model.layers.*.pre_feedforward_layernorm"], slice(1, None), 0.01
     ),
 }
 CONCEPTS = {
