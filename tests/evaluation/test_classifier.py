@@ -158,8 +158,23 @@ def test_a_loaded_model_stays_as_it_is():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_model_without_a_name_is_called_by_its_class():
-    assert Classifier(bert(), tokenizer=tokenizer()).name == "BertForSequenceClassification: positive"
+def test_default_device_and_dtype_of_torch_change_nothing():
+    judge = Classifier(bert(), tokenizer=tokenizer())
+    expected = judge(TEXTS)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(judge(TEXTS), expected)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_a_loaded_model_is_called():
+    model = bert()
+    assert Classifier(model, tokenizer=tokenizer()).name == "BertForSequenceClassification: positive"
+    model.config.name_or_path = "somebody/sentiment"  # as of one from the hub
+    assert Classifier(model, tokenizer=tokenizer()).name == "somebody/sentiment: positive"
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
