@@ -1,6 +1,7 @@
 """A text classifier as a judge, against the pipeline of transformers and the model's logits by hand."""
 
 import functools
+import importlib.util
 
 import models_zoo as zoo
 import numpy as np
@@ -343,3 +344,9 @@ def test_an_error_of_the_model_names_the_judge(folder):
     judge._pipeline.model.bert.embeddings.word_embeddings = torch.nn.Embedding(3, 16)  # too few tokens
     with pytest.raises(JudgeError, match="judge 'mine' failed: IndexError"):
         score("mine", judge, TEXTS)
+
+
+def test_a_folder_without_transformers(folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'Classifier needs torch and transformers: pip install "lineas\[torch\]"'):
+        as_judges(str(folder))
