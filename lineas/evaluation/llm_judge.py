@@ -51,6 +51,9 @@ class LLMJudge(OwnJudge):
     question of its own, and the score is their harmonic mean: 0 where one of them is 0. The wording is not that of
     AxBench, so the numbers are not those of its tables. An empty text gets 0, without being asked about.
 
+    Small models do not judge: SmolLM2-135M-Instruct rates happy and unhappy sentences alike. Try a model on texts whose
+    ratings you know before you rely on it.
+
     Parameters
     ----------
     model : causal language model of transformers, or callable

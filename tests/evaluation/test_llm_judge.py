@@ -255,6 +255,18 @@ def test_the_model_stays_as_it_is():
     assert torch.equal(torch.get_rng_state(), state) and words.padding_side == side
 
 
+def test_default_device_and_dtype_of_torch_change_nothing():
+    judge = LLMJudge(llama(), CONCEPT, tokenizer=tokenizer(), reading="expectation")
+    expected = judge(TEXTS, PROMPTS)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(judge(TEXTS, PROMPTS), expected)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
 def test_logits_that_are_not_finite_are_an_error():
     model = llama()
     with torch.no_grad():
