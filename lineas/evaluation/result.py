@@ -86,6 +86,12 @@ class Evaluation(Record):
     def __post_init__(self) -> None:
         points, prompts, texts = len(self.methods), len(self.prompts), len(self.neutral)
         samples = len(self.continuations[0][0]) if prompts and self.continuations else 0
+        if prompts and not (
+            len(self.continuations) == points
+            and all(len(point) == prompts for point in self.continuations)
+            and all(len(texts) == samples for point in self.continuations for texts in point)
+        ):
+            raise ValueError(f"continuations must have shape {(points, prompts, samples)}")
         expected = {
             "strengths": (self.strengths, (points,)),
             "statistics": (self.statistics, (points, prompts, samples, len(STATISTICS))),
