@@ -356,6 +356,51 @@ def test_generate_equals_the_model_with_maps_on(folder, maps_path, capsys):
     assert out[0][4:] != out[1][4:]
 
 
+@pytest.fixture
+def calibrated(maps_path, tmp_path):
+    """The same maps after a calibration: the file, and the strength."""
+    texts = models_zoo.texts(8, seed=5)
+    found = lineas.load(maps_path).calibrate(
+        models_zoo.llama(), neutral=texts, max_kl=0.01, tokenizer=models_zoo.tokenizer(), progress=False
+    )
+    found.maps.save(tmp_path / "calibrated.safetensors")
+    return tmp_path / "calibrated.safetensors", found.strength
+
+
+def test_generate_takes_the_calibrated_strength(folder, maps_path, calibrated, capsys):
+    path, strength = calibrated
+    options = ("--temperature", "0", "--max-new-tokens", "6", "the film", "--strength", "0", "--strength")
+    outputs = []
+    for value in ("calibrated", repr(strength), "1"):
+        assert generate(folder, path, *options, value) == 0
+        outputs.append(capsys.readouterr().out.splitlines()[1])
+    assert outputs[0] == outputs[1] and outputs[0].startswith(f"[{strength:g}] the film")
+    assert outputs[0].partition("] ")[2] != outputs[2].partition("] ")[2]
+
+
+def test_a_model_is_folded_at_the_calibrated_strength(folder, calibrated, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    path, strength = calibrated
+    fold = ["fold", str(folder / "model"), "--maps", str(path), "--quiet", "-o", str(tmp_path / "folded")]
+    assert cli.main([*fold, "--strength", "calibrated"]) == 0
+    assert f"3 maps at strength {strength:g}\n" in capsys.readouterr().out
+    batch = models_zoo.tokenizer()(models_zoo.texts(2), return_tensors="pt", padding=True)
+    expected = lineas.load(path).fold(models_zoo.llama(), strength)(**batch).logits
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "folded")(**batch).logits == expected).all()
+
+
+def test_only_calibrated_maps_have_a_calibrated_strength(folder, maps_path, no_model, tmp_path, capsys):
+    message = "--strength='calibrated' is for maps that were calibrated"
+    fails(capsys, generate(folder, maps_path, "--strength", "calibrated", "a day"), message)
+    fold = ["fold", str(folder / "model"), "--maps", str(maps_path), "-o", str(tmp_path / "x"), "--strength"]
+    fails(capsys, cli.main([*fold, "calibrated"]), message)
+    for arguments in ([*fold, "much"], ["generate", "model", "--maps", "x", "--strength", "much", "a day"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "argument --strength: expected a number or calibrated, got 'much'" in capsys.readouterr().err
+
+
 def test_generate_reads_prompts_and_repeats_itself_with_the_same_seed(folder, maps_path, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("the film\n\nmy day\n", encoding="utf-8")
