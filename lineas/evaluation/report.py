@@ -79,7 +79,7 @@ def report(
     TypeError
         If an argument is of a wrong type.
     ValueError
-        If there is no such judge, `samples` is negative, or the evaluation has no points.
+        If there is no such judge, or `samples` is negative.
     ImportError
         If Jinja2, or for curves matplotlib, is not installed (``pip install "lineas[report]"``).
     FileNotFoundError, IsADirectoryError, OSError
@@ -95,8 +95,6 @@ def report(
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be a str, got {type(title).__name__}")
     samples = as_int(samples, "samples", low=0)
-    if not len(evaluation):
-        raise ValueError("evaluation has no points")
     if judge is not None:
         judge = evaluation.judge_name(judge)
     page = Page(evaluation, judge, _as_minimized(evaluation, minimize))
