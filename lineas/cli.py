@@ -1,4 +1,4 @@
-"""The command line ``lineas``: fit maps, generate with them, look at them, run the demo.
+"""The command line ``lineas``: fit maps, evaluate and calibrate them, generate with them, run the demo.
 
 Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 130 interrupted by Ctrl-C.
 """
@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 1
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -178,6 +177,62 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every prompt; default: 0")
 
+    evaluate = command("evaluate", _evaluate, "measure what maps do and what they cost, by strength")
+    _add_model(evaluate)
+    evaluate.add_argument("--maps", required=True, nargs="+", **_MAPS)
+    evaluate.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to continue, as for `lineas fit`")
+    evaluate.add_argument("--neutral", type=Path, metavar="FILE", help="texts that maps should leave alone")
+    evaluate.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="vader, or the folder or hub id of a text classifier; several times for several judges",
+    )
+    evaluate.add_argument(
+        "--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0], metavar="X", help="default: 0.5 1 2"
+    )
+    evaluate.add_argument("--instruction", metavar="TEXT", help="a text before every prompt, to compare with")
+    evaluate.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="random, mean, iti_c, aura, gaussian, linear, incremental",
+    )
+    evaluate.add_argument("--source", type=Path, metavar="FILE", help="prompts that controls are fitted to")
+    evaluate.add_argument("--target", type=Path, metavar="FILE", help="prompts that controls are fitted to")
+    _add_generation(evaluate)
+    evaluate.add_argument("--checkpoint", type=Path, metavar="FILE", help="keep what is known; go on where it is there")
+    evaluate.add_argument("--max-kl", type=float, metavar="X", help="name the best point within this KL divergence")
+    evaluate.add_argument("--minimize", action="store_true", help="the smallest score is the best")
+    evaluate.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the evaluation, for lineas.load")
+    evaluate.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page")
+
+    calibrate = command("calibrate", _calibrate, "find the strength for a budget or an effect")
+    _add_model(calibrate)
+    calibrate.add_argument("--maps", required=True, **_MAPS)
+    calibrate.add_argument("--neutral", type=Path, metavar="FILE", help="texts that maps should leave alone")
+    for name, what in (
+        ("max_kl", "mean KL divergence of the next token, in nats"),
+        ("max_loss_rise", "rise of the loss, in nats a token"),
+        ("max_perplexity_ratio", "ratio of the perplexities, such as 1.1"),
+        ("effect", "mean score that the judge is to give the continuations of --prompts"),
+    ):
+        calibrate.add_argument(_flag(name), type=float, metavar="X", help=what)
+    calibrate.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to continue, for --effect")
+    calibrate.add_argument("--judge", metavar="NAME", help="vader, or a text classifier, for --effect")
+    calibrate.add_argument("--confidence", type=float, default=0.95, metavar="X", help="default: %(default)s")
+    _add_generation(calibrate)
+    calibrate.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="safetensors file to write: the maps, with the strength",
+    )
+
     command("sites", _sites, "list the modules of a model that can carry maps").add_argument("model", **_MODEL)
 
     fold = command("fold", _fold, "write a model with maps in its weights")
@@ -208,6 +263,14 @@ def _add_settings(command: Any, options: dict[str, dict[str, Any]]) -> None:
         shown = "" if default is None or "default" in option["help"] else f" (default: {default})"
         named = {"metavar": _METAVARS.get(option.get("type"))} | option
         command.add_argument(_flag(name), **named | {"help": option["help"] + shown})
+
+
+def _add_generation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of a prompt; default: 1")
+    command.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: %(default)s")
+    command.add_argument("--max-length", type=int, metavar="N", help="cut prompts and texts to N tokens")
+    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
 
 
 def _flag(name: str) -> str:
@@ -317,6 +380,85 @@ def _generate(args: argparse.Namespace) -> None:
                 print(text if len(strengths) == 1 else f"[{strength:g}] {text}", flush=True)
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    """Measure the effect of maps, the price on neutral texts and the quality of the continuations, by strength."""
+    _check_outputs(args, "output", "report", "checkpoint")
+    methods = dict(zip(_labels(args.maps), map(_load_maps, args.maps), strict=True))
+    files = ("prompts", "neutral", "source", "target")
+    data: dict[str, Any] = {name: _read_optional(getattr(args, name)) for name in files}
+    if data["prompts"] is not None:
+        data["prompts"] = [_asked(prompt) for prompt in data["prompts"]]
+    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
+    found = lineas.evaluate(
+        model,
+        methods,
+        tokenizer=tokenizer,
+        **data,
+        judges=args.judge or None,
+        strengths=args.strengths,
+        instruction=args.instruction,
+        controls=args.controls,
+        checkpoint=args.checkpoint,
+        progress=not args.quiet,
+        **_generation(args),
+    )
+    print(found.table())
+    if args.output is not None:
+        found.save(args.output)
+        print(f"written to {args.output}")
+    if args.max_kl is not None or (found.scores and args.minimize):
+        for judge in found.scores:
+            best = found.best(judge, max_kl=args.max_kl, minimize=args.minimize)
+            print(f"best by {judge}: {best['method']} at strength {best['strength']:g}, {best[judge]:.3f}")
+    if args.report is not None:
+        found.report(args.report)
+        print(f"report in {args.report}")
+    return INTERRUPTED if found.stopped == "interrupted" else 0
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    """Find the largest strength that neutral texts allow, or the smallest with an effect, and note it in the maps."""
+    _check_outputs(args, "output")
+    maps = _load_maps(args.maps)
+    data: dict[str, Any] = {name: _read_optional(getattr(args, name)) for name in ("neutral", "prompts")}
+    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
+    budgets = ("max_kl", "max_loss_rise", "max_perplexity_ratio", "effect", "judge", "confidence")
+    asked: dict[str, Any] = {name: getattr(args, name) for name in budgets}
+    found = maps.calibrate(
+        model,
+        tokenizer=tokenizer,
+        **data,
+        **asked,
+        progress=not args.quiet,
+        **_generation(args),
+    )
+    found.maps.save(args.output)
+    print(f"{found!r}\nwritten to {args.output}")
+
+
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("samples", "max_new_tokens", "max_length", "batch_size", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def _check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """ValueError, before anything is computed, where a file could not be written."""
+    for name in names:
+        path = getattr(args, name)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")
+
+
+def _read_optional(path: Path | None) -> list[Any] | None:
+    return None if path is None else _read_prompts(path)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """What to call maps: the ends of their names, or the whole names where those are not different."""
+    ends = [Path(name).name.removesuffix(".safetensors") for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
+
+
 def _asked(prompt: Any) -> Any:
     """A prompt without the answer that a conversation ends with."""
     if isinstance(prompt, str) or len(prompt) < 2 or not isinstance(prompt[-1], dict):
@@ -384,37 +526,11 @@ def _load_maps(name: str) -> lineas.SteeringMaps:
 
 
 def _read_prompts(path: Path) -> list[Any]:
-    """The lines of a UTF-8 text file without the blank ones, or the values of a file of JSON lines."""
-    kind = path.suffix.lower()
-    if kind == ".json":
-        raise ValueError(f"{path}: expected text or JSON lines: write one value a line, and name the file .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        seen = f"byte {error.object[error.start]:#x} at {error.start}"
-        raise ValueError(f"{path}: expected UTF-8 text, got {seen}") from None
-    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
-    if kind not in (".jsonl", ".ndjson"):
-        return list(lines.values())
-    prompts = []
-    for number, line in lines.items():
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: expected JSON, got {line[:40]!r} ({error})") from None
-        value = value.get("messages") if isinstance(value, dict) else value
-        if not isinstance(value, str) and not _is_prompt(value):
-            raise ValueError(f"{path}, line {number}: expected a text, messages or token ids, got {line[:40]!r}")
-        prompts.append(value)
-    return prompts
-
-
-def _is_prompt(value: Any) -> bool:
-    """Whether a fit takes `value` for a prompt."""
+    """The prompts of a file; ImportError that says what to install where torch is missing."""
     _libraries()
-    from .inputs.tokenize import KINDS
+    from .inputs.files import read_prompts
 
-    return any(holds(value) for holds in KINDS.values())
+    return read_prompts(path)
 
 
 def _read_sets(path: Path, fraction: float | None) -> tuple[list[Any], list[Any]]:

@@ -23,10 +23,11 @@ NO_TORCH = ("maps", "arrays", "notebook", "cli")
 # Imports of lineas inside functions, and lazy methods: module, and what it asks for when it is called.
 LAZY = {
     "arrays.gaussian": ["hooks.affine"],
-    "cli": ["demo.run", "inputs.prompts", "inputs.tokenize"],
+    "cli": ["demo.run", "inputs.files", "inputs.prompts"],
     "demo.run": ["notebook.plot"],
     "evaluation.classifier": ["inputs.frozen"],
     "evaluation.llm_judge": ["inputs.call", "inputs.frozen", "inputs.tokenize"],
+    "evaluation.report_figure": ["notebook.plot"],
     "evaluation.result": ["evaluation.report", "notebook.plot"],
     "fitting.result": ["notebook.plot"],
     "maps.affine": ["hooks.affine"],

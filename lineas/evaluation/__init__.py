@@ -1,1 +1,1 @@
-"""What maps do to the texts of a model, and at what price: judges, statistics of texts, and intervals."""
+"""What maps do to the texts of a model, and at what price: sweeps, judges, calibration, diagnostics, reports."""

@@ -191,7 +191,7 @@ class Evaluation(Record):
         found += [("strength", f"{row['strength']:.3g}" if row["strength"] else "")]
         found += [(name, _spelled(row, name, "{:.3f}")) for name in self.scores]
         if self.neutral:
-            found += [("KL", _spelled(row, "kl", "{:.4f}")), ("loss rise", _spelled(row, "loss_rise", "{:+.3f}"))]
+            found += [("KL", _spelled(row, "kl", "{:.3f}")), ("loss rise", f"{row['loss_rise']:+.3f}")]
             found += [("perplexity", f"x{row['perplexity_ratio']:.3f}"), ("top-1", f"{row['changed_top1']:.1%}")]
         if self.prompts:
             found += [("distinct-2", f"{row['distinct_2']:.3f}"), ("repeated", f"{row['repetition_4']:.1%}")]
