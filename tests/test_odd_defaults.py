@@ -192,6 +192,19 @@ def explored(given):
         return [*view.generate("the train was"), view._point_data["cells"]]
 
 
+def evaluated(given):
+    settings = {"prompts": TEXTS[1][:3], "neutral": TEXTS[2], "max_new_tokens": 3, "strengths": [0.5, 1]}
+    settings |= {"tokenizer": zoo.tokenizer(), "instruction": "the day was", "tokens": "generated"}
+    found = lineas.evaluate(given.model, given.maps, controls="random", samples=2, progress=False, **settings)
+    return found.continuations, found.price, found.statistics
+
+
+def calibrated(given):
+    settings = {"neutral": TEXTS[3], "tokenizer": zoo.tokenizer(), "progress": False}
+    found = given.maps.calibrate(given.model, max_kl=0.05, max_strength=1.0, tokens=slice(-2, None), **settings)
+    return found.strength, found.measured
+
+
 STEPS = {
     "sites": lambda given: str(lineas.sites(given.model, given.batch)),
     "collect": lambda given: lineas.collect(given.model, TEXTS[1], **FIT),
@@ -230,6 +243,8 @@ STEPS = {
     "fold, converted": converted,
     "LoRA": adapter,
     "explorer": explored,
+    "evaluate": evaluated,
+    "calibrate": calibrated,
 }
 NO_ENGINE = ["fit end to end", "fit with penalties", "collect", "strengths by row"]
 
