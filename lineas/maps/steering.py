@@ -16,6 +16,7 @@ from .affine import AffineMap
 from .metadata import describe
 
 if TYPE_CHECKING:
+    from ..evaluation.diagnose import diagnose
     from ..export.fold import fold
     from ..export.lora import to_peft_lora
     from ..hooks.attach import attach
@@ -277,6 +278,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     if TYPE_CHECKING:
         attach = attach
+        diagnose = diagnose
         save = save
         save_pretrained = save_pretrained
         push_to_hub = push_to_hub
@@ -286,6 +288,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         to_peft_lora = to_peft_lora
     else:
         attach = lazy_method("hooks.attach", "attach")
+        diagnose = lazy_method("evaluation.diagnose", "diagnose")
         save = lazy_method("maps.files", "save")
         save_pretrained = lazy_method("maps.hub", "save_pretrained")
         push_to_hub = lazy_method("maps.hub", "push_to_hub")

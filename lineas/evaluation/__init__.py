@@ -1,0 +1,1 @@
+"""What fitted maps do, measured: on activations, before anything is generated."""
