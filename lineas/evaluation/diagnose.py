@@ -273,38 +273,37 @@ def _distance(
         details[name] = _placed(values.mean(axis=0), compared, details)
     unsteered, with_maps, floor = (values.mean() for values in halves)
     chance = statistics.chance_of_distance(sets, shuffles=SHUFFLES, seed=seed)
-    share, (low, high) = statistics.share_closed(sets, halves)
-    numbers = (
+    found = statistics.closed(sets, halves)
+    share = float(found.share) if np.isfinite(found.share) else None
+    span = found.share_interval if np.isfinite(found.share_interval).all() else None
+    why = (
         f"between halves of the sets the distance is {unsteered:.3g} without maps, {with_maps:.3g} with them, and "
         f"{floor:.3g} within the target"
     )
-    if chance > 0.05 or not np.isfinite(low):
-        return Check(
-            W2,
-            None,
-            "sets not told apart",
-            f"{numbers}; prompts dealt out at random are as far apart in {chance:.0%} of the cases. With these few "
-            "prompts nothing shows what the maps are to do: take more prompts, or sets that differ more.",
+    if chance > 0.05:
+        what = (
+            f"prompts dealt out at random are as far apart in {chance:.0%} of the cases: so few cannot show what the "
+            "maps do; take more, or sets that differ more"
         )
+        return Check(W2, share, "sets not told apart", f"{why}; {what}.", span)
     held_out = 1 - _raw(on, target) / _raw(source, target)
     overfit = closing is not None and held_out < closing / 2
-    compare = (
-        ""
-        if closing is None
-        else f" The fit took {closing:.0%} off the loss of its own prompts, and takes {held_out:.0%} off that of these."
-    )
-    if low <= 0:
-        verdict, what = (
-            "overfit" if overfit else "does not transfer",
-            "the maps do not bring these prompts nearer to the target, beyond what other prompts could undo",
+    if closing is not None:
+        why += (
+            f"; the fit took {closing:.0%} off the loss of its own prompts, and takes {held_out:.0%} off that of these"
         )
+    remedy = ": fewer steps, more prompts, held_out= or l1= may help" if overfit else ""
+    if found.distance_interval[0] <= 0:
+        verdict = "overfit" if overfit else "does not transfer"
+        what = f"the maps are not shown to bring other prompts nearer to the target{remedy}"
+    elif share is None or span is None:
+        verdict = "nearer, by an unknown share"
+        what = "the maps bring other prompts nearer to the target, but so few do not tell how wide the gap is"
     elif share < 0.5:
-        verdict, what = ("overfit" if overfit else "partly"), "the maps close less than half of the gap"
+        verdict, what = "overfit" if overfit else "partly", f"the maps close less than half of the gap{remedy}"
     else:
         verdict, what = "good", "the maps close most of the gap"
-    if share < 0.5 and overfit:
-        what += ": more prompts to fit, fewer steps, held_out= or l1= help"
-    return Check(W2, share, verdict, f"{numbers}; {what}.{compare}", (low, high))
+    return Check(W2, share, verdict, f"{why}; {what}.", span)
 
 
 def _closing(result: FitResult | None, strength: float) -> float | None:
