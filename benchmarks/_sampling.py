@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 
@@ -103,3 +103,44 @@ def text_losses(
         loss = torch.nn.functional.cross_entropy(logits.float().mT, wanted, reduction="none")
         sums[group] = (loss * mask[:, len(first) + 1 :]).sum(dim=1).numpy()
     return sums, counts
+
+
+def sample(
+    model: Any, tokenizer: Any, prompts: Sequence[str], count: int, *, seed: int, new_tokens: int
+) -> list[list[str]]:
+    """Sample `count` continuations of every prompt (top_p 0.9, temperature 1), without the prompts themselves.
+
+    The random numbers depend on `seed` and on the shape of the batch only.
+    """
+    torch.manual_seed(seed)
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    batch = tokenizer(repeated, return_tensors="pt", padding=True, padding_side="left")
+    with torch.inference_mode():
+        tokens = model.generate(
+            **batch,
+            do_sample=True,
+            top_p=0.9,
+            top_k=0,
+            temperature=1.0,
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    decoded = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [decoded[k * count : (k + 1) * count] for k in range(len(prompts))]
+
+
+def text_loss(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    """The model's mean cross-entropy per token of `texts`, in nats."""
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.inference_mode():
+        return float(model(**batch, labels=labels).loss)
+
+
+def bootstrap_interval(values: ArrayLike, seed: int, draws: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean of `values` [n]."""
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, values.size, size=(draws, values.size))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _machine import cpu_name
+from _sampling import bootstrap_interval, sample, text_loss
 from _study import ROOT, Kept, set_up, spell, write_between
 from numpy.typing import NDArray
 
@@ -30,7 +31,7 @@ import lineas
 from lineas import AffineMap, SteeringMaps
 from lineas.demo import sentences
 from lineas.demo.model import load_smollm2
-from lineas.demo.run import LAYERS, bootstrap_interval, sample, text_loss
+from lineas.demo.run import LAYERS
 from lineas.fitting.end_to_end import prepare, read_sets
 from lineas.fitting.parameters import MapParameters
 from lineas.fitting.settings import ObjectiveSettings
@@ -102,7 +103,7 @@ class Study:
         # For prompts this short torch's fused attention takes more than half of a step's time on a CPU.
         self.model.set_attn_implementation("eager")
         self.prompts = [*sentences("neutral_prompts.txt"), *MORE_PROMPTS]
-        self.neutral = sentences("neutral_text.txt")
+        self.neutral = sentences("neutral_text.txt")[:32]
 
     def sets(self, seed: int) -> dict[str, Any]:
         """Arguments of a fit: sentences, shuffled by `seed`, and how to read them."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from _machine import cpu_name
 from _packages import member
-from _sampling import continuations, text_losses
+from _sampling import bootstrap_interval, continuations, text_losses
 from _study import ROOT, Kept, set_up, spell, write_between
 from numpy.typing import NDArray
 from sparse_path_smollm2 import MORE_PROMPTS
@@ -33,7 +33,7 @@ import lineas
 from lineas import AffineMap, SteeringMaps
 from lineas.demo import sentences
 from lineas.demo.model import load_smollm2
-from lineas.demo.run import LAYERS, bootstrap_interval
+from lineas.demo.run import LAYERS
 from lineas.fitting.end_to_end import prepare, read_sets
 from lineas.fitting.parameters import MapParameters
 from lineas.fitting.settings import ObjectiveSettings
@@ -80,7 +80,7 @@ class Study:
         self.model, self.tokenizer = load_smollm2()
         self.model.set_attn_implementation("eager")  # faster than torch's fused attention for prompts this short
         self.prompts = [*sentences("neutral_prompts.txt"), *MORE_PROMPTS]
-        self.neutral = sentences("neutral_text.txt")
+        self.neutral = sentences("neutral_text.txt")[:32]
         data = ROOT / "benchmarks" / "data"
         food, other = ((data / f"{name}.txt").read_text("utf-8").splitlines() for name in ("food", "not_food"))
         self.concepts = {"A": (sentences("negative.txt"), sentences("positive.txt")), "B": (other, food)}

@@ -26,6 +26,10 @@ from .maps.steering import SteeringMaps
 
 if TYPE_CHECKING:
     from .arrays.estimator import AffineTransport
+    from .evaluation import judges
+    from .evaluation.calibrate import Calibration
+    from .evaluation.result import Evaluation
+    from .evaluation.sweep import evaluate
     from .fitting.end_to_end import fit_end_to_end, fit_jointly
     from .fitting.incremental import fit_incremental
     from .fitting.result import EndToEndPath, FitResult
@@ -40,7 +44,9 @@ if TYPE_CHECKING:
 # Name: the module of lineas it is in, its name there, and the package without which it is not.
 _LAZY = {
     "AffineTransport": ("arrays.estimator", "AffineTransport", "sklearn"),
+    "Calibration": ("evaluation.calibrate", "Calibration", "torch"),
     "EndToEndPath": ("fitting.result", "EndToEndPath", "torch"),
+    "Evaluation": ("evaluation.result", "Evaluation", "torch"),
     "FitResult": ("fitting.result", "FitResult", "torch"),
     "Handle": ("hooks.attach", "Handle", "torch"),
     "Sites": ("hooks.sites", "Sites", "torch"),
@@ -48,10 +54,12 @@ _LAZY = {
     "attached": ("hooks.attach", "attached", "torch"),
     "collect": ("hooks.collect", "collect", "torch"),
     "detach": ("hooks.attach", "detach", "torch"),
+    "evaluate": ("evaluation.sweep", "evaluate", "torch"),
     "explore": ("notebook.explorer", "Explorer", "anywidget"),
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
     "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
+    "judges": ("evaluation.judges", None, "torch"),
     "plot": ("notebook.plot", None, "matplotlib"),
     "sites": ("hooks.sites", "sites", "torch"),
     "sparse_path_end_to_end": ("fitting.sparse_path", "sparse_path_end_to_end", "torch"),
@@ -61,7 +69,9 @@ __all__ = [
     "Activations",
     "AffineMap",
     "AffineTransport",
+    "Calibration",
     "EndToEndPath",
+    "Evaluation",
     "FitResult",
     "GaussianMap",
     "Handle",
@@ -76,12 +86,14 @@ __all__ = [
     "collect",
     "covariance",
     "detach",
+    "evaluate",
     "explore",
     "fit",
     "fit_end_to_end",
     "fit_incremental",
     "fit_jointly",
     "get_num_threads",
+    "judges",
     "load",
     "moments",
     "plot",

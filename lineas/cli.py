@@ -1,4 +1,4 @@
-"""The command line ``lineas``: fit maps, generate with them, look at them, run the demo.
+"""The command line ``lineas``: fit maps, evaluate and calibrate them, generate with them, run the demo.
 
 Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 130 interrupted by Ctrl-C.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineas
-from lineas._checks import as_finite, as_int, as_not_negative, as_share
+from lineas._checks import as_int, as_not_negative, as_share
 from lineas.fitting import settings
 from lineas.hooks.settings import RunSettings
+from lineas.maps.metadata import CALIBRATED, as_strength
 
 if TYPE_CHECKING:
     from .fitting.result import FitResult
@@ -32,6 +33,13 @@ def _rate(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
+def _strength(text: str) -> float | str:
+    try:
+        return text if text == CALIBRATED else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or {CALIBRATED}, got {text!r}") from None
 
 
 def _tokens(text: str) -> str | slice:
@@ -159,22 +167,81 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--maps", required=True, **_MAPS)
     generate.add_argument(
         "--strength",
-        type=float,
+        type=_strength,
         action="append",
         metavar="X",
-        help="0 is off, 1 the maps (default: 1); given several times, every prompt is continued at each",
+        help="0 is off, 1 the maps (default: 1), calibrated what `lineas calibrate` found; given several times, every "
+        "prompt is continued at each",
     )
     generate.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy; default: 1")
     generate.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every prompt; default: 0")
 
+    evaluate = command("evaluate", _evaluate, "measure what maps do and what they cost, by strength")
+    _add_model(evaluate)
+    evaluate.add_argument("--maps", required=True, nargs="+", **_MAPS)
+    evaluate.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to continue, as for `lineas fit`")
+    evaluate.add_argument("--neutral", type=Path, metavar="FILE", help="texts that maps should leave alone")
+    evaluate.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="vader, or the folder or hub id of a text classifier; several times for several judges",
+    )
+    evaluate.add_argument(
+        "--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0], metavar="X", help="default: 0.5 1 2"
+    )
+    evaluate.add_argument("--instruction", metavar="TEXT", help="a text before every prompt, to compare with")
+    evaluate.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="random, mean, iti_c, aura, gaussian, linear, incremental",
+    )
+    evaluate.add_argument("--source", type=Path, metavar="FILE", help="prompts that controls are fitted to")
+    evaluate.add_argument("--target", type=Path, metavar="FILE", help="prompts that controls are fitted to")
+    _add_generation(evaluate)
+    evaluate.add_argument("--checkpoint", type=Path, metavar="FILE", help="keep what is known; go on where it is there")
+    evaluate.add_argument("--max-kl", type=float, metavar="X", help="name the best point within this KL divergence")
+    evaluate.add_argument("--minimize", action="store_true", help="the smallest score is the best")
+    evaluate.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the evaluation, for lineas.load")
+    evaluate.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page")
+
+    calibrate = command("calibrate", _calibrate, "find the strength for a budget or an effect")
+    _add_model(calibrate)
+    calibrate.add_argument("--maps", required=True, **_MAPS)
+    calibrate.add_argument("--neutral", type=Path, metavar="FILE", help="texts that maps should leave alone")
+    for name, what in (
+        ("max_kl", "mean KL divergence of the next token, in nats"),
+        ("max_loss_rise", "rise of the loss, in nats a token"),
+        ("max_perplexity_ratio", "ratio of the perplexities, such as 1.1"),
+        ("effect", "mean score that the judge is to give the continuations of --prompts"),
+    ):
+        calibrate.add_argument(_flag(name), type=float, metavar="X", help=what)
+    calibrate.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to continue, for --effect")
+    calibrate.add_argument("--judge", metavar="NAME", help="vader, or a text classifier, for --effect")
+    calibrate.add_argument("--confidence", type=float, default=0.95, metavar="X", help="default: %(default)s")
+    _add_generation(calibrate)
+    calibrate.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="safetensors file to write: the maps, with the strength",
+    )
+
     command("sites", _sites, "list the modules of a model that can carry maps").add_argument("model", **_MODEL)
 
     fold = command("fold", _fold, "write a model with maps in its weights")
     _add_model(fold)
     fold.add_argument("--maps", required=True, **_MAPS)
-    fold.add_argument("--strength", type=float, default=1.0, metavar="X", help="default: 1")
+    fold.add_argument(
+        "--strength", type=_strength, default=1.0, metavar="X", help="a number or calibrated (default: 1)"
+    )
     fold.add_argument(
         "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
     )
@@ -197,6 +264,14 @@ def _add_settings(command: Any, options: dict[str, dict[str, Any]]) -> None:
         shown = "" if default is None or "default" in option["help"] else f" (default: {default})"
         named = {"metavar": _METAVARS.get(option.get("type"))} | option
         command.add_argument(_flag(name), **named | {"help": option["help"] + shown})
+
+
+def _add_generation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of a prompt; default: 1")
+    command.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: %(default)s")
+    command.add_argument("--max-length", type=int, metavar="N", help="cut prompts and texts to N tokens")
+    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
 
 
 def _flag(name: str) -> str:
@@ -275,11 +350,11 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = args.prompt + ([] if args.prompts is None else _read_prompts(args.prompts))
     if not prompts:
         raise ValueError("expected a prompt or --prompts FILE with at least one, got none")
-    strengths = [as_finite(strength, "strength") for strength in args.strength or [1.0]]
     as_int(args.max_new_tokens, "max_new_tokens", low=1)
     random = {"temperature": as_not_negative(args.temperature, "temperature"), "top_p": as_share(args.top_p, "top_p")}
     how = {"do_sample": True, **random} if args.temperature else {"do_sample": False}
     maps = _load_maps(args.maps)
+    strengths = [as_strength(strength, maps.metadata) for strength in args.strength or [1.0]]
     tokenizer = _load(args, "AutoTokenizer")
     from .inputs.prompts import read
 
@@ -306,6 +381,85 @@ def _generate(args: argparse.Namespace) -> None:
                 print(text if len(strengths) == 1 else f"[{strength:g}] {text}", flush=True)
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    """Measure the effect of maps, the price on neutral texts and the quality of the continuations, by strength."""
+    _check_outputs(args, "output", "report", "checkpoint")
+    methods = dict(zip(_labels(args.maps), map(_load_maps, args.maps), strict=True))
+    files = ("prompts", "neutral", "source", "target")
+    data: dict[str, Any] = {name: _read_optional(getattr(args, name)) for name in files}
+    if data["prompts"] is not None:
+        data["prompts"] = [_asked(prompt) for prompt in data["prompts"]]
+    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
+    found = lineas.evaluate(
+        model,
+        methods,
+        tokenizer=tokenizer,
+        **data,
+        judges=args.judge or None,
+        strengths=args.strengths,
+        instruction=args.instruction,
+        controls=args.controls,
+        checkpoint=args.checkpoint,
+        progress=not args.quiet,
+        **_generation(args),
+    )
+    print(found.table())
+    if args.output is not None:
+        found.save(args.output)
+        print(f"written to {args.output}")
+    if args.max_kl is not None or (found.scores and args.minimize):
+        for judge in found.scores:
+            best = found.best(judge, max_kl=args.max_kl, minimize=args.minimize)
+            print(f"best by {judge}: {best['method']} at strength {best['strength']:g}, {best[judge]:.3f}")
+    if args.report is not None:
+        found.report(args.report)
+        print(f"report in {args.report}")
+    return INTERRUPTED if found.stopped == "interrupted" else 0
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    """Find the largest strength that neutral texts allow, or the smallest with an effect, and note it in the maps."""
+    _check_outputs(args, "output")
+    maps = _load_maps(args.maps)
+    data: dict[str, Any] = {name: _read_optional(getattr(args, name)) for name in ("neutral", "prompts")}
+    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
+    budgets = ("max_kl", "max_loss_rise", "max_perplexity_ratio", "effect", "judge", "confidence")
+    asked: dict[str, Any] = {name: getattr(args, name) for name in budgets}
+    found = maps.calibrate(
+        model,
+        tokenizer=tokenizer,
+        **data,
+        **asked,
+        progress=not args.quiet,
+        **_generation(args),
+    )
+    found.maps.save(args.output)
+    print(f"{found!r}\nwritten to {args.output}")
+
+
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("samples", "max_new_tokens", "max_length", "batch_size", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def _check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """ValueError, before anything is computed, where a file could not be written."""
+    for name in names:
+        path = getattr(args, name)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")
+
+
+def _read_optional(path: Path | None) -> list[Any] | None:
+    return None if path is None else _read_prompts(path)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """What to call maps: the ends of their names, or the whole names where those are not different."""
+    ends = [Path(name).name.removesuffix(".safetensors") for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
+
+
 def _asked(prompt: Any) -> Any:
     """A prompt without the answer that a conversation ends with."""
     if isinstance(prompt, str) or len(prompt) < 2 or not isinstance(prompt[-1], dict):
@@ -327,8 +481,8 @@ def _fold(args: argparse.Namespace) -> None:
         raise ValueError(f"--output: {args.output} exists")
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output: the folder of {args.output} does not exist")
-    strength = as_finite(args.strength, "strength")
     maps = _load_maps(args.maps)
+    strength = as_strength(args.strength, maps.metadata)
     tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
     folded: Any = maps.fold(model, strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
@@ -337,7 +491,7 @@ def _fold(args: argparse.Namespace) -> None:
         folded.save_pretrained(made)
         tokenizer.save_pretrained(made)
         made.rename(args.output)
-    print(f"{type(folded).__name__} with {len(maps)} maps at strength {args.strength:g}\nwritten to {args.output}")
+    print(f"{type(folded).__name__} with {len(maps)} maps at strength {strength:g}\nwritten to {args.output}")
 
 
 def _info(args: argparse.Namespace) -> None:

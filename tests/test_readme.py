@@ -26,7 +26,9 @@ def no_hub(monkeypatch, tmp_path):
     for name, make in auto.items():
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda name, make=make: make())
     monkeypatch.setattr(
-        lineas.demo, "sentences", lambda name: models_zoo.texts(8, seed=1 if name == "positive.txt" else 2)
+        lineas.demo,
+        "sentences",
+        lambda name: models_zoo.texts(64 if name == "neutral_text.txt" else 8, seed=1 if name == "positive.txt" else 2),
     )
     monkeypatch.setattr(hub, "push_to_hub", lambda maps, name: hub.save_pretrained(maps, tmp_path / name))
     monkeypatch.chdir(tmp_path)

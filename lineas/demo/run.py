@@ -1,12 +1,12 @@
 """The demo (``lineas demo``): steer a small language model from negative to positive and look at what it costs.
 
-Fits maps end to end between the two sentence sets in ``lineas/demo/data``, then samples from the same prompts at
-several strengths. Everything it prints is measured in that run, on sentences that the fit did not see.
+Fits maps end to end between the two sentence sets in ``lineas/demo/data``, finds the strength that a budget on neutral
+text allows, and evaluates effect and price at several strengths. Everything it prints is measured in that run, on
+sentences that the fit did not see.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 import time
@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-from tqdm import tqdm
-
 import lineas
 
 from . import sentences
 from .model import check_packages, load_smollm2
 
 if TYPE_CHECKING:
+    from ..evaluation.calibrate import Calibration
+    from ..evaluation.result import Evaluation
     from ..fitting.result import FitResult
 
 LAYERS = "model.layers.*.post_attention_layernorm"
-STRENGTHS = (0.0, 0.5, 1.0)
+STRENGTHS = (0.5, 1.0)  # beside the calibrated one
+BUDGET = 0.1  # nats, of the KL divergence of the next token on neutral text
 LEARNING_RATE = 0.3  # longer than automatic rates, which stay near gradient flow: twelve steps are to be enough
 LASSO = 1e-3  # leaves about a quarter of the neurons alone, and the effect as it is
 
@@ -39,15 +38,14 @@ class Size:
 
     sentences: int
     prompts: int
-    rounds: int
-    samples_per_round: int
+    samples: int
     new_tokens: int
-    neutral_texts: int
+    neutral_texts: int  # to calibrate on, and as many others for the price
     shown: int
 
 
-FULL = Size(sentences=40, prompts=12, rounds=3, samples_per_round=4, new_tokens=25, neutral_texts=32, shown=6)
-QUICK = Size(sentences=8, prompts=4, rounds=1, samples_per_round=2, new_tokens=8, neutral_texts=4, shown=2)
+FULL = Size(sentences=40, prompts=12, samples=12, new_tokens=25, neutral_texts=32, shown=6)
+QUICK = Size(sentences=8, prompts=4, samples=2, new_tokens=8, neutral_texts=4, shown=2)
 
 
 def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, quick: bool = False) -> int:
@@ -56,7 +54,7 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
     Parameters
     ----------
     output : path, default "demo-output"
-        Folder for the maps, the figure, the samples and the numbers; made if absent.
+        Folder for the maps, the picture, the evaluation and the report; made if absent.
     steps : int, default 12
         Steps of the fit.
     seed : int, default 0
@@ -99,7 +97,7 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
         seed=seed,
     )
     maps_path = output / "maps.safetensors"
-    result.maps.save(maps_path)
+    result.maps.save(maps_path)  # at once: they are there whatever comes
     if result.stopped == "interrupted":
         print(f"Interrupted: the maps of step {result.best_step} are in {maps_path}")
         return 130
@@ -107,97 +105,45 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
     draw(result, output / "demo.png")
 
     prompts = sentences("neutral_prompts.txt")[: size.prompts]
-    texts = sentences("neutral_text.txt")[: size.neutral_texts]
-    count, new_tokens = size.samples_per_round, size.new_tokens
-    samples: dict[float, list[list[str]]] = {strength: [[] for _ in prompts] for strength in STRENGTHS}
-    rows, batches = [], len(STRENGTHS) * size.rounds
-    with result.maps.attach(model) as handle, tqdm(total=batches, desc="sample", unit="batch") as bar:
-        for strength, groups in samples.items():
-            handle.strength = strength
-            loss = text_loss(model, tokenizer, texts)
-            # The same seeds at every strength: the same random numbers, so that only the maps differ.
-            for k in range(seed, seed + size.rounds):
-                found = sample(model, tokenizer, prompts, count, seed=k, new_tokens=new_tokens)
-                for kept, new in zip(groups, found, strict=True):
-                    kept.extend(new)
-                bar.update()
-            rows.append(score(groups, loss, strength, seed))
+    texts = sentences("neutral_text.txt")
+    calibration = result.maps.calibrate(model, neutral=texts[: size.neutral_texts], max_kl=BUDGET, tokenizer=tokenizer)
+    calibration.maps.save(maps_path)
+    chosen = calibration.strength
+    print(calibration)
+    vader = lineas.judges.Vader()
+    evaluation = lineas.evaluate(
+        model,
+        {"LinEAS": calibration.maps},
+        tokenizer=tokenizer,
+        prompts=prompts,
+        neutral=texts[-size.neutral_texts :],
+        # 0.05 is the threshold that VADER's authors give.
+        judges={"VADER": vader, "positive": lineas.judges.Threshold(vader, 0.05)},
+        strengths=sorted({*STRENGTHS, chosen}),
+        samples=size.samples,
+        max_new_tokens=size.new_tokens,
+        batch_size=48,
+        seed=seed,
+    )
+    evaluation.save(output / "evaluation.safetensors")
+    evaluation.report(
+        output / "report.html", judge="VADER", calibration=calibration, title="From negative to positive sentences"
+    )
+    if evaluation.stopped == "interrupted":
+        print(f"Interrupted: what was measured is in {output}")
+        return 130
 
-    show_samples(prompts, samples, size.shown)
-    show_scores(rows)
-    show_cost(result, rows)
-    by_prompt = [{"prompt": p, **{f"{s:g}": samples[s][k] for s in STRENGTHS}} for k, p in enumerate(prompts)]
-    for file, content in (("samples.json", by_prompt), ("scores.json", rows)):
-        (output / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    show_samples(evaluation, size.shown)
+    print(f"\nVADER over {size.prompts * size.samples} continuations a strength, and the price on neutral text:")
+    print(textwrap.indent(evaluation.table(), "  "))
+    show_cost(result, calibration, evaluation, chosen)
     total = time.perf_counter() - start
     print(f"\n{total:.0f} s in all, {fitted_in:.0f} s of them to load and fit. In {output}:")
-    print("  maps.safetensors   the maps: lineas.load(path).attach(model, strength=...)")
-    print("  demo.png           loss curve and support of each layer")
-    print("  samples.json       all samples")
-    print("  scores.json        the table above")
+    print('  maps.safetensors         the maps: lineas.load(path).attach(model, strength="calibrated")')
+    print("  report.html              curves, tables and all samples side by side, for a browser")
+    print("  demo.png                 loss curve and support of each layer")
+    print("  evaluation.safetensors   what was measured, for lineas.load")
     return 0
-
-
-def sample(
-    model: Any, tokenizer: Any, prompts: Sequence[str], count: int, *, seed: int, new_tokens: int
-) -> list[list[str]]:
-    """Sample `count` continuations of every prompt (top_p 0.9, temperature 1), without the prompts themselves.
-
-    The random numbers depend on `seed` and on the shape of the batch only.
-    """
-    import torch
-
-    torch.manual_seed(seed)
-    repeated = [prompt for prompt in prompts for _ in range(count)]
-    batch = tokenizer(repeated, return_tensors="pt", padding=True, padding_side="left")
-    with torch.inference_mode():
-        tokens = model.generate(
-            **batch,
-            do_sample=True,
-            top_p=0.9,
-            top_k=0,
-            temperature=1.0,
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    decoded = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [decoded[k * count : (k + 1) * count] for k in range(len(prompts))]
-
-
-def text_loss(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
-    """The model's mean cross-entropy per token of `texts`, in nats."""
-    import torch
-
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    with torch.inference_mode():
-        return float(model(**batch, labels=labels).loss)
-
-
-def bootstrap_interval(values: ArrayLike, seed: int, draws: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of `values` [n]."""
-    values = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, values.size, size=(draws, values.size))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def score(samples: Sequence[Sequence[str]], loss: float, strength: float, seed: int) -> dict[str, Any]:
-    """Judge the continuations by VADER (a word list with rules, made by others): compound score in [-1, 1]."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    judge = SentimentIntensityAnalyzer()
-    values = np.array([judge.polarity_scores(text)["compound"] for group in samples for text in group])
-    return {
-        "strength": strength,
-        "generations": values.size,
-        "mean": float(values.mean()),
-        "mean_interval": bootstrap_interval(values, seed),
-        "positive": float((values > 0.05).mean()),  # 0.05 is the threshold that VADER's authors give
-        "positive_interval": bootstrap_interval(values > 0.05, seed),
-        "neutral_loss": loss,
-    }
 
 
 def draw(result: FitResult, path: Path) -> None:
@@ -214,41 +160,31 @@ def draw(result: FitResult, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def show_samples(prompts: Sequence[str], samples: dict[float, list[list[str]]], shown: int) -> None:
+def show_samples(evaluation: Evaluation, shown: int) -> None:
     """Print the first sample of each of the first prompts at every strength: not chosen by what it says."""
     print(f"\nThe same prompts and random numbers at each strength (the first sample of {shown} prompts):")
-    for k, prompt in enumerate(prompts[:shown]):
+    for k, prompt in enumerate(evaluation.prompts[:shown]):
         print(f"\n  {prompt} ...")
-        for strength, groups in samples.items():
+        for strength, groups in zip(evaluation.strengths, evaluation.continuations, strict=True):
             text = " ".join(groups[k][0].split())
-            print(textwrap.fill(text, 100, initial_indent=f"  {strength:>5g} | ", subsequent_indent="        | "))
+            print(textwrap.fill(text, 100, initial_indent=f"  {strength:>6.3g} | ", subsequent_indent="         | "))
 
 
-def show_scores(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table of scores."""
-    print(f"\nVADER over {rows[0]['generations']} continuations a strength, and the loss on neutral text:")
-    print("  strength   mean score [95 % interval]   positive share [95 % interval]   loss, nats a token")
-    for row in rows:
-        (low, high), (few, many) = row["mean_interval"], row["positive_interval"]
-        mean = f"{row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        share = f"{row['positive']:4.0%} [{few:.0%}, {many:.0%}]"
-        print(f"  {row['strength']:8g}   {mean:<26}   {share:<30}   {row['neutral_loss']:.3f}")
-
-
-def show_cost(result: FitResult, rows: Sequence[dict[str, Any]]) -> None:
+def show_cost(result: FitResult, calibration: Calibration, evaluation: Evaluation, chosen: float) -> None:
     """Print what the numbers mean, and what they do not."""
-    off, full = rows[0], rows[-1]
-    rise = full["neutral_loss"] - off["neutral_loss"]
+    rows: Sequence[dict[str, Any]] = evaluation.rows()
+    off, full = rows[0], rows[evaluation.index("LinEAS", chosen)]
     held_out = result.history["held_out_loss"][0]
     lines = [
         f"The fit moved the held-out sentences' loss from {held_out:.2f} to {result.held_out_loss:.2f} "
         f"(maps of step {result.best_step}). They change {result.maps.support / result.maps.d:.0%} of "
         f"{result.maps.d} neurons.",
-        f"At strength 1 the mean score goes from {off['mean']:+.3f} to {full['mean']:+.3f} and the positive share "
-        f"from {off['positive']:.0%} to {full['positive']:.0%}.",
-        f"It is not free: the loss on neutral text changes by {rise:+.3f} nats a token, which is a perplexity "
-        f"{math.exp(rise):.2f} times the unsteered one.",
-        "VADER counts words, it does not read; the intervals cover the sampling, not the choice of prompts.",
+        f"A KL divergence of {BUDGET:g} nats a token allows strength {chosen:.3g}; on texts that it was not chosen "
+        f"by it costs {full['kl']:.3f}, a rise of the loss by {full['loss_rise']:+.3f} nats or a perplexity "
+        f"{math.exp(full['loss_rise']):.2f} times the unsteered one.",
+        f"There the mean score goes from {off['VADER']:+.3f} to {full['VADER']:+.3f} and the positive share from "
+        f"{off['positive']:.0%} to {full['positive']:.0%}.",
+        "VADER counts words, it does not read; the intervals are over prompts, of which there are few.",
     ]
     print()
     print("\n".join(textwrap.fill(line, 112, initial_indent="  ", subsequent_indent="    ") for line in lines))

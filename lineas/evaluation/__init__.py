@@ -1,1 +1,1 @@
-"""What fitted maps do, measured: on activations, before anything is generated."""
+"""What maps do to the texts of a model, and at what price: sweeps, judges, calibration, diagnostics, reports."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_finite, as_flag
+from .._checks import as_flag
 from ..hooks.affine import moved, parameters
 from ..hooks.attach import attach
 from ..hooks.settings import as_tokenizer, optional
@@ -17,6 +17,7 @@ from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
+from ..maps.metadata import as_strength
 from ..maps.steering import SteeringMaps
 from .bias_settings import Setting, check_conversion, find_bias_settings, switch_on, to_llama
 from .fold_module import fold_into_module
@@ -40,7 +41,7 @@ _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, to
 def fold(
     maps: SteeringMaps,
     model: nn.Module,
-    strength: float = 1.0,
+    strength: float | str = 1.0,
     *,
     inplace: bool = False,
     readers: Readers | None = None,
@@ -62,8 +63,8 @@ def fold(
     ----------
     model : torch.nn.Module
         A loaded model with modules of these names, and no maps attached.
-    strength : float, default 1.0
-        The strength for good; 1 is the maps.
+    strength : float or "calibrated", default 1.0
+        The strength for good; 1 is the maps, "calibrated" the one that `SteeringMaps.calibrate` noted.
     inplace : bool, default False
         Change `model` itself and return it; otherwise a deep copy is changed.
     readers : dict[str, list[str]], optional
@@ -100,7 +101,7 @@ def fold(
     UserWarning
         If the metadata name another model than this one, as `attach`.
     """
-    strength = as_finite(strength, "strength")
+    strength = as_strength(strength, getattr(maps, "metadata", {}))
     optional(as_tokenizer, tokenizer, "tokenizer")
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")
     if inplace and convert:

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_finite, as_int
+from .._checks import as_int
 from ..hooks.affine import parameters
 from ..hooks.modules import model_name
 from ..hooks.settings import optional
 from ..maps.files import write_atomically
+from ..maps.metadata import as_strength
 from ..maps.steering import SteeringMaps
 from .fold import refuse
 from .parameter_changes import WIDE
@@ -38,7 +39,7 @@ def to_peft_lora(
     maps: SteeringMaps,
     model: nn.Module,
     folder: str | os.PathLike[str],
-    strength: float = 1.0,
+    strength: float | str = 1.0,
     *,
     rank: int | None = None,
     bias: bool | None = None,
@@ -60,8 +61,8 @@ def to_peft_lora(
     folder : str or PathLike
         Where ``adapter_config.json`` and ``adapter_model.safetensors`` go. It is made where it is missing; the
         two files are replaced.
-    strength : float, default 1.0
-        The strength at which the adapter is loaded.
+    strength : float or "calibrated", default 1.0
+        The strength at which the adapter is loaded; "calibrated" is the one that `SteeringMaps.calibrate` noted.
     rank : int, optional
         The rank of every Linear's adapter, if more than needed: some readers take certain ranks only. Default:
         the largest that a map needs.
@@ -98,7 +99,7 @@ def to_peft_lora(
         raise ImportError('a LoRA adapter needs PEFT: pip install "lineas[peft]"') from error
     from safetensors.torch import save
 
-    strength = as_finite(strength, "strength")
+    strength = as_strength(strength, getattr(maps, "metadata", {}))
     if bias is not None and not isinstance(bias, bool):
         raise TypeError(f"bias must be True, False or None, got {bias!r}")
     rank = optional(as_int, rank, "rank", low=1)

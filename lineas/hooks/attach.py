@@ -15,7 +15,7 @@ from .._checks import as_flag
 from .._warn import warn
 from ..inputs.call import unwrap
 from ..maps.affine import AffineMap
-from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens
+from ..maps.metadata import Selection, as_strength, check_tokens, fitted_tokens, show_tokens
 from .forward_state import Tracker
 from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
@@ -326,7 +326,7 @@ def _put_recorders_last(module: nn.Module) -> None:
 def attach(
     maps: Mapping[str, AffineMap],
     model: nn.Module,
-    strength: Strength = 1.0,
+    strength: Strength | str = 1.0,
     *,
     tokens: Selection | None = None,
     replace: bool = False,
@@ -337,10 +337,11 @@ def attach(
     ----------
     model : torch.nn.Module
         A loaded model with modules of these names. Only forward hooks are added.
-    strength : float, array or callable, default 1.0
+    strength : float, array, callable or "calibrated", default 1.0
         0 is off, 1 the maps; an array has a number for each prompt [B], or each prompt and position [B, T], also where
-        ``generate`` makes several rows of a prompt; a callable is asked at every forward pass. ``handle.strength``
-        changes it later, ``handle.at(strength=...)`` for one thread. See `lineas.Handle`.
+        ``generate`` makes several rows of a prompt; a callable is asked at every forward pass; "calibrated" is the one
+        that `SteeringMaps.calibrate` found and noted in the metadata. ``handle.strength`` changes it later,
+        ``handle.at(strength=...)`` for one thread. See `lineas.Handle`.
     tokens : "all", "last", "prompt", "generated", slice or callable, optional
         The tokens that the maps act on, with and without a key-value cache, on whatever side the padding is.
         "last" are those whose output a token is predicted from: the last of the prompt and the generated ones. A
@@ -361,8 +362,9 @@ def attach(
     TypeError
         If `strength` or `tokens` is of a wrong type.
     ValueError
-        If the model lacks a module, a module has another width, or the tokens are not given and the maps were
-        fitted for those that a callable selects; nothing is attached then.
+        If the model lacks a module, a module has another width, the tokens are not given and the maps were
+        fitted for those that a callable selects, or the maps were not calibrated and the strength is to be
+        "calibrated"; nothing is attached then.
 
     Warns
     -----
@@ -370,7 +372,9 @@ def attach(
         If the metadata name another model than this one, with modules of the same names and widths.
     """
     check_model(model)
-    given = read_strength(strength)
+    given = read_strength(
+        as_strength(strength, getattr(maps, "metadata", {})) if isinstance(strength, str) else strength
+    )
     chosen = fitted_tokens(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
     as_flag(replace, "replace")
     modules = {}

@@ -49,6 +49,7 @@ FORMATS = {
     "lineas sparse path": Format("a sparse path", {"fields": dict}, ("maps.path", "SparsePath")),
     "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
     "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
+    "lineas evaluation": Format("an evaluation", {"fields": dict}, ("evaluation.result", "Evaluation")),
     "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
     "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=3, oldest=3),
 }
@@ -177,7 +178,7 @@ def _parse(path: str, header: Mapping[str, str], key: str, kind: type) -> Any:
 
 
 def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
-    """Write maps, a sparse path, the result of a fit or a Gaussian map to a safetensors file, for `lineas.load`.
+    """Write maps, a path, the result of a fit, an evaluation or a Gaussian map to a safetensors file for `lineas.load`.
 
     The write is atomic: a file of that name is replaced only once the new one is complete on disk, and a failed
     write leaves no trace.
@@ -197,7 +198,9 @@ def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
         If the file cannot be written.
     """
     if not isinstance(value, SteeringMaps | Record):
-        raise TypeError(f"only SteeringMaps, paths, results and GaussianMap can be saved, got {type(value).__name__}")
+        raise TypeError(
+            f"only SteeringMaps, paths, results, evaluations and GaussianMap can be saved, got {type(value).__name__}"
+        )
     write(path, "lineas" if isinstance(value, SteeringMaps) else value.FORMAT, *to_tensors(value))
 
 
@@ -228,7 +231,7 @@ def load(
 
     Returns
     -------
-    SteeringMaps, SparsePath, EndToEndPath, FitResult or GaussianMap
+    SteeringMaps, SparsePath, EndToEndPath, FitResult, Evaluation or GaussianMap
         Equal to what was saved, metadata included.
 
     Raises

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from .._checks import as_finite
 from .._version import __version__
 
 Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
@@ -18,6 +19,8 @@ Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 Selection: TypeAlias = str | slice | Callable[[Any], Any]
 """What users may give as ``tokens=``; a callable gets a `lineas.Tokens`."""
 
+CALIBRATED = "calibrated"
+"""What users may give as a strength for the one that metadata recommend."""
 WORDS = ("all", "last", "prompt", "generated")
 POOLINGS = ("mean", "min", "max", "last", "all")
 
@@ -125,3 +128,24 @@ def fitted_tokens(metadata: Mapping[str, Any]) -> Selection:
             "pass it, or another selection, as tokens="
         )
     return "all" if value is None else _read_tokens(value)
+
+
+def calibrated_strength(metadata: Mapping[str, Any]) -> float:
+    """The strength that `lineas.SteeringMaps.calibrate` noted; ValueError where it noted none."""
+    found = metadata.get("calibration")
+    strength = found.get("strength") if isinstance(found, dict) else None
+    if strength is None:
+        raise ValueError(
+            "strength='calibrated' is for maps that were calibrated: take those that maps.calibrate(...) returns, "
+            "calibration.maps"
+        )
+    return as_finite(strength, "metadata: the strength of the calibration")
+
+
+def as_strength(value: Any, metadata: Mapping[str, Any]) -> float:
+    """A number, or "calibrated" for the one in the metadata; TypeError or ValueError where it is neither."""
+    if isinstance(value, str):
+        if value != CALIBRATED:
+            raise ValueError(f"strength must be a number or {CALIBRATED!r}, got {value!r}")
+        return calibrated_strength(metadata)
+    return as_finite(value, "strength")

@@ -16,6 +16,7 @@ from .affine import AffineMap
 from .metadata import describe
 
 if TYPE_CHECKING:
+    from ..evaluation.calibrate import calibrate
     from ..evaluation.diagnose import diagnose
     from ..export.fold import fold
     from ..export.lora import to_peft_lora
@@ -263,7 +264,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
             if not found:
                 raise ValueError(f"no module matches {glob!r}{hint(glob, list(self), 'this')}")
             chosen.update(found)
-        return SteeringMaps({name: one for name, one in self._maps.items() if name in chosen}, self._metadata)
+        # A strength that was calibrated is that of all modules together.
+        metadata = {name: fact for name, fact in self._metadata.items() if name != "calibration"}
+        return SteeringMaps({name: one for name, one in self._maps.items() if name in chosen}, metadata)
 
     def summary(self) -> str:
         """Return a text table: per module the neurons, the support and the size of the change of slope and shift."""
@@ -278,6 +281,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
 
     if TYPE_CHECKING:
         attach = attach
+        calibrate = calibrate
         diagnose = diagnose
         save = save
         save_pretrained = save_pretrained
@@ -288,6 +292,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         to_peft_lora = to_peft_lora
     else:
         attach = lazy_method("hooks.attach", "attach")
+        calibrate = lazy_method("evaluation.calibrate", "calibrate")
         diagnose = lazy_method("evaluation.diagnose", "diagnose")
         save = lazy_method("maps.files", "save")
         save_pretrained = lazy_method("maps.hub", "save_pretrained")

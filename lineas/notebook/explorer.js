@@ -78,6 +78,15 @@ function controls(root, model, path, id) {
   const last = path.support.length - 1;
   const sparsity = last ? slider("index", "Sparsity", { min: 0, max: last, step: 1 }) : null;
   const strength = slider("strength", "Strength", { min: 0, max: path.maxStrength, step: 0.05 });
+  if (path.calibrated !== null) {
+    const marks = html(box, "datalist", { id: `${id}-marks` });
+    html(marks, "option", { value: path.calibrated, label: "calibrated" });
+    strength.input.setAttribute("list", marks.id);
+    // The slider moves in steps: this sets the very number.
+    strength.calibrated = html(document.createDocumentFragment(), "button", { class: "lx-mark", type: "button" });
+    strength.calibrated.textContent = `calibrated: ${number(path.calibrated)}`;
+    strength.calibrated.addEventListener("click", () => tell(model, "strength", path.calibrated));
+  }
   return { sparsity, strength };
 }
 
@@ -358,9 +367,11 @@ function render({ model, el }) {
   function onStrength() {
     const value = model.get("strength");
     strength.input.min = Math.min(0, value);
-    strength.input.max = Math.max(path.maxStrength, value);
+    strength.input.max = Math.max(path.maxStrength, value, path.calibrated ?? 0);
     strength.input.value = value;
-    strength.output.textContent = `${value.toFixed(2)}${value === 0 ? ", off" : value === 1 ? ", as fitted" : ""}`;
+    const named = value === 0 ? ", off" : value === path.calibrated ? ", calibrated" : value === 1 ? ", as fitted" : "";
+    strength.output.replaceChildren(`${value.toFixed(2)}${named} `);
+    if (strength.calibrated && value !== path.calibrated) strength.output.append(strength.calibrated);
     drawList();
     said?.drawText();
     root.dataset.strength = value;

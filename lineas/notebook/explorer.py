@@ -21,6 +21,7 @@ from .._checks import as_finite, as_int, as_positive
 from ..fitting.result import FitResult
 from ..hooks.settings import as_tokenizer
 from ..maps.affine import AffineMap
+from ..maps.metadata import CALIBRATED, as_strength, calibrated_strength
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
 from .plot import BLUE, GREY, ORANGE, _matplotlib, _name_ticks, _short_names
@@ -67,8 +68,9 @@ class Explorer(anywidget.AnyWidget):
     index : int, optional
         The point to start from, negative ones from the end. Default: that with the least held-out loss, without one
         the middle of the path.
-    strength : float, default 1.0
-        The strength to start from.
+    strength : float or "calibrated", default 1.0
+        The strength to start from. One that `SteeringMaps.calibrate` noted is marked on the slider; "calibrated"
+        starts there.
     max_strength : float, default 2.0
         The end of the slider, which reaches further where `strength` is beyond it.
     prompt : str, default ""
@@ -127,7 +129,7 @@ class Explorer(anywidget.AnyWidget):
         tokenizer: Any = None,
         *,
         index: int | None = None,
-        strength: float = 1.0,
+        strength: float | str = 1.0,
         max_strength: float = 2.0,
         prompt: str = "",
         max_new_tokens: int = 30,
@@ -154,9 +156,12 @@ class Explorer(anywidget.AnyWidget):
         self._handle: Handle | None = None
         if index is None:
             index = len(self._path) // 2 if self._path.held_out_loss is None else self._path.index(best=True)
-        index, strength = self._path.index(index=index), as_finite(strength, "strength")
+        metadata = self._given.metadata if isinstance(self._given, SteeringMaps) else {}
+        self._calibrated = calibrated_strength(metadata) if "calibration" in metadata else None
+        index, strength = self._path.index(index=index), as_strength(strength, metadata)
         max_strength = as_positive(max_strength, "max_strength")
         shown = self._curves() | {"maxStrength": max_strength, "text": self._text_of is not None}
+        shown["calibrated"] = self._calibrated
         point, maps = self._point(index), self._at(index)
         if model is not None:
             if not isinstance(maps, SteeringMaps):
@@ -217,6 +222,8 @@ class Explorer(anywidget.AnyWidget):
 
     @traitlets.validate("strength")
     def _check_strength(self, proposal: Mapping[str, Any]) -> float:
+        if proposal["value"] == CALIBRATED and self._calibrated is not None:
+            return self._calibrated
         return as_finite(proposal["value"], "strength")
 
     def _at(self, index: int) -> SteeringMaps | AffineMap:
@@ -413,7 +420,8 @@ class Explorer(anywidget.AnyWidget):
         ]
         if path.held_out_loss is not None:
             lines[-1] += f", held out {path.held_out_loss[k]:.4g}"
-        return "\n".join([*lines, f"strength {self.strength:g}"])
+        calibrated = "" if self._calibrated is None else f" (calibrated: {self._calibrated:.3g})"
+        return "\n".join([*lines, f"strength {self.strength:g}{calibrated}"])
 
     def _draw_path(self, loss: Axes, modules: Axes) -> None:
         path = self._path

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+    from ..evaluation.result import Evaluation
     from ..maps.affine import AffineMap
     from ..maps.path import SparsePath
     from ..maps.steering import SteeringMaps
@@ -251,6 +252,75 @@ def path(path: SparsePath, axes: Sequence[Axes] | None = None) -> NDArray:
     support.set_ylim(0, 105)
     modules.set_xlabel("penalty (falling: maps grow denser)")
     return drawn
+
+
+def evaluation(evaluation: Evaluation, judge: str | None = None, *, price: str = "kl", ax: Axes | None = None) -> Axes:
+    """Draw effect against price, one curve a method, from the unsteered model on.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+        What `lineas.evaluate` returned, with scores and prices.
+    judge : str, optional
+        The judge whose mean score is the effect. Default: the only one.
+    price : {"kl", "last_kl", "loss_rise", "perplexity_ratio", "changed_top1"}, default "kl"
+        The price, as `Evaluation.rows` calls it.
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Bars are 95 % intervals of both.
+
+    Raises
+    ------
+    ValueError
+        If there is no such judge or price, none is named and there are several, or there are no neutral texts.
+    """
+    judge, price = evaluation.judge_name(judge), evaluation.price_name(price)
+    rows = evaluation.rows()
+    ax = _axes(ax)
+    start, methods = rows[0], list(dict.fromkeys(row["method"] for row in rows[1:]))
+    ax.axhline(start[judge], color=GREY, linewidth=1, linestyle=":")
+    ax.axhspan(
+        start[f"{judge}_low"], start[f"{judge}_high"], color=GREY, alpha=0.12, linewidth=0, label=start["method"]
+    )
+    for k, method in enumerate(methods):
+        points = sorted((row for row in rows if row["method"] == method), key=lambda row: abs(row["strength"]))
+        # A text before the prompts is a point of its own, with no strength between it and nothing.
+        curve = points if points[0]["strength"] == 0 else [start, *points]
+        ends = {
+            name: [[abs(row[name] - row[f"{name}_{end}"]) for row in curve] for end in ("low", "high")]
+            for name in (judge, price)
+        }
+        ax.errorbar(
+            [row[price] for row in curve],
+            [row[judge] for row in curve],
+            xerr=ends[price],
+            yerr=ends[judge],
+            color=_METHODS[k % len(_METHODS)],
+            marker=_MARKERS[k // len(_METHODS) % len(_MARKERS)],
+            markersize=4.5,
+            linewidth=1.4,
+            elinewidth=0.7,
+            label=method,
+        )
+    ax.set_xlabel(_PRICES[price])
+    ax.set_ylabel(f"mean score by {judge}")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+_PRICES = {
+    "kl": "KL divergence of the next token on neutral texts (nats)",
+    "last_kl": "KL divergence of the next token after neutral texts (nats)",
+    "loss_rise": "rise of the loss on neutral texts (nats a token)",
+    "perplexity_ratio": "perplexity on neutral texts, as a multiple of the unsteered model's",
+    "changed_top1": "share of neutral tokens whose likeliest next token is another",
+}
+# Okabe and Ito's palette without its yellow, which is faint on white.
+_METHODS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D")
 
 
 def _matplotlib(module: str) -> Any:

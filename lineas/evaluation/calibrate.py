@@ -1,0 +1,433 @@
+"""The strength for a budget: the largest that neutral texts allow, or the smallest that has an effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from tqdm.auto import tqdm
+
+from .._checks import as_finite, as_flag, as_int, as_positive
+from .._warn import warn
+from ..fitting.checkpoint import digest
+from ..hooks.modules import check_runs, model_name
+from ..hooks.settings import as_tokenizer, optional
+from ..inputs.frozen import frozen
+from ..maps.metadata import Selection, check_tokens, spell_tokens
+from ..maps.steering import SteeringMaps
+from .continuations import Generator
+from .judges import as_judges, score
+from .metrics import bootstrap_weights
+from .neutral import Neutral
+from .points import Point, make_points
+from .result import FIELDS
+
+BUDGETS = ("kl", "loss_rise", "perplexity_ratio")
+_FIRST = 1 / 16  # the first strength that is tried; then each time twice as much
+_LARGEST = 64.0
+_WIDTH = 0.01  # a bracket is narrow enough at this share of its upper end
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A strength that was found, and how sure it is.
+
+    Attributes
+    ----------
+    maps : SteeringMaps
+        The same maps, whose metadata say what was found under "calibration": ``attach(model, strength="calibrated")``
+        takes it.
+    strength : float
+        The recommended strength.
+    range : (float, float)
+        95 % interval: what other neutral texts, or prompts, of the same kind would have given.
+    budget : dict of str to float
+        What was asked for, such as ``{"max_kl": 0.1}``.
+    measured : dict of str to float
+        The price on the half of the neutral texts that the strength was not chosen by, with "..._low" and "..._high",
+        a 95 % interval; or the effect.
+    tried : dict of str to ndarray
+        "strength" [K], in the order of size, and what was measured there: "price" or "effect" [K].
+    """
+
+    maps: SteeringMaps
+    strength: float
+    range: tuple[float, float]
+    budget: dict[str, float]
+    measured: dict[str, float]
+    tried: dict[str, NDArray]
+
+    def __repr__(self) -> str:
+        asked = ", ".join(f"{name}={value:g}" for name, value in self.budget.items())
+        seen = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
+        low, high = self.range
+        return f"Calibration(strength={self.strength:.4g} [{low:.4g}, {high:.4g}] for {asked}; measured: {seen})"
+
+
+def calibrate(
+    maps: SteeringMaps,
+    model: nn.Module,
+    *,
+    neutral: Any = None,
+    max_kl: float | None = None,
+    max_loss_rise: float | None = None,
+    max_perplexity_ratio: float | None = None,
+    prompts: Any = None,
+    judge: Any = None,
+    effect: float | None = None,
+    tokenizer: Any = None,
+    tokens: Selection | None = None,
+    confidence: float = 0.95,
+    max_strength: float = _LARGEST,
+    max_length: int | None = None,
+    samples: int = 1,
+    max_new_tokens: int = 20,
+    batch_size: int = 32,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Find the largest strength within a budget, or the smallest that has an effect.
+
+    For a budget, bisection finds the strength on every other neutral text; what it costs is then measured on the texts
+    between, which the strength was not chosen by. To hold on texts that nobody has seen, the mean price of the first
+    half, and with it the strength, leaves room for chance: not the mean itself but the upper end of its one-sided
+    `confidence` interval (by bootstrap over texts) is within the budget. All smaller strengths that were tried are
+    within the budget, too.
+
+    For an effect, bisection over sampled continuations with the same random numbers finds the smallest strength at
+    which the mean score reaches `effect`, from the side of the unsteered model's. With a budget as well, that strength
+    must be within it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A loaded language model with modules of these names, and with nothing else that is to count as steering.
+    neutral : list of texts, conversations or token ids, optional
+        What the maps should leave alone; at least 4, better 32 and more, of which each half is used.
+    max_kl, max_loss_rise, max_perplexity_ratio : float, optional
+        The budget, one of them: the mean Kullback-Leibler divergence of the next token from the unsteered model's, or
+        the rise of the loss, both in nats a token; or the ratio of the perplexities, above 1.
+    prompts : list of texts, conversations or token ids, optional
+        What is continued, for an effect.
+    judge : callable or str, optional
+        What scores continuations: as one of the judges of `lineas.evaluate`.
+    effect : float, optional
+        The mean score to reach.
+    tokenizer : transformers tokenizer, optional
+        For texts and conversations.
+    tokens : "all", "last", "prompt", "generated", slice or callable, optional
+        The tokens that the maps act on. Default: those that they were fitted for.
+    confidence : float, default 0.95
+        From 0.5, at which the mean itself is held against the budget, to below 1.
+    max_strength : float, default 64
+        The largest strength that is tried.
+    max_length : int, optional
+        Longest prompt or neutral text in tokens; longer ones are cut. Default: no limit.
+    samples, max_new_tokens, batch_size, sampling, seed
+        As of `lineas.evaluate`, for an effect.
+    progress : bool, default True
+        Show a progress bar.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong type or out of range, not exactly one budget or an effect is asked for, the maps
+        change nothing on the neutral texts, the budget is not held even at the smallest strength tried, or the effect
+        is not reached at `max_strength` or not within the budget.
+    lineas.judges.JudgeError
+        If the judge fails.
+
+    Warns
+    -----
+    UserWarning
+        If `max_strength` is within the budget still: it is the strength then.
+    """
+    check_runs(model)
+    optional(as_tokenizer, tokenizer, "tokenizer")
+    given = {"kl": max_kl, "loss_rise": max_loss_rise, "perplexity_ratio": max_perplexity_ratio}
+    budget = {name: as_positive(value, f"max_{name}") for name, value in given.items() if value is not None}
+    if len(budget) > 1 or (not budget and effect is None):
+        raise ValueError(
+            "give one of max_kl=, max_loss_rise= and max_perplexity_ratio=, or effect=, got "
+            f"{', '.join(f'max_{name}' for name in budget) or 'none of them'}"
+        )
+    if budget.get("perplexity_ratio", 2.0) <= 1:
+        raise ValueError(f"max_perplexity_ratio must be above 1, got {budget['perplexity_ratio']:g}")
+    if bool(budget) != (neutral is not None):
+        raise ValueError("neutral: a budget is for neutral texts: give both or neither")
+    needed = {"effect": effect, "prompts": prompts, "judge": judge}
+    missing = [name for name, value in needed.items() if value is None]
+    if missing and len(missing) < 3:
+        raise ValueError(f"effect, prompts and judge belong together, {' and '.join(missing)} missing")
+    confidence = as_finite(confidence, "confidence")
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be from 0.5 to below 1, got {confidence:g}")
+    max_strength, progress = as_positive(max_strength, "max_strength"), as_flag(progress, "progress")
+    max_length = optional(as_int, max_length, "max_length", low=1)
+    tokens = make_points(model, {"maps": maps}, 1.0, None if tokens is None else check_tokens(tokens))[0].tokens
+
+    def point(strength: float) -> Point:
+        return Point("maps", strength, maps, tokens)
+
+    facts: dict[str, Any] = {"model": model_name(model), "tokens": spell_tokens(tokens), "confidence": confidence}
+    with frozen(model, gradients=False), tqdm(desc="calibrate", unit="pass", disable=not progress) as bar:
+        found: Calibration | None = None
+        if budget:
+            texts = Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
+            if len(texts) < 4:
+                raise ValueError(f"neutral must hold at least 4 texts, of which each half is used, got {len(texts)}")
+            facts |= {"neutral": {"texts": len(texts), "sha256": digest(texts.contents())}}
+            name, most = next(iter(budget.items()))
+            price = _Price(texts, point, name, confidence, bar.update)
+            found = price.calibrate(most, max_strength)
+        if effect is not None:
+            generator = Generator(
+                model,
+                prompts,
+                tokenizer,
+                samples=as_int(samples, "samples", low=1),
+                max_length=max_length,
+                max_new_tokens=as_int(max_new_tokens, "max_new_tokens", low=1),
+                batch_size=as_int(batch_size, "batch_size", low=1),
+                sampling=sampling or {},
+                seed=as_int(seed, "seed", low=0),
+                generate=None,
+            )
+            facts |= {"prompts": {"texts": len(generator.prompts), "sha256": digest(generator.contents())}}
+            limit = max_strength if found is None else found.strength
+            reached = _Effect(generator, point, as_judges(judge), bar.update).calibrate(
+                as_finite(effect, "effect"), limit, found is not None
+            )
+            if found is not None:
+                reached = _with_price(reached, found, price)
+            found = reached
+    assert found is not None
+    record = {
+        "strength": found.strength,
+        "range": list(found.range),
+        "budget": found.budget,
+        "measured": found.measured,
+        **facts,
+    }
+    noted = SteeringMaps(maps, {**maps.metadata, "calibration": record})
+    return Calibration(noted, found.strength, found.range, found.budget, found.measured, found.tried)
+
+
+class _Price:
+    """The price on two halves of the neutral texts, by strength; a pass of the unsteered model serves several."""
+
+    def __init__(
+        self,
+        texts: Neutral,
+        point: Callable[[float], Point],
+        name: str,
+        confidence: float,
+        done: Callable[[], Any],
+    ) -> None:
+        self.first, self.second = texts.half(False), texts.half(True)
+        self.point, self.name, self.confidence, self.done = point, name, confidence, done
+        self.weights = bootstrap_weights(len(self.first))
+        self.found: dict[float, NDArray] = {}  # of the first half, by strength: `FIELDS` of every text
+
+    def measure(self, texts: Neutral, strengths: list[float]) -> NDArray:
+        """`FIELDS` of every text at each strength: [strengths, texts, fields]."""
+        values = np.empty((len(strengths), len(texts), len(FIELDS)))
+        points = [self.point(strength) for strength in strengths]
+        for batch, rows in enumerate(texts.batches):
+            values[:, rows] = texts.measure(points, batch, self.done)
+        return values
+
+    def try_(self, strengths: list[float]) -> None:
+        for strength, values in zip(strengths, self.measure(self.first, strengths), strict=True):
+            self.found[strength] = values
+
+    def of(self, values: NDArray, weights: NDArray | None = None) -> NDArray:
+        """The price by texts, or by each of the weighted draws [draws, texts] of them."""
+        tokens, predicted, loss, unsteered, kl, _, _ = values.T
+
+        def ratio(a: NDArray, b: NDArray) -> NDArray:
+            return a.sum() / b.sum() if weights is None else (weights @ a) / (weights @ b)
+
+        if self.name == "kl":
+            return ratio(kl, tokens)
+        rise = ratio(loss - unsteered, predicted)
+        # For interpolation near 0, as the others: how far above 1.
+        return np.expm1(rise) if self.name == "perplexity_ratio" else rise
+
+    def bound(self, strength: float) -> float:
+        """The upper end of the interval of the price of the first half."""
+        values = self.found[strength]
+        if self.confidence == 0.5:
+            return float(self.of(values))
+        return float(np.quantile(self.of(values, self.weights), self.confidence))
+
+    def calibrate(self, most: float, max_strength: float) -> Calibration:
+        limit = most - 1 if self.name == "perplexity_ratio" else most
+        # Several at a time: the pass of the unsteered model is shared.
+        low, high, strength = 0.0, None, min(_FIRST, max_strength)
+        while high is None and strength <= max_strength:
+            chunk = [s for s in (strength, 2 * strength, 4 * strength) if s <= max_strength] or [max_strength]
+            self.try_(chunk)
+            for s in chunk:
+                if self.bound(s) > limit:
+                    high = s
+                    break
+                low = s
+            strength = 2 * chunk[-1] if chunk[-1] == max_strength else min(2 * chunk[-1], max_strength)
+        if not any(values[:, 4].any() for values in self.found.values()):
+            raise ValueError(
+                "the maps change nothing on the neutral texts: there, they act on no token, or their support is 0"
+            )
+        for _ in range(30):
+            if high is None or high - low <= _WIDTH * high:
+                break
+            s = self._between(low, high, limit)
+            self.try_([s])
+            low, high = (low, s) if self.bound(s) > limit else (s, high)
+        if low == 0:
+            raise ValueError(
+                f"max_{self.name}={most:g} cannot be met: at strength {high:.3g}, the smallest tried, "
+                f"the {self.name} is {self.bound(high or 0) + (most - limit):.4g} already"
+            )
+        if high is None:
+            warn(
+                f"max_{self.name}={most:g} is not reached at max_strength={max_strength:g}, which is taken", UserWarning
+            )
+        tried = np.array(sorted(self.found))
+        price = np.array([float(self.of(self.found[s])) for s in tried]) + (most - limit)
+        return Calibration(
+            maps=self.point(low).maps,  # type: ignore[arg-type]
+            strength=low,
+            range=self._range(limit, tried),
+            budget={f"max_{self.name}": most},
+            measured=self.seen(low, most - limit),
+            tried={"strength": tried, "price": price},
+        )
+
+    def seen(self, strength: float, offset: float) -> dict[str, float]:
+        """The price of the second half, with its interval."""
+        values = self.measure(self.second, [strength])[0]
+        low, high = np.quantile(self.of(values, bootstrap_weights(len(self.second))), [0.025, 0.975])
+        ends = {"": self.of(values), "_low": low, "_high": high}
+        return {f"{self.name}{end}": float(value + offset) for end, value in ends.items()}
+
+    def _between(self, low: float, high: float, limit: float) -> float:
+        """A strength between: where a straight line in the root of the price meets the budget, not near the ends."""
+        a = math.sqrt(max(self.bound(low), 0)) if low else 0.0
+        b = math.sqrt(max(self.bound(high), 0))
+        share = (math.sqrt(limit) - a) / (b - a) if b > a else 0.5
+        # Just beyond it on the one side, then on the other: both ends of the bracket come near.
+        nearer = share - 0.4 * _WIDTH if share > 0.5 else share + 0.4 * _WIDTH
+        return low + min(max(nearer, 0.05), 0.95) * (high - low)
+
+    def _range(self, limit: float, tried: NDArray) -> tuple[float, float]:
+        """Where the price of other draws of the texts would meet the budget, by lines between the roots of prices."""
+        prices = np.stack([self.of(self.found[s], self.weights) for s in tried], axis=1)  # [draws, K]
+        roots = np.sqrt(np.maximum(prices, 0))
+        roots = np.concatenate([np.zeros((len(roots), 1)), np.maximum.accumulate(roots, axis=1)], axis=1)
+        strengths, root = np.concatenate([[0.0], tried]), math.sqrt(limit)
+        met = [float(np.interp(root, line, strengths)) for line in roots]
+        low, high = np.quantile(met, [0.025, 0.975])
+        return float(low), float(high)
+
+
+class _Effect:
+    """The mean score of continuations, by strength."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        point: Callable[[float], Point],
+        judges: Mapping[str, Any],
+        done: Callable[[], Any],
+    ) -> None:
+        if len(judges) != 1:
+            raise ValueError(f"judge must be one, got {len(judges)}")
+        (self.name, self.judge), self.generator, self.point, self.done = *judges.items(), generator, point, done
+        self.found: dict[float, NDArray] = {}  # scores [P], means over samples
+
+    def scores(self, strength: float) -> NDArray:
+        """The mean score of every prompt's continuations."""
+        if strength not in self.found:
+            total = np.zeros(len(self.generator.prompts))
+            rows, texts = [], []
+            for batch, several in enumerate(self.generator.batches):
+                rows += several
+                point = self.point(strength) if strength else Point("unsteered", 0.0)
+                texts += [one.text for one in self.generator.run(point, batch)]
+                self.done()
+            values = score(self.name, self.judge, texts, [self.generator.prompts[k] for k in rows])
+            np.add.at(total, rows, values)
+            self.found[strength] = total / self.generator.samples
+        return self.found[strength]
+
+    def calibrate(self, effect: float, limit: float, budgeted: bool) -> Calibration:
+        before = float(self.scores(0.0).mean())
+        sign = 1.0 if effect > before else -1.0
+
+        def reached(strength: float) -> bool:
+            return sign * (float(self.scores(strength).mean()) - effect) >= 0
+
+        if effect == before:
+            raise ValueError(f"effect: {self.name} gives the unsteered model {before:.4g} already")
+        low, high, strength = 0.0, None, min(0.25, limit)
+        while high is None:
+            if reached(strength):
+                high = strength
+            elif strength >= limit:
+                best = max(self.found, key=lambda s: sign * self.found[s].mean())
+                within = "within the budget" if budgeted else "up to max_strength"
+                raise ValueError(
+                    f"effect={effect:g} by {self.name} is not reached {within}: at strength {limit:.4g} it is "
+                    f"{self.found[limit].mean():.4g}, at most {self.found[best].mean():.4g} at {best:.4g}; the "
+                    f"unsteered model has {before:.4g}"
+                )
+            else:
+                low, strength = strength, min(2 * strength, limit)
+        # Sampled scores are steps: a narrower bracket would follow noise.
+        while high - low > max(0.04 * high, 1e-3):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        tried = np.array(sorted(self.found))
+        weights = bootstrap_weights(len(self.generator.prompts))
+        means = np.stack([weights @ self.found[s] for s in tried], axis=1)
+        rising = np.maximum.accumulate(sign * means, axis=1)
+        met = [float(np.interp(sign * effect, line, tried)) for line in rising]
+        middle, (less, more) = self.found[high].mean(), np.quantile(weights @ self.found[high], [0.025, 0.975])
+        return Calibration(
+            maps=self.point(high).maps,  # type: ignore[arg-type]
+            strength=high,
+            range=(float(np.quantile(met, 0.025)), float(np.quantile(met, 0.975))),
+            budget={"effect": effect},
+            measured={
+                self.name: float(middle),
+                f"{self.name}_low": float(less),
+                f"{self.name}_high": float(more),
+                f"{self.name}_unsteered": before,
+            },
+            tried={"strength": tried, "effect": np.array([self.found[s].mean() for s in tried])},
+        )
+
+
+def _with_price(reached: Calibration, within: Calibration, price: _Price) -> Calibration:
+    """The strength of an effect, with what it costs and the budget that it is within."""
+    offset = 1.0 if price.name == "perplexity_ratio" else 0.0
+    return Calibration(
+        reached.maps,
+        reached.strength,
+        reached.range,
+        {**within.budget, **reached.budget},
+        {**price.seen(reached.strength, offset), **reached.measured},
+        reached.tried,
+    )
