@@ -293,9 +293,12 @@ def _distance(
             f"; the fit took {closing:.0%} off the loss of its own prompts, and takes {held_out:.0%} off that of these"
         )
     remedy = ": fewer steps, more prompts, held_out= or l1= may help" if overfit else ""
-    if found.distance_interval[0] <= 0:
+    if found.distance_interval[1] <= 0:
         verdict = "overfit" if overfit else "does not transfer"
-        what = f"the maps are not shown to bring other prompts nearer to the target{remedy}"
+        what = f"the maps bring other prompts no nearer to the target{remedy}"
+    elif found.distance_interval[0] <= 0:
+        verdict = "overfit" if overfit else "not shown to transfer"
+        what = f"so few prompts do not show that the maps bring others nearer to the target{remedy}"
     elif share is None or span is None:
         verdict = "nearer, by an unknown share"
         what = "the maps bring other prompts nearer to the target, but so few do not tell how wide the gap is"
@@ -418,17 +421,18 @@ def _scaled(kind: str, details: dict[str, NDArray], texts: str) -> Check:
         f"{texts} is {value:.3g}, the mean over modules, and at most {values[worst]:.3g}, at {details['module'][worst]}"
     )
     if value < show:
-        verdict, what = "mild", f"below {show:g} other text hardly changes, by less than {KL_SHOWS:g} nats a token"
+        verdict, what = "mild", f"below {show:g} the next token of such text moved by less than {KL_SHOWS:g} nats"
     elif value < breaks:
-        verdict, what = (
-            "will show",
-            f"from {show:g} on other text changes by {KL_SHOWS:g} nats a token or more: take a lower strength, fewer "
-            "neurons or fewer modules where that matters",
+        verdict = "will show"
+        what = (
+            f"from {show:g} on the next token of such text moved by {KL_SHOWS:g} nats and more: where that matters "
+            "take a lower strength, or fewer neurons or modules"
         )
     else:
-        verdict, what = (
-            "will break",
-            f"from {breaks:g} on other text changes by {KL_BREAKS:g} nats a token or more, as much as doubles "
-            "perplexity: take a lower strength",
+        verdict = "will break"
+        what = (
+            f"from {breaks:g} on the next token of such text moved by {KL_BREAKS:g} nats and more, by as much as "
+            "doubles perplexity: take a lower strength"
         )
+    what += ", where it was measured (docs/diagnostics.md)"
     return Check(kind, value, verdict, f"{why}; {what}.")

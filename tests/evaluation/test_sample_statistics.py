@@ -41,10 +41,7 @@ def test_distances_of_halves_against_pot(rng, n, m):
 
 def test_floor_is_what_two_samples_of_one_distribution_are_apart(rng):
     found = [
-        [
-            values.mean()
-            for values in statistics.half_distances(statistics.compared(*sets(rng, n, m)), draws=20, seed=0)
-        ]
+        [values.mean() for values in statistics.half_distances(statistics.compared(*sets(rng, n, m)), draws=20, seed=0)]
         for n, m in [(16, 16), (16, 40)] * 30
     ]
     unsteered, _, floor = np.array(found).T
