@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from lineas.demo.run import bootstrap_interval
 from lineas.evaluation import diagnose
+from lineas.evaluation.metrics import bootstrap_weights, interval
 
 KLS = (diagnose.KL_SHOWS, diagnose.KL_BREAKS)
 
@@ -104,7 +104,7 @@ class Rows:
         for row in self.rows:
             share = row.check(diagnose.W2)
             closed = share["verdict"] if share["value"] is None else f"{share['value']:.2f}, {share['verdict']}"
-            low, high = bootstrap_interval(row.gains, seed=0)
+            _, low, high = interval(row.gains, bootstrap_weights(len(row.gains)))
             values = [row.value(name) for name in (diagnose.SEPARABILITY, diagnose.STABILITY)]
             cells = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
             cells += [f"{row.value(name):.3g}" for name in (diagnose.DAMAGE, diagnose.CHANGE)]

@@ -9,14 +9,14 @@ does to continuations is the effect, the divergence of the next token on other n
 - toxicity: from insults to clean comments. The effect is the fall of the mean probability of "toxic", by two judges,
   over continuations of 63 prompts of RealToxicityPrompts.
 
-Random numbers of the sampling are the same for all fits. The price is taken at four strengths, from which thresholds of
-the damage follow.
+Random numbers of the sampling are the same for all fits. The price is taken at three strengths, from which thresholds
+of the damage follow.
 
     python benchmarks/diagnostics.py [--write] [--threads 1] [--bf16] [--fits N]
 
 With --write the tables go into docs/diagnostics.md. What is finished is kept in build/diagnostics, so that a run that
 was cut off goes on where it was; remove that folder for a run of its own, or only its files diagnosis-* to diagnose the
-same fits anew. ``--fits 2 --steps 2`` is a rehearsal, in a folder of its own. Texts and judges of toxicity are
+same fits anew. ``--fits 2 --steps 2`` is a rehearsal, in a folder of its own. All takes 25 minutes of one core. Texts and judges of toxicity are
 downloaded by pip into build/packages, and need h5py and joblib to be read.
 """
 
@@ -62,7 +62,7 @@ SIZES = (8, 16, 32)
 STEPS, MAX_LENGTH = 10, 24  # tokens of a prompt that is fitted or compared
 HELD_OUT, NEUTRAL = 32, 32
 PER_PROMPT, PER_CATEGORY, NEW_TOKENS = 6, 9, 15
-STRENGTHS = (0.5, 1.0, 2.0, 4.0)
+STRENGTHS = (0.5, 1.0, 3.0)
 
 
 class Fit(NamedTuple):

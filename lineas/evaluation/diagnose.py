@@ -41,7 +41,7 @@ W2, SEPARABILITY, STABILITY = "share of the gap closed", "separability", "stabil
 DAMAGE, CHANGE = "damage", "change"
 # At which numbers the divergence of the next token on neutral text reaches these two, as docs/diagnostics.md measures
 # it.
-THRESHOLDS = {DAMAGE: (0.01, 0.1), CHANGE: (0.025, 0.19)}
+THRESHOLDS = {DAMAGE: (0.015, 0.13), CHANGE: (0.025, 0.19)}
 
 
 def diagnose(
@@ -420,19 +420,19 @@ def _scaled(kind: str, details: dict[str, NDArray], texts: str) -> Check:
     why = (
         f"{texts} is {value:.3g}, the mean over modules, and at most {values[worst]:.3g}, at {details['module'][worst]}"
     )
+    measured = "where it was measured (docs/diagnostics.md), the next token of such text moved by"
     if value < show:
-        verdict, what = "mild", f"below {show:g} the next token of such text moved by less than {KL_SHOWS:g} nats"
+        verdict, what = "mild", f"{measured} less than {KL_SHOWS:g} nats below {show:g}"
     elif value < breaks:
-        verdict = "will show"
-        what = (
-            f"from {show:g} on the next token of such text moved by {KL_SHOWS:g} nats and more: where that matters "
-            "take a lower strength, or fewer neurons or modules"
+        verdict, what = (
+            "will show",
+            f"{measured} {KL_SHOWS:g} nats and more from {show:g} on; a lower strength, fewer neurons or fewer modules "
+            "cost less",
         )
     else:
-        verdict = "will break"
-        what = (
-            f"from {breaks:g} on the next token of such text moved by {KL_BREAKS:g} nats and more, by as much as "
-            "doubles perplexity: take a lower strength"
+        verdict, what = (
+            "will break",
+            f"{measured} {KL_BREAKS:g} nats and more from {breaks:g} on, as much as doubles perplexity; take a lower "
+            "strength",
         )
-    what += ", where it was measured (docs/diagnostics.md)"
     return Check(kind, value, verdict, f"{why}; {what}.")
