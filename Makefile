@@ -100,7 +100,7 @@ browser: .venv-test/stamp
 		{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo 'NO CHROMIUM: the explorer is not tested in a browser'
 	.venv-test/bin/$(PIP) install --quiet --editable '.[test-browser]'
-	.venv-test/bin/python -m pytest -v tests/notebook/test_explore_browser.py
+	.venv-test/bin/python -m pytest -v -m slow tests/notebook/test_explore_browser.py tests/evaluation/test_report_pages.py
 
 bench: .venv-test/stamp
 	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)

@@ -14,10 +14,10 @@ of the damage follow.
 
     python benchmarks/diagnostics.py [--write] [--threads 1] [--bf16] [--fits N]
 
-With --write the tables go into docs/diagnostics.md. What is finished is kept in build/diagnostics, so that a run that
-was cut off goes on where it was; remove that folder for a run of its own, or only its files diagnosis-* to diagnose the
-same fits anew. ``--fits 2 --steps 2`` is a rehearsal, in a folder of its own. All takes 25 minutes of one core. Texts and judges of toxicity are
-downloaded by pip into build/packages, and need h5py and joblib to be read.
+With --write the tables go into docs/diagnostics.md. It takes 25 minutes of one core. What is finished is kept in
+build/diagnostics, in a folder for each choice of settings, so that a run that was cut off goes on where it was; remove
+it for a run of its own, or only its files diagnosis-* to diagnose the same fits anew. ``--fits 2 --steps 2`` is a
+rehearsal. Texts and judges of toxicity are downloaded by pip into build/packages, and need h5py and joblib to be read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from _diagnostics_results import Row, Rows
 from _machine import cpu_name
 from _sampling import continuations
-from _study import ROOT, Kept, set_up, write_between
+from _study import ROOT, Kept, digest, set_up, write_between
 from _toxicity import insults_sets, toxic_prompts, toxicity
 from numpy.typing import NDArray
 
@@ -97,8 +97,8 @@ class Study:
         self.model, self.tokenizer = load_smollm2()
         self.model.set_attn_implementation("eager")  # faster than torch's fused attention for prompts this short
         self.steps = steps
-        suffix = ("" if steps == STEPS else f"-{steps}-steps") + ("-bf16" if bf16 else "")
-        self.kept = Kept(f"diagnostics{suffix}")
+        protocol = [KINDS, PLACES, steps, MAX_LENGTH, HELD_OUT, NEUTRAL, PER_PROMPT, PER_CATEGORY, NEW_TOKENS, STRENGTHS]
+        self.kept = Kept(f"diagnostics/{digest([protocol, bf16])}")
         self.reading = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
         self.neutral = sentences("neutral_text.txt")[:NEUTRAL]
         # The price is taken on other texts than those that are diagnosed with.

@@ -38,7 +38,6 @@ from lineas.evaluation.controls import random_maps
 MARKS = "<!-- measured: python benchmarks/price_and_effect.py --write -->", "<!-- end -->"
 FOLDER = ROOT / "build" / "price-and-effect"
 PAGE, PICTURE = ROOT / "docs" / "price-and-effect.md", ROOT / "docs" / "price-and-effect.png"
-BUDGETS = (0.03, 0.1, 0.3)  # nats, of the KL divergence of the next token
 TRIED = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # strengths between which those for the budgets are found
 MAX_LENGTH, NEW_TOKENS = 32, 20
 SEARCHED, PRICED, UNSEEN = 32, 64, 128  # neutral texts: for the strengths, for the price, for the calibrated strength
@@ -47,7 +46,7 @@ CALIBRATED, SEEDS = 64, 5
 SAMPLING = {"top_k": 40, "top_p": 1.0}
 END_TO_END: dict[str, dict[str, Any]] = {
     "LinEAS dense": {"lr": "auto", "steps": 12},
-    "LinEAS sparse": {"lr": "auto", "steps": 16, "l1": 4e-3},
+    "LinEAS sparse": {"lr": "auto", "steps": 16},
 }
 LOCAL: dict[str, tuple[Callable[..., Any], str]] = {
     "mean": (baselines.mean, "mean"),
@@ -64,6 +63,10 @@ class Model:
     label: str
     load: Callable[[], tuple[Any, Any]]
     layers: list[str]
+    tokens: Any
+    l1: float  # of the sparse fit: the losses of the two models are of different sizes
+    budgets: tuple[float, ...]  # nats, of the KL divergence of the next token
+    half: bool  # of the continuations and of the texts for strengths: for the slower model
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,25 @@ def _toxicity_sets() -> tuple[tuple[list[str], list[str]], tuple[list[str], list
     return sets["fit"], sets["validation"]
 
 
-MODELS = {
-    "smollm2": Model("SmolLM2-135M-Instruct", demo_model.load_smollm2, ["model.layers.*.post_attention_layernorm"]),
+MODELS = {  # in both the norms before the MLPs
+    "smollm2": Model(
+        "SmolLM2-135M-Instruct",
+        demo_model.load_smollm2,
+        ["model.layers.*.post_attention_layernorm"],
+        "all",
+        4e-3,
+        (0.03, 0.1, 0.3),
+        half=False,
+    ),
+    # Without <bos>, whose activations are many times as large as those of words.
     "gemma3": Model(
         "Gemma 3 270M",
-        lambda: demo_model.load_gemma3(),
-        ["model.layers.*.post_attention_layernorm", "model.layers.*.post_feedforward_layernorm"],
+        demo_model.load_gemma3,
+        ["model.layers.*.pre_feedforward_layernorm"],
+        slice(1, None),
+        0.01,
+        (0.1, 0.3),
+        half=True,
     ),
 }
 CONCEPTS = {
@@ -130,7 +146,8 @@ class Study:
         fit, held_out = self.concept.sets()
         self.fit, self.held_out = fit, held_out
         used = {*fit[1], *held_out[1]}
-        self.searched = clean_texts("train", SEARCHED, seed=100, without=used)
+        self.step = 2 if self.spec.half else 1
+        self.searched = clean_texts("train", SEARCHED, seed=100, without=used)[:: self.step]
         self.priced = clean_texts("test", PRICED, seed=100)
         self.used = {*used, *self.searched}
 
@@ -139,10 +156,16 @@ class Study:
         file = self.folder / f"{method.replace(' ', '-')}.safetensors"
         if file.exists():
             return lineas.load(file)
-        reading = {"layers": self.spec.layers, "tokenizer": self.tokenizer, "max_length": MAX_LENGTH}
+        reading = {
+            "layers": self.spec.layers,
+            "tokens": self.spec.tokens,
+            "tokenizer": self.tokenizer,
+            "max_length": MAX_LENGTH,
+        }
         start = time.perf_counter()
         if method in END_TO_END:
             settings = {**reading, **END_TO_END[method], "held_out": self.held_out, "progress": False}
+            settings["l1"] = self.spec.l1 if method == "LinEAS sparse" else 0.0
             result = lineas.fit_end_to_end(self.model, *self.fit, **settings)
             if result.stopped == "interrupted" or result.stopped.startswith("not finite"):
                 raise SystemExit(result.stopped)
@@ -168,7 +191,7 @@ class Study:
             tried = lineas.evaluate(self.model, self.maps(method), neutral=self.searched, strengths=TRIED, **how).rows()
             # The root of the divergence is nearly a straight line in the strength. What it then is, is measured.
             roots = np.maximum.accumulate(np.sqrt([max(row["kl"], 0) for row in tried]))
-            strengths = np.interp(np.sqrt(BUDGETS), roots, [row["strength"] for row in tried])
+            strengths = np.interp(np.sqrt(self.spec.budgets), roots, [row["strength"] for row in tried])
             found[method] = [round(float(strength), 3) for strength in strengths]
             file.write_text(json.dumps(found))
             print(f"{self.name}: {method} at {found[method]}", flush=True)
@@ -177,17 +200,20 @@ class Study:
     def evaluate(self) -> lineas.Evaluation:
         """Effect and price of all methods at their strengths."""
         methods = {method: self.maps(method) for method in METHODS}
+        prompts, samples = self.concept.prompts(), self.concept.samples
+        if self.spec.half:
+            prompts, samples = (prompts, samples // 2) if samples > 1 else (prompts[::2], 1)
         start = time.perf_counter()
         found = lineas.evaluate(
             self.model,
             methods,
             tokenizer=self.tokenizer,
-            prompts=self.concept.prompts(),
+            prompts=prompts,
             neutral=self.priced,
             judges=self.concept.judges(),
             strengths={method: self.strengths(method) for method in methods},
             instruction=self.concept.instruction,
-            samples=self.concept.samples,
+            samples=samples,
             max_new_tokens=NEW_TOKENS,
             max_length=MAX_LENGTH,
             sampling=SAMPLING,
@@ -205,8 +231,8 @@ class Study:
         maps = self.maps("LinEAS dense")
         how: dict[str, Any] = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
         for seed in range(len(found), SEEDS):
-            texts = clean_texts("train", CALIBRATED, seed=200 + seed, without=self.used)
-            unseen = clean_texts("test", UNSEEN, seed=200 + seed)
+            texts = clean_texts("train", CALIBRATED // self.step, seed=200 + seed, without=self.used)
+            unseen = clean_texts("test", UNSEEN // self.step, seed=200 + seed)
             calibration = maps.calibrate(self.model, neutral=texts, max_kl=0.1, **how)
             seen = lineas.evaluate(self.model, maps, neutral=unseen, strengths=calibration.strength, **how).rows()[1]
             found.append(
@@ -227,7 +253,7 @@ def page() -> list[str]:
     """What is finished, as lines of Markdown; draws the picture."""
     from matplotlib.figure import Figure
 
-    lines = [f"{cpu_name()}; budgets of KL {', '.join(map(str, BUDGETS))} nats; {PRICED} neutral texts."]
+    lines = [f"{cpu_name()}; {PRICED} neutral texts for the price, {NEW_TOKENS} new tokens."]
     finished = {
         (model, concept): FOLDER / f"{model}-{concept}"
         for model in MODELS
@@ -249,7 +275,8 @@ def page() -> list[str]:
                 continue
             found = lineas.load(folder / "evaluation.safetensors")
             spec, label = MODELS[model].label, CONCEPTS[concept].label
-            lines += ["", f"### {spec}, {label}", "", found.table(markdown=True)]
+            count = f"{len(found.prompts)} prompts, {found.statistics.shape[2]} continuations of each"
+            lines += ["", f"### {spec}, {label}", "", f"{count}.", "", found.table(markdown=True)]
             for judge in found.scores:
                 lineas.plot.evaluation(found, judge, ax=axes[row, column]).set_title(
                     f"{spec}: {label}", fontsize="small"
@@ -268,7 +295,8 @@ def page() -> list[str]:
         "",
         "### The recommended strength on texts that it never saw",
         "",
-        f"LinEAS dense, `max_kl=0.1`, {CALIBRATED} neutral texts, {SEEDS} draws each; the price on {UNSEEN} others.",
+        f"LinEAS dense, `max_kl=0.1`, {CALIBRATED} neutral texts (Gemma {CALIBRATED // 2}), {SEEDS} draws each; "
+        f"the price on {UNSEEN} others (Gemma {UNSEEN // 2}).",
         f"Against the budget: {np.mean(over):+.1f} % on average, from {min(over):+.1f} to {max(over):+.1f} %; "
         f"{sum(o > 0 for o in over)} of {len(over)} above it.",
         "",

@@ -59,7 +59,7 @@ _LAZY = {
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
     "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
-    "judges": ("evaluation.judges", None, "torch"),
+    "judges": ("evaluation.judges", None, "numpy"),
     "plot": ("notebook.plot", None, "matplotlib"),
     "sites": ("hooks.sites", "sites", "torch"),
     "sparse_path_end_to_end": ("fitting.sparse_path", "sparse_path_end_to_end", "torch"),

@@ -23,8 +23,11 @@ NO_TORCH = ("maps", "arrays", "notebook", "cli")
 # Imports of lineas inside functions, and lazy methods: module, and what it asks for when it is called.
 LAZY = {
     "arrays.gaussian": ["hooks.affine"],
-    "cli": ["demo.run", "inputs.prompts", "inputs.tokenize"],
+    "cli": ["demo.run", "inputs.files", "inputs.prompts"],
     "demo.run": ["notebook.plot"],
+    "evaluation.classifier": ["inputs.frozen"],
+    "evaluation.llm_judge": ["inputs.call", "inputs.frozen", "inputs.tokenize"],
+    "evaluation.report_figure": ["notebook.plot"],
     "evaluation.result": ["evaluation.report", "notebook.plot"],
     "fitting.result": ["evaluation.diagnose", "notebook.plot"],
     "maps.affine": ["hooks.affine"],
@@ -32,8 +35,14 @@ LAZY = {
     "maps.path": ["notebook.plot"],
     "maps.records": ["maps.files"],
     "maps.steering": [
-        *("evaluation.calibrate", "evaluation.diagnose", "export.fold", "export.lora", "hooks.attach"),
-        *("maps.files", "maps.hub", "maps.vectors"),
+        "evaluation.calibrate",
+        "evaluation.diagnose",
+        "export.fold",
+        "export.lora",
+        "hooks.attach",
+        "maps.files",
+        "maps.hub",
+        "maps.vectors",
     ],
     "maps.vectors": ["hooks.modules"],
 }

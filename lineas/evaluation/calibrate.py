@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +20,17 @@ from ..hooks.settings import as_tokenizer, optional
 from ..inputs.frozen import frozen
 from ..maps.metadata import Selection, check_tokens, spell_tokens
 from ..maps.steering import SteeringMaps
-from .continuations import Generator
+from .continuations import Generator, try_judges
 from .judges import as_judges, score
 from .metrics import bootstrap_weights
 from .neutral import Neutral
 from .points import Point, make_points
-from .result import FIELDS
+from .result import FIELDS, UNSTEERED, check_judges
 
-BUDGETS = ("kl", "loss_rise", "perplexity_ratio")
-_FIRST = 1 / 16  # the first strength that is tried; then each time twice as much
+_FIRST, _FIRST_EFFECT = 1 / 16, 1 / 4  # the first strength that is tried; then each time twice as much
 _LARGEST = 64.0
-_WIDTH = 0.01  # a bracket is narrow enough at this share of its upper end
-Interval = tuple[float, float, float]
+_WIDTH = 0.01  # a bracket is narrow enough at this share of its upper end, and a tenth of it,
+_CLOSE = 0.02  # where the price at its lower end is further below the budget than this share of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +40,8 @@ class Calibration:
     Attributes
     ----------
     maps : SteeringMaps
-        The same maps, whose metadata say what was found under "calibration": ``attach(model, strength="calibrated")``
-        takes it.
+        The same maps, whose metadata say what was found under "calibration", and the `tokens` that it was found for,
+        where these were given: ``attach(model, strength="calibrated")`` takes both.
     strength : float
         The recommended strength.
     range : (float, float)
@@ -175,53 +174,76 @@ def calibrate(
         raise ValueError(f"confidence must be from 0.5 to below 1, got {confidence:g}")
     max_strength, progress = as_positive(max_strength, "max_strength"), as_flag(progress, "progress")
     max_length = optional(as_int, max_length, "max_length", low=1)
-    tokens = make_points(model, {"maps": maps}, 1.0, None if tokens is None else check_tokens(tokens))[0].tokens
+    samples, batch_size = as_int(samples, "samples", low=1), as_int(batch_size, "batch_size", low=1)
+    max_new_tokens, seed = as_int(max_new_tokens, "max_new_tokens", low=1), as_int(seed, "seed", low=0)
+    if sampling is not None and not isinstance(sampling, Mapping):
+        raise TypeError(f"sampling must be a mapping of arguments for generate, got {type(sampling).__name__}")
+    metadata = maps.metadata
+    if tokens is not None:  # what the strength is for
+        metadata["tokens"] = spell_tokens(check_tokens(tokens))
+    chosen = make_points(model, {"maps": maps}, {"maps": [1.0]}, tokens)[0].tokens
 
     def point(strength: float) -> Point:
-        return Point("maps", strength, maps, tokens)
+        return Point("maps", strength, maps, chosen)
 
-    facts: dict[str, Any] = {"model": model_name(model), "tokens": spell_tokens(tokens), "confidence": confidence}
+    facts: dict[str, Any] = {"model": model_name(model), "tokens": spell_tokens(chosen), "confidence": confidence}
+    texts = generator = None
+    if budget:
+        texts = Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
+        if len(texts) < 4:
+            raise ValueError(f"neutral must hold at least 4 texts, of which each half is used, got {len(texts)}")
+        facts["neutral"] = {"texts": len(texts), "sha256": digest(texts.texts.contents())}
+    if effect is not None:
+        effect = as_finite(effect, "effect")
+        generator = Generator(
+            model,
+            prompts,
+            tokenizer,
+            samples=samples,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sampling=sampling or {},
+            seed=seed,
+        )
+        facts["prompts"] = {"texts": len(generator.prompts), "sha256": digest(generator.contents())}
+        judges = as_judges(judge)
+        check_judges(judges)
+        if len(judges) > 1:
+            raise ValueError(f"judge must be one, got {len(judges)}: {', '.join(judges)}")
+        try_judges(judges, generator.prompts)
+
     with frozen(model, gradients=False), tqdm(desc="calibrate", unit="pass", disable=not progress) as bar:
-        found: Calibration | None = None
-        if budget:
-            texts = Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
-            if len(texts) < 4:
-                raise ValueError(f"neutral must hold at least 4 texts, of which each half is used, got {len(texts)}")
-            facts |= {"neutral": {"texts": len(texts), "sha256": digest(texts.contents())}}
-            name, most = next(iter(budget.items()))
+        asked = {f"max_{name}": most for name, most in budget.items()}
+        measured: dict[str, float] = {}
+        if texts is not None:
+            ((name, most),) = budget.items()
             price = _Price(texts, point, name, confidence, bar.update)
             found = price.calibrate(most, max_strength)
-        if effect is not None:
-            generator = Generator(
-                model,
-                prompts,
-                tokenizer,
-                samples=as_int(samples, "samples", low=1),
-                max_length=max_length,
-                max_new_tokens=as_int(max_new_tokens, "max_new_tokens", low=1),
-                batch_size=as_int(batch_size, "batch_size", low=1),
-                sampling=sampling or {},
-                seed=as_int(seed, "seed", low=0),
-                generate=None,
-            )
-            facts |= {"prompts": {"texts": len(generator.prompts), "sha256": digest(generator.contents())}}
-            limit = max_strength if found is None else found.strength
-            reached = _Effect(generator, point, as_judges(judge), bar.update).calibrate(
-                as_finite(effect, "effect"), limit, found is not None
-            )
-            if found is not None:
-                reached = _with_price(reached, found, price)
-            found = reached
-    assert found is not None
+        if generator is not None and effect is not None:
+            asked["effect"] = effect
+            limit = max_strength if texts is None else found.strength
+            within = "up to max_strength" if texts is None else "within the budget"
+            found = _Effect(generator, point, judges, bar.update).calibrate(effect, limit, within)
+        if texts is not None:
+            measured = price.held_out(found.strength)
+        measured |= found.measured
     record = {
         "strength": found.strength,
         "range": list(found.range),
-        "budget": found.budget,
-        "measured": found.measured,
+        "budget": asked,
+        "measured": measured,
         **facts,
     }
-    noted = SteeringMaps(maps, {**maps.metadata, "calibration": record})
-    return Calibration(noted, found.strength, found.range, found.budget, found.measured, found.tried)
+    noted = SteeringMaps(maps, {**metadata, "calibration": record})
+    return Calibration(noted, found.strength, found.range, asked, measured, found.tried)
+
+
+class _Found(NamedTuple):
+    strength: float
+    range: tuple[float, float]
+    tried: dict[str, NDArray]
+    measured: dict[str, float]
 
 
 class _Price:
@@ -239,107 +261,104 @@ class _Price:
         self.point, self.name, self.confidence, self.done = point, name, confidence, done
         self.weights = bootstrap_weights(len(self.first))
         self.found: dict[float, NDArray] = {}  # of the first half, by strength: `FIELDS` of every text
+        # Ratios as their excess over 1: like the others they are 0 at strength 0 and grow from there.
+        self.offset = 1.0 if name == "perplexity_ratio" else 0.0
 
-    def measure(self, texts: Neutral, strengths: list[float]) -> NDArray:
-        """`FIELDS` of every text at each strength: [strengths, texts, fields]."""
-        values = np.empty((len(strengths), len(texts), len(FIELDS)))
-        points = [self.point(strength) for strength in strengths]
-        for batch, rows in enumerate(texts.batches):
-            values[:, rows] = texts.measure(points, batch, self.done)
-        return values
-
-    def try_(self, strengths: list[float]) -> None:
-        for strength, values in zip(strengths, self.measure(self.first, strengths), strict=True):
-            self.found[strength] = values
-
-    def of(self, values: NDArray, weights: NDArray | None = None) -> NDArray:
-        """The price by texts, or by each of the weighted draws [draws, texts] of them."""
-        tokens, predicted, loss, unsteered, kl, _, _ = values.T
-
-        def ratio(a: NDArray, b: NDArray) -> NDArray:
-            return a.sum() / b.sum() if weights is None else (weights @ a) / (weights @ b)
-
-        if self.name == "kl":
-            return ratio(kl, tokens)
-        rise = ratio(loss - unsteered, predicted)
-        # For interpolation near 0, as the others: how far above 1.
-        return np.expm1(rise) if self.name == "perplexity_ratio" else rise
-
-    def bound(self, strength: float) -> float:
-        """The upper end of the interval of the price of the first half."""
-        values = self.found[strength]
-        if self.confidence == 0.5:
-            return float(self.of(values))
-        return float(np.quantile(self.of(values, self.weights), self.confidence))
-
-    def calibrate(self, most: float, max_strength: float) -> Calibration:
-        limit = most - 1 if self.name == "perplexity_ratio" else most
-        # Several at a time: the pass of the unsteered model is shared.
-        low, high, strength = 0.0, None, min(_FIRST, max_strength)
-        while high is None and strength <= max_strength:
-            chunk = [s for s in (strength, 2 * strength, 4 * strength) if s <= max_strength] or [max_strength]
-            self.try_(chunk)
-            for s in chunk:
+    def calibrate(self, most: float, max_strength: float) -> _Found:
+        limit = most - self.offset
+        low, high, strength = 0.0, None, _FIRST
+        while high is None and low < max_strength:
+            # Several at a time: the pass of the unsteered model is shared.
+            for s in self._try([min(strength * factor, max_strength) for factor in (1, 2, 4)]):
                 if self.bound(s) > limit:
                     high = s
                     break
                 low = s
-            strength = 2 * chunk[-1] if chunk[-1] == max_strength else min(2 * chunk[-1], max_strength)
-        if not any(values[:, 4].any() for values in self.found.values()):
+            strength *= 8
+        if not any(values[:, FIELDS.index("kl")].any() for values in self.found.values()):
             raise ValueError(
                 "the maps change nothing on the neutral texts: there, they act on no token, or their support is 0"
-            )
-        for _ in range(30):
-            if high is None or high - low <= _WIDTH * high:
-                break
-            s = self._between(low, high, limit)
-            self.try_([s])
-            low, high = (low, s) if self.bound(s) > limit else (s, high)
-        if low == 0:
-            raise ValueError(
-                f"max_{self.name}={most:g} cannot be met: at strength {high:.3g}, the smallest tried, "
-                f"the {self.name} is {self.bound(high or 0) + (most - limit):.4g} already"
             )
         if high is None:
             warn(
                 f"max_{self.name}={most:g} is not reached at max_strength={max_strength:g}, which is taken", UserWarning
             )
+        else:
+            low, high = self._narrowed(low, high, limit)
+            if low == 0:
+                raise ValueError(
+                    f"max_{self.name}={most:g} cannot be met: at strength {high:.3g}, the smallest tried, "
+                    f"the {self.name} is {self.bound(high) + self.offset:.4g} already"
+                )
         tried = np.array(sorted(self.found))
-        price = np.array([float(self.of(self.found[s])) for s in tried]) + (most - limit)
-        return Calibration(
-            maps=self.point(low).maps,  # type: ignore[arg-type]
-            strength=low,
-            range=self._range(limit, tried),
-            budget={f"max_{self.name}": most},
-            measured=self.seen(low, most - limit),
-            tried={"strength": tried, "price": price},
-        )
+        price = np.array([float(self._price(self.found[s])) for s in tried]) + self.offset
+        price[~np.isfinite(price)] = math.inf
+        return _Found(low, self._range(limit), {"strength": tried, "price": price}, {})
 
-    def seen(self, strength: float, offset: float) -> dict[str, float]:
-        """The price of the second half, with its interval."""
-        values = self.measure(self.second, [strength])[0]
-        low, high = np.quantile(self.of(values, bootstrap_weights(len(self.second))), [0.025, 0.975])
-        ends = {"": self.of(values), "_low": low, "_high": high}
-        return {f"{self.name}{end}": float(value + offset) for end, value in ends.items()}
+    def _narrowed(self, low: float, high: float, limit: float) -> tuple[float, float]:
+        """The bracket of the largest strength within the budget, after bisection."""
+        for _ in range(40):
+            narrow, met = (high - low) / high, low > 0 and self.bound(low) >= (1 - _CLOSE) * limit
+            if narrow <= (_WIDTH if met else _WIDTH / 10):
+                break
+            (middle,) = self._try([self._between(low, high, limit)])
+            low, high = (low, middle) if self.bound(middle) > limit else (middle, high)
+        return low, high
 
     def _between(self, low: float, high: float, limit: float) -> float:
         """A strength between: where a straight line in the root of the price meets the budget, not near the ends."""
-        a = math.sqrt(max(self.bound(low), 0)) if low else 0.0
-        b = math.sqrt(max(self.bound(high), 0))
-        share = (math.sqrt(limit) - a) / (b - a) if b > a else 0.5
+        a, b = (math.sqrt(max(self.bound(s), 0)) if s else 0.0 for s in (low, high))
+        share = (math.sqrt(limit) - a) / (b - a) if a < b < math.inf else 0.5
         # Just beyond it on the one side, then on the other: both ends of the bracket come near.
-        nearer = share - 0.4 * _WIDTH if share > 0.5 else share + 0.4 * _WIDTH
-        return low + min(max(nearer, 0.05), 0.95) * (high - low)
+        share += 0.4 * _WIDTH if share < 0.5 else -0.4 * _WIDTH
+        return low + min(max(share, 0.05), 0.95) * (high - low)
 
-    def _range(self, limit: float, tried: NDArray) -> tuple[float, float]:
+    def bound(self, strength: float) -> float:
+        """The upper end of the interval of the price of the first half; infinite where logits are not finite."""
+        values = self.found[strength]
+        if not np.isfinite(values).all():
+            return math.inf
+        if self.confidence == 0.5:
+            return float(self._price(values))
+        return float(np.quantile(self._price(values, self.weights), self.confidence))
+
+    def held_out(self, strength: float) -> dict[str, float]:
+        """The price of the second half, with its interval."""
+        (values,) = self._measure(self.second, [strength])
+        low, high = np.quantile(self._price(values, bootstrap_weights(len(self.second))), [0.025, 0.975])
+        ends = {"": self._price(values), "_low": low, "_high": high}
+        return {f"{self.name}{end}": float(value + self.offset) for end, value in ends.items()}
+
+    def _try(self, strengths: list[float]) -> list[float]:
+        """Measure the first half at the strengths, each once, and return them."""
+        strengths = list(dict.fromkeys(strengths))
+        self.found.update(zip(strengths, self._measure(self.first, strengths), strict=True))
+        return strengths
+
+    def _measure(self, texts: Neutral, strengths: list[float]) -> NDArray:
+        """`FIELDS` of every text at each strength: [strengths, texts, fields]."""
+        values = np.empty((len(strengths), len(texts), len(FIELDS)))
+        points = [self.point(strength) for strength in strengths]
+        for batch, rows in enumerate(texts.batches):
+            for k, found in enumerate(texts.measure(points, batch)):
+                values[k, rows] = found
+                self.done()
+        return values
+
+    def _price(self, values: NDArray, weights: NDArray | None = None) -> NDArray:
+        """The price of the texts, or of each of the weighted draws [draws, texts] of them."""
+        tokens, predicted, loss, unsteered, kl, _, _ = values.T
+        above, below = (kl, tokens) if self.name == "kl" else (loss - unsteered, predicted)
+        ratio = above.sum() / below.sum() if weights is None else (weights @ above) / (weights @ below)
+        return np.expm1(ratio) if self.name == "perplexity_ratio" else ratio
+
+    def _range(self, limit: float) -> tuple[float, float]:
         """Where the price of other draws of the texts would meet the budget, by lines between the roots of prices."""
-        prices = np.stack([self.of(self.found[s], self.weights) for s in tried], axis=1)  # [draws, K]
-        roots = np.sqrt(np.maximum(prices, 0))
-        roots = np.concatenate([np.zeros((len(roots), 1)), np.maximum.accumulate(roots, axis=1)], axis=1)
-        strengths, root = np.concatenate([[0.0], tried]), math.sqrt(limit)
-        met = [float(np.interp(root, line, strengths)) for line in roots]
-        low, high = np.quantile(met, [0.025, 0.975])
-        return float(low), float(high)
+        tried = [s for s in sorted(self.found) if np.isfinite(self.found[s]).all()]
+        prices = np.stack([self._price(self.found[s], self.weights) for s in tried], axis=1)  # [draws, K]
+        roots = np.maximum.accumulate(np.sqrt(np.maximum(prices, 0)), axis=1)
+        met = [float(np.interp(math.sqrt(limit), [0, *line], [0, *tried])) for line in roots]
+        return _interval(met)
 
 
 class _Effect:
@@ -352,8 +371,6 @@ class _Effect:
         judges: Mapping[str, Any],
         done: Callable[[], Any],
     ) -> None:
-        if len(judges) != 1:
-            raise ValueError(f"judge must be one, got {len(judges)}")
         (self.name, self.judge), self.generator, self.point, self.done = *judges.items(), generator, point, done
         self.found: dict[float, NDArray] = {}  # scores [P], means over samples
 
@@ -364,7 +381,7 @@ class _Effect:
             rows, texts = [], []
             for batch, several in enumerate(self.generator.batches):
                 rows += several
-                point = self.point(strength) if strength else Point("unsteered", 0.0)
+                point = self.point(strength) if strength else Point(UNSTEERED, 0.0)
                 texts += [one.text for one in self.generator.run(point, batch)]
                 self.done()
             values = score(self.name, self.judge, texts, [self.generator.prompts[k] for k in rows])
@@ -372,29 +389,25 @@ class _Effect:
             self.found[strength] = total / self.generator.samples
         return self.found[strength]
 
-    def calibrate(self, effect: float, limit: float, budgeted: bool) -> Calibration:
+    def calibrate(self, effect: float, limit: float, within: str) -> _Found:
         before = float(self.scores(0.0).mean())
+        if effect == before:
+            raise ValueError(f"effect: {self.name} gives the unsteered model {before:.4g} already")
         sign = 1.0 if effect > before else -1.0
 
         def reached(strength: float) -> bool:
             return sign * (float(self.scores(strength).mean()) - effect) >= 0
 
-        if effect == before:
-            raise ValueError(f"effect: {self.name} gives the unsteered model {before:.4g} already")
-        low, high, strength = 0.0, None, min(0.25, limit)
-        while high is None:
-            if reached(strength):
-                high = strength
-            elif strength >= limit:
+        low, high = 0.0, min(_FIRST_EFFECT, limit)
+        while not reached(high):
+            if high >= limit:
                 best = max(self.found, key=lambda s: sign * self.found[s].mean())
-                within = "within the budget" if budgeted else "up to max_strength"
                 raise ValueError(
                     f"effect={effect:g} by {self.name} is not reached {within}: at strength {limit:.4g} it is "
-                    f"{self.found[limit].mean():.4g}, at most {self.found[best].mean():.4g} at {best:.4g}; the "
+                    f"{self.found[limit].mean():.4g}, the best is {self.found[best].mean():.4g} at {best:.4g}; the "
                     f"unsteered model has {before:.4g}"
                 )
-            else:
-                low, strength = strength, min(2 * strength, limit)
+            low, high = high, min(2 * high, limit)
         # Sampled scores are steps: a narrower bracket would follow noise.
         while high - low > max(0.04 * high, 1e-3):
             middle = (low + high) / 2
@@ -403,31 +416,16 @@ class _Effect:
         weights = bootstrap_weights(len(self.generator.prompts))
         means = np.stack([weights @ self.found[s] for s in tried], axis=1)
         rising = np.maximum.accumulate(sign * means, axis=1)
-        met = [float(np.interp(sign * effect, line, tried)) for line in rising]
-        middle, (less, more) = self.found[high].mean(), np.quantile(weights @ self.found[high], [0.025, 0.975])
-        return Calibration(
-            maps=self.point(high).maps,  # type: ignore[arg-type]
-            strength=high,
-            range=(float(np.quantile(met, 0.025)), float(np.quantile(met, 0.975))),
-            budget={"effect": effect},
-            measured={
-                self.name: float(middle),
-                f"{self.name}_low": float(less),
-                f"{self.name}_high": float(more),
-                f"{self.name}_unsteered": before,
-            },
-            tried={"strength": tried, "effect": np.array([self.found[s].mean() for s in tried])},
+        less, more = _interval(weights @ self.found[high])
+        measured = {"": self.found[high].mean(), "_low": less, "_high": more, "_unsteered": before}
+        return _Found(
+            high,
+            _interval([float(np.interp(sign * effect, line, tried)) for line in rising]),
+            {"strength": tried, "effect": np.array([self.found[s].mean() for s in tried])},
+            {f"{self.name}{end}": float(value) for end, value in measured.items()},
         )
 
 
-def _with_price(reached: Calibration, within: Calibration, price: _Price) -> Calibration:
-    """The strength of an effect, with what it costs and the budget that it is within."""
-    offset = 1.0 if price.name == "perplexity_ratio" else 0.0
-    return Calibration(
-        reached.maps,
-        reached.strength,
-        reached.range,
-        {**within.budget, **reached.budget},
-        {**price.seen(reached.strength, offset), **reached.measured},
-        reached.tried,
-    )
+def _interval(draws: Sequence[float] | NDArray) -> tuple[float, float]:
+    low, high = np.quantile(np.asarray(draws), [0.025, 0.975])
+    return float(low), float(high)

@@ -116,9 +116,11 @@ class Classifier(OwnJudge):
 
     @property
     def _model_name(self) -> str:
-        if self._source is not None:
-            return Path(self._source).name if Path(self._source).is_dir() else self._source
-        return Path(self._pipeline.model.config.name_or_path).name or type(self._pipeline.model).__name__
+        """A hub id as it is, of a folder its last part."""
+        source = self._source
+        if source is None:
+            source = self._pipeline.model.config.name_or_path or type(self._pipeline.model).__name__
+        return Path(source).name if Path(source).is_dir() else source
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -135,12 +137,15 @@ class Classifier(OwnJudge):
             rows = [k for k in rows if len(tokenizer(texts[k])["input_ids"])]
         if not rows:
             return scores
+        import torch
+
         from ..inputs.frozen import frozen
 
         limit = _longest(pipeline.model, tokenizer)
         cut = {} if limit is None else {"truncation": True, "max_length": limit}
         batch_size = self.batch_size if _can_pad(pipeline.model, tokenizer) else 1
-        with frozen(pipeline.model, gradients=False):
+        # The pipeline makes tensors on the default device, whatever that is, before it moves them.
+        with frozen(pipeline.model, gradients=False), torch.device("cpu"):
             found = pipeline([texts[k] for k in rows], top_k=None, batch_size=batch_size, **cut)
         scores[rows] = [next(one["score"] for one in labels if one["label"] == self.label) for labels in found]
         return scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,16 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..inputs.call import unwrap
-from ..inputs.prompts import read
-from ..inputs.tokenize import TokenRows
+from ..inputs.call import call, unwrap
+from ..inputs.tokenize import is_conversation
+from ..maps.metadata import name_of
+from .judges import score
 from .metrics import ngram_statistics
-from .neutral import _as_list, with_instruction
 from .points import Point
 from .result import STATISTICS
+from .texts import Texts, as_list, check_kinds, with_instruction
 
 SAMPLING: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "top_k": 0, "temperature": 1.0}
 """How continuations are sampled unless something else is said."""
+_NO_SAMPLING = ("input_ids", "inputs", "attention_mask", "max_new_tokens", "max_length", "num_return_sequences",
+                "return_dict_in_generate")  # fmt: skip
 
 
 class Continuation(NamedTuple):
@@ -48,87 +51,98 @@ class Generator:
         batch_size: int,
         sampling: Mapping[str, Any],
         seed: int,
-        generate: Callable[[nn.Module, list[Any]], Sequence[str]] | None,
+        generate: Callable[[nn.Module, list[Any]], Sequence[str]] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.generate = model, tokenizer, generate
-        self.samples, self.max_length, self.max_new_tokens, self.seed = samples, max_length, max_new_tokens, seed
-        self.options = {**SAMPLING, **sampling}
-        self.prompts = _as_list(data)
-        if generate is None:
+        self.samples, self.max_new_tokens, self.seed = samples, max_new_tokens, seed
+        self.encodes = getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False) is True
+        self.options = {**(SAMPLING if sampling.get("do_sample", True) else {}), **sampling}
+        for name in _NO_SAMPLING:
+            if name in sampling:
+                raise ValueError(f"sampling must not hold {name!r}: see prompts=, samples= and max_new_tokens=")
+        self.texts: Texts | None = None
+        if generate is not None:
+            self.prompts = check_kinds(as_list(data), "prompts")
+            sizes = [len(str(prompt)) for prompt in self.prompts]
+        else:
             if not callable(getattr(model, "generate", None)):
                 raise TypeError(f"prompts: {type(unwrap(model)).__name__} has no generate(): pass generate=")
             if not callable(getattr(tokenizer, "decode", None)):
                 raise ValueError("prompts: pass tokenizer=, which makes texts of the tokens that the model writes")
-        self.rows = None if generate is not None else self._read(self.prompts)
-        if not isinstance(self.prompts, list) or not self.prompts:
-            raise ValueError("prompts is empty")
-        sizes = (
-            [len(str(prompt)) for prompt in self.prompts]
-            if self.rows is None
-            else [len(ids) for ids in self.rows.columns["input_ids"]]
-        )
+            self.texts = Texts(data, "prompts", tokenizer=tokenizer, max_length=max_length)
+            if self.texts.rows.prompt_lengths is not None:
+                raise ValueError(
+                    "prompts: a conversation ends with an answer of the assistant: leave it out, the model is to "
+                    "write it"
+                )
+            self.prompts, sizes = self.texts.given, [len(ids) for ids in self.texts.ids]
         order = [k for k in sorted(range(len(sizes)), key=sizes.__getitem__) for _ in range(samples)]
         self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        self._prefixed: dict[str, TokenRows] = {}
+        """Numbers of prompts, each as often as it is continued."""
 
     def contents(self) -> Any:
-        """Everything that what is written depends on, beside model and point."""
-        prompts = self.prompts if self.rows is None else self.rows.columns
-        size = max(map(len, self.batches))
-        return [prompts, self.samples, self.max_new_tokens, repr(sorted(self.options.items())), self.seed, size]
+        """Everything that what is written depends on, beside model and point; a callable counts by its name."""
+        prompts = self.prompts if self.texts is None else self.texts.contents()
+        how = repr(sorted(self.options.items())) if self.generate is None else name_of(self.generate)
+        return [prompts, self.batches, self.max_new_tokens, how, self.seed]
+
+    def prefixed(self, instruction: str) -> None:
+        """Put an instruction before the prompts, so that its errors come at once."""
+        if self.texts is None:
+            with_instruction(instruction, self.prompts)
+        else:
+            self.texts.after(instruction)
 
     def run(self, point: Point, batch: int) -> list[Continuation]:
         """A continuation for each entry of a batch; the state of torch's random numbers is the caller's to keep."""
         rows = self.batches[batch]
         torch.manual_seed(int(np.random.SeedSequence([self.seed, batch]).generate_state(1)[0]))
         with point.on(self.model):
-            if self.generate is not None:
+            if self.texts is None:
                 return self._by_caller(point, rows)
-            made = self._rows(point.instruction).batch(rows)
-            device = next(self.model.parameters()).device
-            inputs = {key: made.kwargs[key].to(device) for key in ("input_ids", "attention_mask")}
-            pad = getattr(self.tokenizer, "pad_token_id", None)
-            model: Any = self.model
-            tokens = model.generate(
-                **inputs,
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=self._ends()[0] if pad is None and self._ends() else pad,
-                **self.options,
-            )
-        encoded = bool(getattr(getattr(unwrap(self.model), "config", None), "is_encoder_decoder", False))
-        new = tokens[:, 1 if encoded else inputs["input_ids"].shape[1] :].tolist()
-        return [self._continuation(ids) for ids in new]
+            made = self.texts.after(point.instruction)
+            # A decoder goes on where a prompt ends; an encoder is given prompts as its tokenizer pads them.
+            given = (made if self.encodes else replace(made, left=True)).batch(rows)
+            tokens = call(self.model, given, self._generate)
+        start = 1 if self.encodes else given.kwargs["input_ids"].shape[1]
+        return [self._continuation(ids) for ids in tokens[:, start:].tolist()]
+
+    def _generate(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        ends, pad = self._ends(), getattr(self.tokenizer, "pad_token_id", None)
+        usual = {"pad_token_id": ends[0] if pad is None and ends else pad}
+        settled = {"num_return_sequences": 1, "return_dict_in_generate": False, "max_new_tokens": self.max_new_tokens}
+        return model.generate(**inputs, **{**usual, **self.options, **settled})
 
     def _continuation(self, ids: list[int]) -> Continuation:
         ends = self._ends()
         end = next((k for k, token in enumerate(ids) if token in ends), None)
         kept = ids if end is None else ids[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Continuation(text, self._statistics(kept, end is not None))
+        return Continuation(text, _statistics(kept, float(end is not None)))
 
     def _by_caller(self, point: Point, rows: Sequence[int]) -> list[Continuation]:
         assert self.generate is not None
         prompts = [self.prompts[k] for k in rows]
         if point.instruction is not None:
             prompts = with_instruction(point.instruction, prompts)
-        texts = list(self.generate(self.model, prompts))
+        texts = self.generate(self.model, prompts)
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise TypeError(f"generate must return a list of texts, got {type(texts).__name__}")
+        texts = list(texts)
         if len(texts) != len(prompts) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"generate must return one text a prompt: expected {len(prompts)}, got {len(texts)}")
-        found = []
-        for text in texts:
-            words = text.split() if self.tokenizer is None else list(self.tokenizer(text)["input_ids"])
-            numbers = {word: k for k, word in enumerate(dict.fromkeys(words))}
-            found.append(Continuation(text, self._statistics([numbers[word] for word in words], None)))
-        return found
+            kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
+            raise ValueError(
+                f"generate must return one text a prompt: expected {len(prompts)}, got {len(texts)} of type {kinds}"
+            )
+        return [Continuation(text, _statistics(self._words(text), float("nan"))) for text in texts]
 
-    @staticmethod
-    def _statistics(ids: Sequence[int], stopped: bool | None) -> tuple[float, ...]:
-        ngrams = ngram_statistics(ids)
-        return (
-            float(len(ids)),
-            float("nan") if stopped is None else float(stopped),
-            *(ngrams[name] for name in STATISTICS[2:]),
-        )
+    def _words(self, text: str) -> list[int]:
+        """The tokens of a text, or without a tokenizer its words, as numbers."""
+        if self.tokenizer is not None:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        words = text.split()
+        numbers = {word: k for k, word in enumerate(dict.fromkeys(words))}
+        return [numbers[word] for word in words]
 
     def _ends(self) -> list[int]:
         """Ids of the tokens that end a text."""
@@ -138,20 +152,17 @@ class Generator:
             ends = getattr(self.tokenizer, "eos_token_id", None)
         return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
 
-    def _read(self, prompts: list[Any]) -> TokenRows:
-        made = read(prompts, "prompts", tokenizer=self.tokenizer, max_length=self.max_length).made
-        if not isinstance(made, TokenRows):
-            raise TypeError("prompts must be texts, conversations or token ids, got batches")
-        if made.prompt_lengths is not None:
-            raise ValueError(
-                "prompts: a conversation ends with an answer of the assistant: leave it out, the model is to write it"
-            )
-        return replace(made, left=True)
 
-    def _rows(self, instruction: str | None) -> TokenRows:
-        assert self.rows is not None
-        if instruction is None:
-            return self.rows
-        if instruction not in self._prefixed:
-            self._prefixed[instruction] = self._read(with_instruction(instruction, self.prompts))
-        return self._prefixed[instruction]
+def try_judges(judges: Mapping[str, Any], prompts: Sequence[Any]) -> None:
+    """Let judges score the first two prompts, so that those that fail do so before anything is generated."""
+    texts = []
+    for prompt in prompts[:2]:
+        content = prompt[-1].get("content") if is_conversation(prompt) else prompt
+        texts.append(content if isinstance(content, str) else "")
+    for name, judge in judges.items():
+        score(name, judge, texts, prompts[:2])
+
+
+def _statistics(ids: Sequence[int], stopped: float) -> tuple[float, ...]:
+    ngrams = ngram_statistics(ids)
+    return float(len(ids)), stopped, *(ngrams[name] for name in STATISTICS[2:])

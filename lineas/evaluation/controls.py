@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
+from .._checks import as_choice
 from ..arrays import baselines
 from ..arrays.closed_form import fit
 from ..fitting.incremental import fit_incremental
 from ..hooks.collect import collect
 from ..maps.affine import AffineMap
-from ..maps.metadata import POOLINGS, describe, fitted_tokens
+from ..maps.metadata import POOLINGS, Selection, describe, fitted_tokens
 from ..maps.steering import SteeringMaps
 
 _FITTED: dict[str, Callable[..., Any]] = {
@@ -46,60 +47,77 @@ def random_maps(maps: SteeringMaps, seed: int = 0) -> SteeringMaps:
     rng = np.random.default_rng(seed)
     found = {}
     for name, one in maps.items():
-        order, sign = rng.permutation(one.d), rng.choice([-1, 1], one.d)
+        order, sign = rng.permutation(one.d), rng.choice([-1, 1], one.d).astype(one.weight.dtype)
+        found[name] = AffineMap(1 + sign * (one.weight - 1)[order], sign * one.bias[order])
+    return SteeringMaps(found, describe("random", seed=seed, parts=[maps.metadata]))
 
-        def moved(values: NDArray, order: NDArray = order, sign: NDArray = sign) -> NDArray:
-            return values[order] * sign.astype(values.dtype)
 
-        found[name] = AffineMap(1 + moved(one.weight - 1), moved(one.bias))
-    facts = {"tokens": maps.metadata["tokens"]} if "tokens" in maps.metadata else {}
-    return SteeringMaps(found, describe("random", seed=seed, parts=[maps.metadata], **facts))
+def name_controls(controls: Any, methods: Iterable[str], *, fitted: bool) -> dict[str, str]:
+    """The methods that controls are made for, by the name of the control.
+
+    "random" is made for each of the methods, all others for the first, whose modules they take. TypeError or ValueError
+    for what is no control, names of methods, and where there is nothing that they could be `fitted` to.
+    """
+    if isinstance(controls, str):
+        controls = [controls]
+    if not isinstance(controls, Iterable):
+        raise TypeError(f"controls must be a sequence of names, got {type(controls).__name__}")
+    methods = list(methods)
+    found: dict[str, str] = {}
+    for control in controls:
+        as_choice(control, "controls", CONTROLS)
+        if control != "random" and not fitted:
+            raise ValueError(f"controls: {control!r} is fitted to source= and target=, give both")
+        if control == "random" and len(methods) > 1:
+            found |= {f"random ({method})": method for method in methods}
+        else:
+            found[control] = methods[0]
+    taken = next((name for name in found if name in methods), None)
+    if taken is not None:
+        raise ValueError(f"controls: {taken!r} is the name of one of the maps, too")
+    return found
 
 
 def make_controls(
-    names: Sequence[str],
+    controls: Mapping[str, str],
     methods: Mapping[str, SteeringMaps],
     model: nn.Module,
     source: Any,
     target: Any,
     *,
     tokenizer: Any,
+    tokens: Selection | None,
     max_length: int | None,
     seed: int,
     progress: bool,
 ) -> dict[str, SteeringMaps]:
-    """The controls `names` by the name of the method; errors as of the fits, and where prompts or names are missing."""
-    names = [names] if isinstance(names, str) else list(names)
-    found: dict[str, SteeringMaps] = {}
+    """The maps of controls that `name_controls` named; errors as of the fits."""
     first = next(iter(methods.values()))
-    fitted = [name for name in names if name != "random"]
-    if fitted and (source is None or target is None):
-        raise ValueError(f"controls: {fitted[0]!r} is fitted to source= and target=, give both")
-    pooling = first.metadata.get("pooling")
+    try:
+        tokens = fitted_tokens(first.metadata)
+    except ValueError:  # metadata hold no callable: then it was given
+        if tokens is None:
+            raise
     reading: dict[str, Any] = {
         "layers": list(first),
         "tokenizer": tokenizer,
         "max_length": max_length,
-        "tokens": fitted_tokens(first.metadata),
+        "tokens": tokens,
         "progress": progress,
     }
-    samples: dict[str, Any] = {}
-
-    def collected(pooling: str) -> Any:
-        if pooling not in samples:
-            samples[pooling] = [collect(model, data, pooling=pooling, **reading) for data in (source, target)]
-        return samples[pooling]
-
+    pooling = first.metadata.get("pooling")
     usual = pooling if pooling in POOLINGS else "mean"
-    for name in names:
-        if name == "random":
-            several = len(methods) > 1
-            found |= {f"random ({m})" if several else name: random_maps(one, seed) for m, one in methods.items()}
+
+    @functools.cache
+    def collected(pooling: str) -> Any:
+        return [collect(model, data, pooling=pooling, **reading) for data in (source, target)]
+
+    found: dict[str, SteeringMaps] = {}
+    for name, method in controls.items():
+        if name.startswith("random"):
+            found[name] = random_maps(methods[method], seed)
         elif name == "incremental":
             found[name] = fit_incremental(model, source, target, pooling=usual, **reading)
         else:  # AurA's detectors look for the largest activation of a prompt
             found[name] = _FITTED[name](*collected("max" if name == "aura" else usual))
-    taken = next((name for name in found if name in methods), None)
-    if taken is not None:
-        raise ValueError(f"controls: {taken!r} is the name of one of the maps, too")
     return found

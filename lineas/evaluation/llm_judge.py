@@ -51,6 +51,9 @@ class LLMJudge(OwnJudge):
     question of its own, and the score is their harmonic mean: 0 where one of them is 0. The wording is not that of
     AxBench, so the numbers are not those of its tables. An empty text gets 0, without being asked about.
 
+    Small models do not judge: SmolLM2-135M-Instruct rates happy and unhappy sentences alike. Try a model on texts whose
+    ratings you know before you rely on it.
+
     Parameters
     ----------
     model : causal language model of transformers, or callable
@@ -92,6 +95,8 @@ class LLMJudge(OwnJudge):
         loaded = is_a(model, "torch.nn", "Module")
         if not loaded and (not callable(model) or isinstance(model, type)):
             raise TypeError(f"model must be a loaded language model or a callable, got {type(model).__name__}")
+        if loaded and not callable(getattr(model, "generate", None)):
+            raise TypeError(f"model must be a language model of transformers, got {type(model).__name__}")
         if loaded == (tokenizer is None):
             raise ValueError(f"tokenizer must {'' if loaded else 'not '}be given with a {type(model).__name__}")
         readings = ("argmax", "expectation", "generated") if loaded else ("generated",)
@@ -185,7 +190,7 @@ class LLMJudge(OwnJudge):
         """Batches of rows of similar length, padded on the left, and which rows they are."""
         from ..inputs.tokenize import TokenRows
 
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for row, label in zip(rows, labels, strict=True):
             if isinstance(limit, int) and len(row) + new_tokens > limit:
                 raise ValueError(

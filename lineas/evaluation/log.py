@@ -37,13 +37,13 @@ class Log:
             content = file.read()
         whole = content.rfind(b"\n") + 1
         try:
-            lines = [json.loads(line) for line in content[:whole].decode("utf-8").splitlines()]
-            known = bool(lines) and lines[0].get("format") == FORMAT
-        except (ValueError, AttributeError):
+            first, *lines = [json.loads(line) for line in content[:whole].splitlines()]
+            known, seen = first["format"] == FORMAT, dict(first["identity"])
+            self.found = {line["key"]: line["value"] for line in lines}
+        except (ValueError, TypeError, KeyError):
             known = False
         if not known:
             raise ValueError(f"checkpoint: {self.path} is not the file of an evaluation; give another, or remove it")
-        seen = lines[0].get("identity", {})
         differs = next((key for key, value in identity.items() if seen.get(key) != value), None)
         if differs is not None:
             raise ValueError(
@@ -52,7 +52,6 @@ class Log:
             )
         if whole < len(content):
             os.truncate(self.path, whole)
-        self.found = {line["key"]: line["value"] for line in lines[1:]}
 
     def __contains__(self, key: str) -> bool:
         return key in self.found
@@ -68,5 +67,6 @@ class Log:
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self.path is not None
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        # In ASCII: no character of a text can be taken for the end of a line.
+        with open(self.path, "a", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")

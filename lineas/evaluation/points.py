@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._checks import as_finite
@@ -15,6 +15,7 @@ from ..fitting.checkpoint import digest
 from ..fitting.result import FitResult
 from ..hooks.attach import attach
 from ..hooks.tokens import Tokens, needs_prompt_length, select
+from ..maps.affine import AffineMap
 from ..maps.metadata import Selection, fitted_tokens, name_of, spell_tokens
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
@@ -36,11 +37,13 @@ class Point:
         """Whether the tokens that the maps act on may depend on where the prompt ends."""
         return self.maps is not None and (callable(self.tokens) or needs_prompt_length(self.tokens))
 
+    def __str__(self) -> str:
+        return f"{self.method!r} at strength {self.strength:g}" if self.maps is not None else repr(self.method)
+
     def identity(self) -> str:
-        """A digest of what the point does to a model, whatever it is called."""
-        maps = {} if self.maps is None else {name: [one.weight, one.bias] for name, one in self.maps.items()}
+        """A digest of what the point does to a model, whatever it is called; a callable counts by its name."""
         tokens = name_of(self.tokens) if callable(self.tokens) else spell_tokens(self.tokens)
-        return digest(maps, repr(tokens), self.strength, self.instruction)[:16]
+        return digest(arrays_of(self.maps or {}), repr(tokens), self.strength, self.instruction)[:16]
 
     @contextmanager
     def on(self, model: nn.Module, prompt_length: Tensor | None = None) -> Iterator[None]:
@@ -60,6 +63,11 @@ class Point:
             yield
 
 
+def arrays_of(maps: Mapping[str, AffineMap]) -> dict[str, list[NDArray]]:
+    """Slopes and shifts by module."""
+    return {name: [one.weight, one.bias] for name, one in maps.items()}
+
+
 def _told(tokens: Selection, prompt_length: Tensor) -> Selection:
     """The selection `tokens` where the prompts have these lengths."""
 
@@ -76,8 +84,10 @@ def read_methods(maps: Any) -> dict[str, SteeringMaps]:
     TypeError or ValueError for anything but maps, the result of a fit, a path, or a mapping from name to these.
     """
     if isinstance(maps, SteeringMaps | FitResult | SparsePath):
-        name = maps.metadata.get("method") if isinstance(maps, SteeringMaps) else None
-        maps = {name if isinstance(name, str) else "maps": maps}
+        metadata = maps.maps.metadata if isinstance(maps, FitResult) else maps.metadata
+        name = metadata.get("method")
+        usual = "path" if isinstance(maps, SparsePath) else "maps"
+        maps = {name if isinstance(name, str) and name else usual: maps}
     if not isinstance(maps, Mapping):
         raise TypeError(
             "maps must be SteeringMaps, a FitResult, a SparsePath or a mapping from name to these, got "
@@ -87,42 +97,45 @@ def read_methods(maps: Any) -> dict[str, SteeringMaps]:
     for name, value in maps.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"maps: the name of a method must be a string that is not empty, got {name!r}")
-        if isinstance(value, FitResult):
-            value = value.maps
-        if isinstance(value, SparsePath):
-            points = {f"{name}, support {value.support[k]}": value[k] for k in range(len(value))}
-        else:
-            points = {name: value}
+        points: dict[str, Any] = {name: value.maps if isinstance(value, FitResult) else value}
+        if isinstance(value, SparsePath):  # two points may have one support
+            points = {f"{name}[{k}], support {value.support[k]}": value[k] for k in range(len(value))}
         for label, one in points.items():
             if not isinstance(one, SteeringMaps):
                 raise TypeError(
-                    f"maps[{name!r}] must be SteeringMaps, a FitResult or a SparsePath, got {type(one).__name__}"
+                    f"maps[{name!r}] must be SteeringMaps, a FitResult or a SparsePath of modules, got "
+                    f"{type(one).__name__}"
                 )
+            if label in found or label == UNSTEERED:
+                raise ValueError(f"maps: {label!r} is the name of another method, or of the model without maps")
             found[label] = one
     if not found:
         raise ValueError("maps is empty")
-    if UNSTEERED in found:
-        raise ValueError(f"maps: {UNSTEERED!r} is the name of the model without maps, give another")
     return found
 
 
-def read_strengths(strengths: Any, methods: Sequence[str]) -> dict[str, list[float]]:
-    """The strengths of every method, without 0 and without repetition; one list for all, or a mapping by method."""
-    if isinstance(strengths, Mapping):
-        unknown = [name for name in strengths if name not in methods]
-        if unknown:
-            raise ValueError(f"strengths: there is no method {unknown[0]!r} among {', '.join(map(repr, methods))}")
-        missing = [name for name in methods if name not in strengths]
-        if missing:
-            raise ValueError(f"strengths: the method {missing[0]!r} has none")
-        return {name: _numbers(strengths[name], f"strengths[{name!r}]") for name in methods}
-    numbers = _numbers(strengths, "strengths")
-    return {name: numbers for name in methods}
+def read_strengths(strengths: Any, methods: Sequence[str], controls: Mapping[str, str]) -> dict[str, list[float]]:
+    """The strengths of every method and control, without 0 and without repetition.
+
+    They are one list for all, or a mapping by method, in which a control, given with the method that it is made for,
+    has the strengths of that method unless it has its own.
+    """
+    names = [*methods, *controls]
+    if not isinstance(strengths, Mapping):
+        return dict.fromkeys(names, _numbers(strengths, "strengths"))
+    unknown = next((name for name in strengths if name not in names), None)
+    if unknown is not None:
+        raise ValueError(f"strengths: there is no method {unknown!r} among {', '.join(map(repr, names))}")
+    missing = next((name for name in methods if name not in strengths), None)
+    if missing is not None:
+        raise ValueError(f"strengths: the method {missing!r} has none")
+    found = {name: _numbers(values, f"strengths[{name!r}]") for name, values in strengths.items()}
+    return {name: found[name] if name in found else found[controls[name]] for name in names}
 
 
 def _numbers(values: Any, name: str) -> list[float]:
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
-        values = [as_finite(values, name)]
+    if not isinstance(values, Iterable) or isinstance(values, str) or getattr(values, "ndim", 1) == 0:
+        return [value for value in [as_finite(values, name)] if value]
     found = [as_finite(value, f"{name}[{k}]") for k, value in enumerate(values)]
     if not found:
         raise ValueError(f"{name} is empty")
@@ -130,21 +143,18 @@ def _numbers(values: Any, name: str) -> list[float]:
 
 
 def make_points(
-    model: nn.Module, methods: Mapping[str, SteeringMaps], strengths: Any, tokens: Selection | None
+    model: nn.Module, methods: Mapping[str, SteeringMaps], strengths: Mapping[str, list[float]], tokens: Any
 ) -> list[Point]:
-    """The points of all methods, in order; every map is tried on the model, so that its errors come at once."""
+    """The points of all methods, in order; every map is tried on the model, so that its errors come at once.
+
+    `tokens` is a selection, or None for that which the maps were fitted for.
+    """
     points = []
-    by_method = read_strengths(strengths, list(methods))
     for name, maps in methods.items():
         try:
             chosen = fitted_tokens(maps.metadata) if tokens is None else tokens
             attach(maps, model, 0.0, tokens=chosen).remove()
         except (TypeError, ValueError) as error:
             raise type(error)(f"maps {name!r}: {error}" if len(methods) > 1 else str(error)) from None
-        points += [Point(name, strength, maps, chosen) for strength in by_method[name]]
+        points += [Point(name, strength, maps, chosen) for strength in strengths[name]]
     return points
-
-
-def lengths(values: Sequence[int]) -> Tensor:
-    """Numbers of tokens as a tensor on the CPU."""
-    return torch.tensor(values, dtype=torch.long, device="cpu")

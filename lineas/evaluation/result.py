@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ token; "changed", the number of tokens after which another next token is the lik
 PRICES = ("kl", "last_kl", "loss_rise", "perplexity_ratio", "changed_top1")
 """What `Evaluation.rows` calls the prices."""
 Interval = tuple[float, float, float]
+_ENDS = ("", "_low", "_high")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +86,7 @@ class Evaluation(Record):
 
     def __post_init__(self) -> None:
         points, prompts, texts = len(self.methods), len(self.prompts), len(self.neutral)
-        samples = len(self.continuations[0][0]) if prompts and self.continuations else 0
+        samples = self.statistics.shape[2] if self.statistics.ndim == 4 else 0
         expected = {
             "strengths": (self.strengths, (points,)),
             "statistics": (self.statistics, (points, prompts, samples, len(STATISTICS))),
@@ -95,6 +96,11 @@ class Evaluation(Record):
         for name, (array, shape) in expected.items():
             if array.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+        if self.methods[:1] != (UNSTEERED,):
+            raise ValueError(f"methods must begin with {UNSTEERED!r}, got {self.methods[:1]}")
+        if [[len(several) for several in point] for point in self.continuations] != [[samples] * prompts] * points:
+            raise ValueError(f"continuations must be {points} lists of {prompts} lists of {samples} texts")
+        check_judges(self.scores)
 
     def __len__(self) -> int:
         return len(self.methods)
@@ -136,7 +142,7 @@ class Evaluation(Record):
                 row |= self._prices(self.price[k], texts)
             if weights is not None:
                 for name, values in zip(STATISTICS, np.moveaxis(self.statistics[k], -1, 0), strict=True):
-                    row[name] = interval(_mean(values), weights)[0]
+                    row[name] = float(_mean(_mean(values)))
             found.append(row)
         return found
 
@@ -168,35 +174,29 @@ class Evaluation(Record):
             With the bars of a Markdown table.
         """
         markdown = as_flag(markdown, "markdown")
-        heads, cells = ["method", "strength"], []
-        rows = self.rows()
-        for row in rows:
-            line = {"method": row["method"], "strength": "" if not row["strength"] else f"{row['strength']:.3g}"}
-            for name in self.scores:
-                line[name] = _spelled(row, name, "{:.3f}")
-            if self.neutral:
-                line |= {"KL": _spelled(row, "kl", "{:.4f}"), "loss rise": _spelled(row, "loss_rise", "{:+.3f}")}
-                line |= {"perplexity": f"x{row['perplexity_ratio']:.3f}", "top-1": f"{row['changed_top1']:.1%}"}
-            if self.prompts:
-                line |= {"distinct-2": f"{row['distinct_2']:.3f}", "repeated": f"{row['repetition_4']:.1%}"}
-                line |= {"tokens": f"{row['length']:.1f}"}
-            cells.append(line)
-        heads = list(cells[0])
-        widths = [max(len(head), *(len(line[head]) for line in cells)) for head in heads]
-
-        def spelled(line: Mapping[str, str]) -> str:
-            parts = [
-                line[head].ljust(w) if k == 0 else line[head].rjust(w)
-                for k, (head, w) in enumerate(zip(heads, widths, strict=True))
-            ]
-            return f"| {' | '.join(parts)} |" if markdown else "  ".join(parts).rstrip()
-
-        lines = [spelled({head: head for head in heads})]
+        points = [self._cells(row) for row in self.rows()]
+        lines = [[head for head, _ in points[0]], *([cell for _, cell in point] for point in points)]
         if markdown:
-            lines.append(
-                "| " + " | ".join("-" * w if not k else "-" * (w - 1) + ":" for k, w in enumerate(widths)) + " |"
-            )
-        return "\n".join([*lines, *map(spelled, cells)])
+            lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+        if not markdown:
+            return "\n".join("  ".join(line).rstrip() for line in lines)
+        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def _cells(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The cells of a point in `table`, each with the head of its column."""
+        found = [("method", row["method"])]
+        found += [("strength", f"{row['strength']:.3g}" if row["strength"] else "")]
+        found += [(name, _spelled(row, name, "{:.3f}")) for name in self.scores]
+        if self.neutral:
+            found += [("KL", _spelled(row, "kl", "{:.3f}")), ("loss rise", f"{row['loss_rise']:+.3f}")]
+            found += [("perplexity", f"x{row['perplexity_ratio']:.3f}"), ("top-1", f"{row['changed_top1']:.1%}")]
+        if self.prompts:
+            found += [("distinct-2", f"{row['distinct_2']:.3f}"), ("repeated", f"{row['repetition_4']:.1%}")]
+            found += [("tokens", f"{row['length']:.1f}")]
+        return found
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.table()}"
@@ -240,7 +240,9 @@ class Evaluation(Record):
         return max(rows, key=lambda row: sign * row[judge])
 
     def front(self, judge: str | None = None, *, price: str = "kl", minimize: bool = False) -> list[dict[str, Any]]:
-        """The Pareto front: points of which none has a larger effect at no higher price, by rising price.
+        """The Pareto front, by rising price: no other point has a larger effect or a lower price, and is no worse else.
+
+        Of points with the same effect and price the first is taken.
 
         Parameters
         ----------
@@ -313,9 +315,14 @@ class Evaluation(Record):
         ------
         lineas.judges.JudgeError
             If a judge fails; what the ones before it said is in ``error.evaluation``.
+        TypeError, ValueError, ImportError
+            As `lineas.evaluate` of its judges; or if nothing was continued.
         """
-        found = self
-        for name, one in as_judges(judges).items():
+        named, found = as_judges(judges), self
+        check_judges({**self.scores, **named})
+        if not self.prompts:
+            raise ValueError("judges: there are no continuations to judge, since there were no prompts")
+        for name, one in named.items():
             found = found._judged(name, one)
         return found
 
@@ -336,8 +343,7 @@ class Evaluation(Record):
                 "what was measured before is in the error's attribute `evaluation`, to be saved or judged anew"
             )
             raise
-        values = {field: getattr(self, field) for field in self.__dataclass_fields__}
-        return Evaluation(**{**values, "scores": {**self.scores, name: scores.reshape(self.statistics.shape[:3])}})
+        return replace(self, scores={**self.scores, name: scores.reshape(self.statistics.shape[:3])})
 
     if TYPE_CHECKING:
         plot = plot
@@ -347,18 +353,30 @@ class Evaluation(Record):
         report = lazy_method("evaluation.report", "report")
 
 
+def check_judges(names: Iterable[str]) -> None:
+    """ValueError where a judge is called what `Evaluation.rows` calls another number."""
+    taken = {"method", "strength", "loss", *STATISTICS, *(name + end for name in PRICES for end in _ENDS)}
+    for name in names:
+        own = {name + end for end in (*_ENDS, *(f"_change{end}" for end in _ENDS))}
+        if own & taken:
+            raise ValueError(
+                f"judges: {name!r} would name {min(own & taken)!r}, which rows() has already; give it another name, "
+                "as in judges={'name': judge}"
+            )
+        taken |= own
+
+
 def _mean(values: NDArray) -> NDArray:
-    """Means over the samples [P, S] of each prompt, of those that are known; NaN where none is."""
+    """Means over the last axis of what is known; NaN where nothing is."""
     known = np.isfinite(values)
-    count = known.sum(axis=1)
-    return np.where(count, np.where(known, values, 0).sum(axis=1) / np.maximum(count, 1), np.nan)
+    count = known.sum(axis=-1)
+    return np.where(count, np.where(known, values, 0).sum(axis=-1) / np.maximum(count, 1), np.nan)
 
 
 def _named(name: str, found: Interval) -> dict[str, float]:
-    middle, low, high = found
-    return {name: middle, f"{name}_low": low, f"{name}_high": high}
+    return {name + end: value for end, value in zip(_ENDS, found, strict=True)}
 
 
 def _spelled(row: Mapping[str, float], name: str, pattern: str) -> str:
-    middle, low, high = (pattern.format(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    middle, low, high = (pattern.format(row[name + end]) for end in _ENDS)
     return f"{middle} [{low}, {high}]"

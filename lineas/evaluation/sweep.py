@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -12,17 +13,19 @@ from tqdm.auto import tqdm
 
 from .._checks import as_flag, as_int
 from ..fitting.checkpoint import digest, digest_of_weights
+from ..hooks.attach import attached
 from ..hooks.modules import check_runs, model_name
 from ..hooks.settings import as_tokenizer, optional
 from ..inputs.frozen import frozen
 from ..maps.metadata import Selection, check_tokens
-from .continuations import Continuation, Generator
-from .controls import CONTROLS, make_controls
-from .judges import as_judges, score
+from .continuations import Continuation, Generator, try_judges
+from .controls import make_controls, name_controls
+from .judges import as_judges
 from .log import Log
 from .neutral import Neutral
-from .points import Point, make_points, read_methods
-from .result import UNSTEERED, Evaluation
+from .points import Point, arrays_of, make_points, read_methods, read_strengths
+from .result import FIELDS, STATISTICS, UNSTEERED, Evaluation, check_judges
+from .texts import as_list
 
 Generate = Callable[[nn.Module, list[Any]], Sequence[str]]
 
@@ -102,21 +105,24 @@ def evaluate(
         Of the sampling and of random maps.
     checkpoint : path, optional
         A file in which everything is kept as soon as it is known. Where it is there already, what is in it is not
-        computed again; more methods and strengths may be added. Not the scores, which judges give at the end.
+        computed again; more methods and strengths may be added. Not the scores, which judges give at the end. It is
+        refused where the weights, the maps that are attached already, or the texts differ; adapters that are switched
+        on or off, and what a callable does, are for you to keep the same.
     progress : bool, default True
         Show a progress bar.
 
     Returns
     -------
     Evaluation
-        After Ctrl-C that of the points which were measured whole, if there are two; else KeyboardInterrupt.
+        After Ctrl-C that of the points which were measured whole, if there are two; else KeyboardInterrupt. After
+        Ctrl-C while texts are judged, with the scores of the judges before.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of a wrong type or out of range, there is nothing to measure on, maps do not fit the model, a
-        continuation or neutral text cannot be made, or `checkpoint` is of another evaluation. All of that, and judges
-        that fail on the first two prompts, before anything is computed.
+        If an argument is of a wrong type or out of range, there is nothing to measure on, maps do not fit the model, or
+        `checkpoint` is of another evaluation: all of that, and a judge that fails on the first two prompts, before
+        anything is computed. Later, if the model gives no logits or none that are finite, or `generate` no texts.
     lineas.judges.JudgeError
         If a judge fails in the end; everything else is in its attribute ``evaluation``.
     OSError
@@ -130,12 +136,6 @@ def evaluate(
     """
     check_runs(model)
     optional(as_tokenizer, tokenizer, "tokenizer")
-    methods = read_methods(maps)
-    tokens = None if tokens is None else check_tokens(tokens)
-    instructions = _read_instructions(instruction, methods)
-    for name in controls if not isinstance(controls, str) else [controls]:
-        if name not in CONTROLS:
-            raise ValueError(f"controls must be of {', '.join(map(repr, CONTROLS))}, got {name!r}")
     if prompts is None and neutral is None:
         raise ValueError("give prompts=, for the effect, or neutral=, for the price, or both")
     if judges is not None and prompts is None:
@@ -144,51 +144,59 @@ def evaluate(
         raise TypeError(f"sampling must be a mapping of arguments for generate, got {type(sampling).__name__}")
     if generate is not None and not callable(generate):
         raise TypeError(f"generate must be a function of model and prompts, got {type(generate).__name__}")
+    tokens = None if tokens is None else check_tokens(tokens)
     seed, progress = as_int(seed, "seed", low=0), as_flag(progress, "progress")
+    samples, batch_size = as_int(samples, "samples", low=1), as_int(batch_size, "batch_size", low=1)
+    max_new_tokens = as_int(max_new_tokens, "max_new_tokens", low=1)
     max_length = optional(as_int, max_length, "max_length", low=1)
-    judged = {} if judges is None else as_judges(judges)
-    generator = (
-        None
-        if prompts is None
-        else Generator(
+
+    methods = read_methods(maps)
+    source, target = as_list(source), as_list(target)  # iterated over more than once
+    control_names = name_controls(controls, methods, fitted=source is not None and target is not None)
+    by_method = read_strengths(strengths, list(methods), control_names)
+    instructions = _read_instructions(instruction, [*methods, *control_names])
+    points = [Point(UNSTEERED, 0.0), *(Point(name, 0.0, instruction=text) for name, text in instructions.items())]
+    points += make_points(model, methods, by_method, tokens)
+    texts = None if neutral is None else Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
+    generator = None
+    if prompts is not None:
+        generator = Generator(
             model,
             prompts,
             tokenizer,
-            samples=as_int(samples, "samples", low=1),
+            samples=samples,
             max_length=max_length,
-            max_new_tokens=as_int(max_new_tokens, "max_new_tokens", low=1),
-            batch_size=as_int(batch_size, "batch_size", low=1),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
             sampling=sampling or {},
             seed=seed,
             generate=generate,
         )
-    )
-    texts = None if neutral is None else Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
+    for text in instructions.values():
+        if texts is not None:
+            texts.counted(text, range(len(texts)))
+        if generator is not None:
+            generator.prefixed(text)
+    judged = {} if judges is None else as_judges(judges)
+    check_judges(judged)
+    if generator is not None:
+        try_judges(judged, generator.prompts)
+    log = Log(checkpoint, {} if checkpoint is None else _identity(model, generator, texts))
     made = make_controls(
-        controls,
+        control_names,
         methods,
         model,
         source,
         target,
         tokenizer=tokenizer,
+        tokens=tokens,
         max_length=max_length,
         seed=seed,
         progress=progress,
     )
-    points = [Point(UNSTEERED, 0.0)]
-    points += [Point(name, 0.0, instruction=text) for name, text in instructions.items()]
-    points += make_points(model, methods | made, _for_controls(strengths, methods, made), tokens)
-    if generator is not None:
-        for name, judge in judged.items():
-            some = [_as_text(prompt) for prompt in generator.prompts[:2]]
-            score(name, judge, some, generator.prompts[:2])
+    points += make_points(model, made, by_method, tokens)
 
-    identity = {
-        "model": digest_of_weights(model),
-        "prompts": "" if generator is None else digest(generator.contents()),
-        "neutral": "" if texts is None else digest(texts.contents()),
-    }
-    run = _Run(model, points, generator, texts, Log(checkpoint, identity))
+    run = _Run(points, generator, texts, log)
     stopped = "finished"
     try:
         with frozen(model, gradients=False):
@@ -197,60 +205,75 @@ def evaluate(
         stopped = "interrupted"
         if len(run.whole()) < 2:
             raise
-    metadata = {
-        "model": model_name(model),
-        "methods": {name: one.metadata for name, one in (methods | made).items()},
-        "instructions": instructions,
-        "support": {name: [one.support, one.d] for name, one in (methods | made).items()},
-        "samples": samples,
-        "max_new_tokens": max_new_tokens,
-        "sampling": None if generator is None or generate is not None else _as_json(generator.options),
-        "seed": seed,
-    }
-    found = run.evaluation(metadata, stopped)
-    return found.judge(judged) if judged else found
+    every = methods | made
+    found = run.evaluation(
+        {
+            "model": model_name(model),
+            "methods": {name: one.metadata for name, one in every.items()},
+            "instructions": instructions,
+            "support": {name: [one.support, one.d] for name, one in every.items()},
+            "samples": samples,
+            "max_new_tokens": max_new_tokens,
+            "sampling": None if generator is None or generate is not None else _as_json(generator.options),
+            "seed": seed,
+        },
+        stopped,
+    )
+    try:
+        for name, judge in judged.items():
+            found = found.judge({name: judge})
+    except KeyboardInterrupt:
+        found = replace(found, stopped="interrupted")
+    return found
 
 
 class _Run:
     """The points on the way to being measured."""
 
-    def __init__(
-        self, model: nn.Module, points: list[Point], generator: Generator | None, neutral: Neutral | None, log: Log
-    ) -> None:
-        self.model, self.points, self.generator, self.neutral, self.log = model, points, generator, neutral, log
-        self.keys = [point.identity() for point in points]
+    def __init__(self, points: list[Point], generator: Generator | None, neutral: Neutral | None, log: Log) -> None:
+        self.points, self.generator, self.neutral, self.log = points, generator, neutral, log
+        self.identities = [point.identity() for point in points]
+        self.batches = {
+            "price": [] if neutral is None else neutral.batches,
+            "texts": [] if generator is None else generator.batches,
+        }
 
     def measure(self, progress: bool) -> None:
         """Measure what is not known yet: prices batch by batch, then the continuations point by point."""
-        prices = [(batch, k) for batch in range(len(self._price_batches())) for k in range(len(self.points))]
-        texts = [(k, batch) for k in range(len(self.points)) for batch in range(len(self._text_batches()))]
-        known = sum(self._price_key(k, batch) in self.log for batch, k in prices)
-        known += sum(self._text_key(k, batch) in self.log for k, batch in texts)
-        with tqdm(
-            total=len(prices) + len(texts), initial=known, desc="evaluate", unit="batch", disable=not progress
-        ) as bar:
-            for batch in range(len(self._price_batches())):
-                missing = [k for k in range(len(self.points)) if self._price_key(k, batch) not in self.log]
-                if missing:
-                    assert self.neutral is not None
-                    values = self.neutral.measure([self.points[k] for k in missing], batch, bar.update)
-                    for k, value in zip(missing, values, strict=True):
-                        self.log.put(self._price_key(k, batch), value.tolist())
-            for k, batch in texts:
-                if self._text_key(k, batch) not in self.log:
-                    assert self.generator is not None
-                    found = self.generator.run(self.points[k], batch)
-                    self.log.put(self._text_key(k, batch), found)
-                    bar.update()
+        keys = [key for k in range(len(self.points)) for key in self._keys(k)]
+        known = sum(key in self.log for key in keys)
+        with tqdm(total=len(keys), initial=known, desc="evaluate", unit="batch", disable=not progress) as bar:
+            for batch in range(len(self.batches["price"])):
+                self._measure_price(batch, bar.update)
+            for k in range(len(self.points)):
+                self._measure_texts(k, bar.update)
+
+    def _measure_price(self, batch: int, done: Callable[[], Any]) -> None:
+        missing = [k for k in range(len(self.points)) if self._key("price", k, batch) not in self.log]
+        if missing:
+            assert self.neutral is not None
+            values = self.neutral.measure([self.points[k] for k in missing], batch)
+            for k, value in zip(missing, values, strict=True):
+                if not np.isfinite(value).all():
+                    raise ValueError(f"neutral: the logits of {self.points[k]} are not finite")
+                self.log.put(self._key("price", k, batch), value.tolist())
+                done()
+
+    def _measure_texts(self, k: int, done: Callable[[], Any]) -> None:
+        for batch in range(len(self.batches["texts"])):
+            if self._key("texts", k, batch) not in self.log:
+                assert self.generator is not None
+                try:
+                    written = self.generator.run(self.points[k], batch)
+                except Exception as error:
+                    error.add_note(f"while the prompts were continued by {self.points[k]}")
+                    raise
+                self.log.put(self._key("texts", k, batch), written)
+                done()
 
     def whole(self) -> list[int]:
         """Numbers of the points of which everything is known; none unless the unsteered model is among them."""
-        found = [
-            k
-            for k in range(len(self.points))
-            if all(self._price_key(k, batch) in self.log for batch in range(len(self._price_batches())))
-            and all(self._text_key(k, batch) in self.log for batch in range(len(self._text_batches())))
-        ]
+        found = [k for k in range(len(self.points)) if all(key in self.log for key in self._keys(k))]
         return found if 0 in found else []
 
     def evaluation(self, metadata: dict[str, Any], stopped: str) -> Evaluation:
@@ -258,19 +281,18 @@ class _Run:
         whole = self.whole()
         prompts = [] if self.generator is None else self.generator.prompts
         samples = 0 if self.generator is None else self.generator.samples
-        texts = [[[""] * samples for _ in prompts] for _ in whole]
-        statistics = np.full((len(whole), len(prompts), samples, 6), np.nan)
-        price = np.full((len(whole), 0 if self.neutral is None else len(self.neutral), 7), np.nan)
+        neutral = [] if self.neutral is None else self.neutral.texts.given
+        texts: list[list[list[str]]] = [[[] for _ in prompts] for _ in whole]
+        statistics = np.empty((len(whole), len(prompts), samples, len(STATISTICS)))
+        price = np.empty((len(whole), len(neutral), len(FIELDS)))
         for place, k in enumerate(whole):
-            filled = [0] * len(prompts)
-            for batch, rows in enumerate(self._text_batches()):
-                for row, entry in zip(rows, self.log[self._text_key(k, batch)], strict=True):
+            for batch, rows in enumerate(self.batches["price"]):
+                price[place, rows] = self.log[self._key("price", k, batch)]
+            for batch, rows in enumerate(self.batches["texts"]):
+                for row, entry in zip(rows, self.log[self._key("texts", k, batch)], strict=True):
                     one = Continuation(*entry)
-                    texts[place][row][filled[row]] = one.text
-                    statistics[place, row, filled[row]] = one.statistics
-                    filled[row] += 1
-            for batch, rows in enumerate(self._price_batches()):
-                price[place, rows] = self.log[self._price_key(k, batch)]
+                    statistics[place, row, len(texts[place][row])] = one.statistics
+                    texts[place][row].append(one.text)
         return Evaluation(
             methods=tuple(self.points[k].method for k in whole),
             strengths=np.array([self.points[k].strength for k in whole]),
@@ -279,25 +301,29 @@ class _Run:
             statistics=statistics,
             scores={},
             price=price,
-            neutral=[] if self.neutral is None else self.neutral.texts,
+            neutral=neutral,
             metadata=metadata,
             stopped=stopped,
         )
 
-    def _price_batches(self) -> list[list[int]]:
-        return [] if self.neutral is None else self.neutral.batches
+    def _key(self, what: str, k: int, batch: int) -> str:
+        return f"{what} {batch} {self.identities[k]}"
 
-    def _text_batches(self) -> list[list[int]]:
-        return [] if self.generator is None else self.generator.batches
-
-    def _price_key(self, point: int, batch: int) -> str:
-        return f"price {batch} {self.keys[point]}"
-
-    def _text_key(self, point: int, batch: int) -> str:
-        return f"texts {batch} {self.keys[point]}"
+    def _keys(self, k: int) -> list[str]:
+        return [self._key(what, k, batch) for what, batches in self.batches.items() for batch in range(len(batches))]
 
 
-def _read_instructions(value: Any, methods: Mapping[str, Any]) -> dict[str, str]:
+def _identity(model: nn.Module, generator: Generator | None, neutral: Neutral | None) -> dict[str, Any]:
+    """What must be the same for findings to be of use, whatever the points."""
+    return {
+        "model": digest_of_weights(model),
+        "attached": [[digest(arrays_of(handle.maps)), repr(handle)] for handle in attached(model)],
+        "prompts": "" if generator is None else digest(generator.contents()),
+        "neutral": "" if neutral is None else digest(neutral.texts.contents(), neutral.batches),
+    }
+
+
+def _read_instructions(value: Any, taken: Sequence[str]) -> dict[str, str]:
     """The texts to put before prompts, by the name of the method."""
     if value is None:
         return {}
@@ -309,29 +335,9 @@ def _read_instructions(value: Any, methods: Mapping[str, Any]) -> dict[str, str]
             raise TypeError(f"instruction must be a text or a mapping from name to text, got {name!r}: {text!r}")
         if not text:
             raise ValueError(f"instruction: {name!r} is empty")
-        if name in methods or name == UNSTEERED:
+        if name in taken or name == UNSTEERED:
             raise ValueError(f"instruction: {name!r} is the name of another method")
     return dict(found)
-
-
-def _for_controls(strengths: Any, methods: Mapping[str, Any], controls: Mapping[str, Any]) -> Any:
-    """Strengths for controls as well: where they are given by method, those of the method that they are made for."""
-    if not isinstance(strengths, Mapping):
-        return strengths
-    first = strengths.get(next(iter(methods)))
-    of = {
-        name: strengths.get(name.partition("random ")[2].strip("()") or next(iter(methods)), first) for name in controls
-    }
-    return {**{name: value for name, value in of.items() if value is not None}, **strengths}
-
-
-def _as_text(prompt: Any) -> str:
-    """A prompt as a text to try judges on."""
-    if isinstance(prompt, str):
-        return prompt
-    last = prompt[-1] if isinstance(prompt, list | tuple) and prompt else ""
-    content = last.get("content", "") if isinstance(last, Mapping) else ""
-    return content if isinstance(content, str) else ""
 
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:

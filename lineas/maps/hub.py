@@ -62,10 +62,11 @@ def card(maps: SteeringMaps, repo_id: str | None = None) -> str:
     facts = {"base model": base} | {name: metadata.get(name) for name in ("method", "layers", "pooling", "tokens")}
     facts["lineas"] = metadata.get("version")
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
-    calibration = metadata.get("calibration")
-    if isinstance(calibration, dict) and isinstance(calibration.get("budget"), dict):
-        budget = ", ".join(f"{name} = {value:g}" for name, value in calibration["budget"].items())
-        rows.append(f"| calibrated strength | {calibrated_strength(metadata):.4g} for {budget} |")
+    strength = calibrated_strength(metadata)
+    if strength is not None:
+        budget = metadata["calibration"].get("budget")
+        asked = [f"{name} = {value}" for name, value in budget.items()] if isinstance(budget, dict) else []
+        rows.append(f"| calibrated strength | {_cell([f'{strength:.4g}', *asked])} |")
     rows.append(f"| changed neurons | {maps.support} of {maps.d} ({maps.support / maps.d:.1%}) |")
     return _CARD.format(
         data=hub.ModelCardData(library_name="lineas", base_model=base, tags=tags).to_yaml(),

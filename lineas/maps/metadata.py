@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from .._checks import as_finite
+from .._checks import as_finite, is_number
 from .._version import __version__
 
 Layers: TypeAlias = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
@@ -130,22 +130,23 @@ def fitted_tokens(metadata: Mapping[str, Any]) -> Selection:
     return "all" if value is None else _read_tokens(value)
 
 
-def calibrated_strength(metadata: Mapping[str, Any]) -> float:
-    """The strength that `lineas.SteeringMaps.calibrate` noted; ValueError where it noted none."""
+def calibrated_strength(metadata: Mapping[str, Any]) -> float | None:
+    """The strength that `lineas.SteeringMaps.calibrate` noted; None where it noted none."""
     found = metadata.get("calibration")
     strength = found.get("strength") if isinstance(found, dict) else None
+    return as_finite(strength, "strength") if is_number(strength) else None
+
+
+def as_strength(value: Any, metadata: Mapping[str, Any]) -> float:
+    """A number, or "calibrated" for the one in the metadata; TypeError or ValueError where it is neither."""
+    if not isinstance(value, str):
+        return as_finite(value, "strength")
+    if value != CALIBRATED:
+        raise ValueError(f"strength must be a number or {CALIBRATED!r}, got {value!r}")
+    strength = calibrated_strength(metadata)
     if strength is None:
         raise ValueError(
             "strength='calibrated' is for maps that were calibrated: take those that maps.calibrate(...) returns, "
             "calibration.maps"
         )
-    return as_finite(strength, "metadata: the strength of the calibration")
-
-
-def as_strength(value: Any, metadata: Mapping[str, Any]) -> float:
-    """A number, or "calibrated" for the one in the metadata; TypeError or ValueError where it is neither."""
-    if isinstance(value, str):
-        if value != CALIBRATED:
-            raise ValueError(f"strength must be a number or {CALIBRATED!r}, got {value!r}")
-        return calibrated_strength(metadata)
-    return as_finite(value, "strength")
+    return strength

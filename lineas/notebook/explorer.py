@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import as_finite, as_int, as_positive
+from .._checks import as_int, as_positive
 from ..fitting.result import FitResult
 from ..hooks.settings import as_tokenizer
 from ..maps.affine import AffineMap
-from ..maps.metadata import CALIBRATED, as_strength, calibrated_strength
+from ..maps.metadata import as_strength, calibrated_strength
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
 from .plot import BLUE, GREY, ORANGE, _matplotlib, _name_ticks, _short_names
@@ -156,9 +156,9 @@ class Explorer(anywidget.AnyWidget):
         self._handle: Handle | None = None
         if index is None:
             index = len(self._path) // 2 if self._path.held_out_loss is None else self._path.index(best=True)
-        metadata = self._given.metadata if isinstance(self._given, SteeringMaps) else {}
-        self._calibrated = calibrated_strength(metadata) if "calibration" in metadata else None
-        index, strength = self._path.index(index=index), as_strength(strength, metadata)
+        self._facts = self._given.metadata if isinstance(self._given, SteeringMaps) else {}
+        self._calibrated = calibrated_strength(self._facts)
+        index, strength = self._path.index(index=index), as_strength(strength, self._facts)
         max_strength = as_positive(max_strength, "max_strength")
         shown = self._curves() | {"maxStrength": max_strength, "text": self._text_of is not None}
         shown["calibrated"] = self._calibrated
@@ -222,9 +222,7 @@ class Explorer(anywidget.AnyWidget):
 
     @traitlets.validate("strength")
     def _check_strength(self, proposal: Mapping[str, Any]) -> float:
-        if proposal["value"] == CALIBRATED and self._calibrated is not None:
-            return self._calibrated
-        return as_finite(proposal["value"], "strength")
+        return as_strength(proposal["value"], self._facts)
 
     def _at(self, index: int) -> SteeringMaps | AffineMap:
         return self._path.at(index=index) if isinstance(self._given, SparsePath) else self._given

@@ -286,9 +286,10 @@ def evaluation(evaluation: Evaluation, judge: str | None = None, *, price: str =
         start[f"{judge}_low"], start[f"{judge}_high"], color=GREY, alpha=0.12, linewidth=0, label=start["method"]
     )
     for k, method in enumerate(methods):
-        points = sorted((row for row in rows if row["method"] == method), key=lambda row: abs(row["strength"]))
+        points = [row for row in rows if row["method"] == method]
         # A text before the prompts is a point of its own, with no strength between it and nothing.
-        curve = points if points[0]["strength"] == 0 else [start, *points]
+        curve = points if points[0]["strength"] == 0 else sorted([start, *points], key=lambda row: row["strength"])
+        curve = [row for row in curve if np.isfinite([row[price], row[judge]]).all()]  # the others have no place
         ends = {
             name: [[abs(row[name] - row[f"{name}_{end}"]) for row in curve] for end in ("low", "high")]
             for name in (judge, price)
@@ -303,10 +304,10 @@ def evaluation(evaluation: Evaluation, judge: str | None = None, *, price: str =
             markersize=4.5,
             linewidth=1.4,
             elinewidth=0.7,
-            label=method,
+            label=_plain(method),
         )
     ax.set_xlabel(_PRICES[price])
-    ax.set_ylabel(f"mean score by {judge}")
+    ax.set_ylabel(f"mean score by {_plain(judge)}")
     ax.legend(frameon=False, fontsize="small")
     return ax
 
@@ -329,6 +330,11 @@ def _matplotlib(module: str) -> Any:
         return import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ImportError('drawing needs matplotlib: pip install "lineas[plot]"') from error
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib writes it as it is, dollars, which stand around its mathematics, included."""
+    return name.replace("$", r"\$")
 
 
 def _axes(ax: Axes | None) -> Axes:

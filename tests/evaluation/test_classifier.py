@@ -1,6 +1,7 @@
 """A text classifier as a judge, against the pipeline of transformers and the model's logits by hand."""
 
 import functools
+import importlib.util
 
 import models_zoo as zoo
 import numpy as np
@@ -158,8 +159,23 @@ def test_a_loaded_model_stays_as_it_is():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_model_without_a_name_is_called_by_its_class():
-    assert Classifier(bert(), tokenizer=tokenizer()).name == "BertForSequenceClassification: positive"
+def test_default_device_and_dtype_of_torch_change_nothing():
+    judge = Classifier(bert(), tokenizer=tokenizer())
+    expected = judge(TEXTS)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(judge(TEXTS), expected)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_a_loaded_model_is_called():
+    model = bert()
+    assert Classifier(model, tokenizer=tokenizer()).name == "BertForSequenceClassification: positive"
+    model.config.name_or_path = "somebody/sentiment"  # as of one from the hub
+    assert Classifier(model, tokenizer=tokenizer()).name == "somebody/sentiment: positive"
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -328,3 +344,9 @@ def test_an_error_of_the_model_names_the_judge(folder):
     judge._pipeline.model.bert.embeddings.word_embeddings = torch.nn.Embedding(3, 16)  # too few tokens
     with pytest.raises(JudgeError, match="judge 'mine' failed: IndexError"):
         score("mine", judge, TEXTS)
+
+
+def test_a_folder_without_transformers(folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'Classifier needs torch and transformers: pip install "lineas\[torch\]"'):
+        as_judges(str(folder))

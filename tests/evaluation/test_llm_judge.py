@@ -255,6 +255,18 @@ def test_the_model_stays_as_it_is():
     assert torch.equal(torch.get_rng_state(), state) and words.padding_side == side
 
 
+def test_default_device_and_dtype_of_torch_change_nothing():
+    judge = LLMJudge(llama(), CONCEPT, tokenizer=tokenizer(), reading="expectation")
+    expected = judge(TEXTS, PROMPTS)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(judge(TEXTS, PROMPTS), expected)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
 def test_logits_that_are_not_finite_are_an_error():
     model = llama()
     with torch.no_grad():
@@ -314,6 +326,11 @@ def test_generated_answers_are_the_same_in_batches(name):
     [
         (lambda: LLMJudge("gpt2", CONCEPT), TypeError, "model must be a loaded language model or a callable, got str"),
         (lambda: LLMJudge(dict, CONCEPT), TypeError, "model must be a loaded language model or a callable, got type"),
+        (
+            lambda: LLMJudge(torch.nn.Linear(2, 2), CONCEPT, tokenizer=tokenizer()),
+            TypeError,
+            "model must be a language model of transformers, got Linear",
+        ),
         (lambda: LLMJudge(llama(), CONCEPT), ValueError, "tokenizer must be given with a LlamaForCausalLM"),
         (lambda: LLMJudge(len, CONCEPT, tokenizer=tokenizer()), ValueError, "tokenizer must not be given with a built"),
         (lambda: LLMJudge(len, " "), TypeError, "concept must be a description in words, got ' '"),

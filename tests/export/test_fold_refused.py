@@ -119,7 +119,9 @@ def test_an_adapter_on_the_linears_is_refused():
 def test_wrong_arguments():
     model, maps = language_model("llama"), one_map("model.layers.0.input_layernorm", 16)
     for settings, kind, message in (
-        ({"strength": "1"}, TypeError, "strength must be a real number"),
+        ({"strength": [1]}, TypeError, "strength must be a real number, got list"),
+        ({"strength": "1"}, ValueError, "strength must be a number or 'calibrated', got '1'"),
+        ({"strength": "calibrated"}, ValueError, "strength='calibrated' is for maps that were calibrated"),
         ({"inplace": 1}, TypeError, "inplace must be True or False, got 1"),
         ({"convert": None}, TypeError, "convert must be True or False, got None"),
         ({"readers": ["x"]}, TypeError, "readers must be a mapping from module name to names, got list"),

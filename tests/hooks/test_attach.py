@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import lineas
-from lineas.hooks import modules, outputs
+from lineas.hooks import attach, modules, outputs
 
 # --- what a map does --------------------------------------------------------------------------------------------------
 
@@ -384,7 +384,7 @@ def test_strength_is_live():
 
 @pytest.mark.parametrize(
     ("strength", "error"),
-    [(float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError), (None, TypeError), (1j, TypeError)],
+    [(float("nan"), ValueError), (float("inf"), ValueError), (b"1", TypeError), (None, TypeError), (1j, TypeError)],
 )
 def test_a_strength_must_be_a_finite_number(strength, error):
     model, maps = models_zoo.mlp(), random_maps({"0": 7})
@@ -394,6 +394,21 @@ def test_a_strength_must_be_a_finite_number(strength, error):
     with maps.attach(model, strength=0.5) as handle:
         with pytest.raises(error, match=r"^strength must be"):
             handle.strength = strength
+        assert handle.strength == 0.5
+
+
+def test_words_are_no_strengths():
+    model, maps = models_zoo.mlp(), random_maps({"0": 7})
+    with pytest.raises(ValueError, match=r"^strength must be a number or 'calibrated', got '1'"):
+        maps.attach(model, strength="1")
+    with pytest.raises(ValueError, match=r"^strength='calibrated' is for maps that were calibrated"):
+        maps.attach(model, strength="calibrated")
+    with pytest.raises(ValueError, match=r"^strength='calibrated' is for maps that were calibrated"):
+        attach.attach(dict(maps), model, "calibrated")  # without metadata
+    assert hooks_on(model) == 0
+    with maps.attach(model, strength=0.5) as handle:
+        with pytest.raises(TypeError, match=r"^strength must be a real number, got str"):
+            handle.strength = "1"
         assert handle.strength == 0.5
 
 

@@ -334,7 +334,9 @@ except ImportError as error:
         ),
         ({"index": 12}, IndexError, r"index must be from -12 to 11, got 12"),
         ({"index": 1.0}, TypeError, r"index must be an int, got float"),
-        ({"strength": "1"}, TypeError, r"strength must be a real number, got str"),
+        ({"strength": [1]}, TypeError, r"strength must be a real number, got list"),
+        ({"strength": "1"}, ValueError, r"strength must be a number or 'calibrated', got '1'"),
+        ({"strength": "calibrated"}, ValueError, r"strength='calibrated' is for maps that were calibrated"),
         ({"strength": float("nan")}, ValueError, r"strength must be finite, got nan"),
         ({"max_strength": 0}, ValueError, r"max_strength must be above 0, got 0"),
         ({"max_new_tokens": 0}, ValueError, r"max_new_tokens must be at least 1, got 0"),
@@ -393,7 +395,7 @@ def test_settings_that_are_wrong_later_change_nothing(path):
     view = lineas.explore(path, index=3, strength=0.5)
     with pytest.raises(IndexError, match="index must be from -12 to 11, got 99"):
         view.index = 99
-    with pytest.raises(TypeError, match="strength must be a real number, got str"):
+    with pytest.raises(ValueError, match="strength must be a number or 'calibrated', got 'much'"):
         view.strength = "much"
     with pytest.raises(ValueError, match="support must be from 0 to 1200 neurons, got 5000"):
         view.support = 5000
