@@ -14,6 +14,7 @@ from ..maps.records import Record
 from ..maps.steering import SteeringMaps
 
 if TYPE_CHECKING:
+    from ..evaluation.diagnose import diagnose
     from ..hooks.attach import Handle
     from ..notebook.plot import history as plot
 
@@ -74,8 +75,10 @@ class FitResult(Record):
         return self.maps.attach
 
     if TYPE_CHECKING:
+        diagnose = diagnose
         plot = plot
     else:
+        diagnose = lazy_method("evaluation.diagnose", "diagnose")
         plot = lazy_method("notebook.plot", "history")
 
     def __repr__(self) -> str:

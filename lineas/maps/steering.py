@@ -17,6 +17,7 @@ from .metadata import describe
 
 if TYPE_CHECKING:
     from ..evaluation.calibrate import calibrate
+    from ..evaluation.diagnose import diagnose
     from ..export.fold import fold
     from ..export.lora import to_peft_lora
     from ..hooks.attach import attach
@@ -281,6 +282,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
     if TYPE_CHECKING:
         attach = attach
         calibrate = calibrate
+        diagnose = diagnose
         save = save
         save_pretrained = save_pretrained
         push_to_hub = push_to_hub
@@ -291,6 +293,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
     else:
         attach = lazy_method("hooks.attach", "attach")
         calibrate = lazy_method("evaluation.calibrate", "calibrate")
+        diagnose = lazy_method("evaluation.diagnose", "diagnose")
         save = lazy_method("maps.files", "save")
         save_pretrained = lazy_method("maps.hub", "save_pretrained")
         push_to_hub = lazy_method("maps.hub", "push_to_hub")
