@@ -97,8 +97,8 @@ class Study:
         self.model, self.tokenizer = load_smollm2()
         self.model.set_attn_implementation("eager")  # faster than torch's fused attention for prompts this short
         self.steps = steps
-        protocol = [KINDS, PLACES, steps, MAX_LENGTH, HELD_OUT, NEUTRAL, PER_PROMPT, PER_CATEGORY, NEW_TOKENS, STRENGTHS]
-        self.kept = Kept(f"diagnostics/{digest([protocol, bf16])}")
+        sizes = [MAX_LENGTH, HELD_OUT, NEUTRAL, PER_PROMPT, PER_CATEGORY, NEW_TOKENS]
+        self.kept = Kept(f"diagnostics/{digest([KINDS, PLACES, STRENGTHS, sizes, steps, bf16])}")
         self.reading = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
         self.neutral = sentences("neutral_text.txt")[:NEUTRAL]
         # The price is taken on other texts than those that are diagnosed with.
