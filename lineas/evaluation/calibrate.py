@@ -293,7 +293,7 @@ class _Price:
         tried = np.array(sorted(self.found))
         price = np.array([float(self._price(self.found[s])) for s in tried]) + self.offset
         price[~np.isfinite(price)] = math.inf
-        return _Found(low, self._range(limit), {"strength": tried, "price": price}, {})
+        return _Found(low, self._range(limit, max_strength), {"strength": tried, "price": price}, {})
 
     def _narrowed(self, low: float, high: float, limit: float) -> tuple[float, float]:
         """The bracket of the largest strength within the budget, after bisection."""
@@ -352,12 +352,18 @@ class _Price:
         ratio = above.sum() / below.sum() if weights is None else (weights @ above) / (weights @ below)
         return np.expm1(ratio) if self.name == "perplexity_ratio" else ratio
 
-    def _range(self, limit: float) -> tuple[float, float]:
-        """Where the price of other draws of the texts would meet the budget, by lines between the roots of prices."""
+    def _range(self, limit: float, most: float) -> tuple[float, float]:
+        """Where the price of other draws of the texts would meet the budget, up to `most`.
+
+        By lines between the roots of prices, of which the first one goes on beyond the last strength tried.
+        """
         tried = [s for s in sorted(self.found) if np.isfinite(self.found[s]).all()]
         prices = np.stack([self._price(self.found[s], self.weights) for s in tried], axis=1)  # [draws, K]
         roots = np.maximum.accumulate(np.sqrt(np.maximum(prices, 0)), axis=1)
-        met = [float(np.interp(math.sqrt(limit), [0, *line], [0, *tried])) for line in roots]
+        root = math.sqrt(limit)
+        met = np.array([np.interp(root, [0, *line], [0, *tried]) for line in roots])
+        beyond = roots[:, -1] < root  # the mean of the draw is within the budget at all strengths tried
+        met[beyond] = np.minimum(tried[-1] * root / np.maximum(roots[beyond, -1], 1e-12), most)
         return _interval(met)
 
 

@@ -77,6 +77,13 @@ def test_the_strength_meets_the_budget(budget, confidence):
     assert tried[at + 1] <= 1.011 * found.strength
 
 
+def test_the_range_is_where_other_draws_of_the_texts_meet_the_budget():
+    found = calibrate(WORSE, max_kl=BUDGETS["max_kl"])
+    for strength, share in zip(found.range, (0.975, 0.025), strict=True):
+        _, draws = prices(strength, "max_kl", FIRST, WORSE)
+        assert np.quantile(draws, share) == pytest.approx(BUDGETS["max_kl"], rel=0.05)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_is_measured_is_the_price_of_the_other_half(budget):
     found = calibrate(WORSE, **{budget: BUDGETS[budget]})
