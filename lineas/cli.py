@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _with_options(message: str, args: argparse.Namespace) -> str:
     """A message of the library with an option in place of the argument that it begins with."""
     flags = {name: _flag(name) for name in vars(args) if name not in ("run", "model", "maps", "prompt", "prompts")}
-    flags["held_out"] = "--held-out-fraction"
+    flags |= {"held_out": "--held-out-fraction", "judges": "--judge"}
     return re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), message)
 
 
