@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .arrays.estimator import AffineTransport
     from .evaluation import judges
     from .evaluation.calibrate import Calibration
+    from .evaluation.diagnosis import Diagnosis
     from .evaluation.result import Evaluation
     from .evaluation.sweep import evaluate
     from .fitting.end_to_end import fit_end_to_end, fit_jointly
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "AffineTransport": ("arrays.estimator", "AffineTransport", "sklearn"),
     "Calibration": ("evaluation.calibrate", "Calibration", "torch"),
+    "Diagnosis": ("evaluation.diagnosis", "Diagnosis", "torch"),
     "EndToEndPath": ("fitting.result", "EndToEndPath", "torch"),
     "Evaluation": ("evaluation.result", "Evaluation", "torch"),
     "FitResult": ("fitting.result", "FitResult", "torch"),
@@ -70,6 +72,7 @@ __all__ = [
     "AffineMap",
     "AffineTransport",
     "Calibration",
+    "Diagnosis",
     "EndToEndPath",
     "Evaluation",
     "FitResult",

@@ -13,7 +13,10 @@ import pytest
 import lineas
 from lineas import AffineMap, SteeringMaps
 
-LAZY = ["attach", "fold", "from_pretrained", "from_vector", "push_to_hub", "save", "save_pretrained", "to_peft_lora"]
+LAZY = [
+    *("attach", "calibrate", "diagnose", "fold", "from_pretrained", "from_vector"),
+    *("push_to_hub", "save", "save_pretrained", "to_peft_lora"),
+]
 
 
 @pytest.fixture
