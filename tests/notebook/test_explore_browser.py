@@ -35,6 +35,12 @@ path = paths.path(names, models_zoo.WIDTH, 20)
 view = lineas.explore(path, model, models_zoo.tokenizer(), prompt="the train was", max_new_tokens=12)
 view
 """
+CALIBRATED = """
+maps = path[10]
+noted = lineas.SteeringMaps(maps, {"calibration": {"strength": 0.7234, "budget": {"max_kl": 0.1}}})
+calibrated = lineas.explore(noted, models_zoo.llama())
+calibrated
+"""
 # Moves the slider as a hand does, and waits each time until the new point is drawn and the browser has shown it.
 MOVE = """
 async ([root, moves]) => {
@@ -64,7 +70,7 @@ async ([root, moves]) => {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source.strip()) for source in (LARGE, STEERED)],
+        cells=[nbformat.v4.new_code_cell(source.strip()) for source in (LARGE, STEERED, CALIBRATED)],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
     )
     nbformat.write(notebook, folder / "explore.ipynb")
@@ -77,7 +83,7 @@ def page(folder):
     with browser.lab(folder) as address, browser.browser() as page:
         browser.open_notebook(page, address, "explore.ipynb")
         browser.run_all(page)
-        page.wait_for_function(f"document.querySelectorAll('{browser.VIEW}[data-point]').length === 2")
+        page.wait_for_function(f"document.querySelectorAll('{browser.VIEW}[data-point]').length === 3")
         yield page
 
 
@@ -151,7 +157,7 @@ def test_a_click_into_the_curve_chooses_the_point(page):
 
 
 def test_what_is_set_in_python_is_shown(page):
-    """By a third cell, run in the notebook."""
+    """By a cell that is run in the notebook."""
     page.evaluate(
         """async () => {
           await window.jupyterapp.commands.execute("notebook:insert-cell-below");
@@ -168,8 +174,27 @@ def test_what_is_set_in_python_is_shown(page):
     assert view.get_by_role("button", name="Generate").is_disabled()
 
 
+def test_a_calibrated_strength_is_marked_and_taken_by_a_click(page):
+    view = page.locator(browser.VIEW).nth(2)
+    view.scroll_into_view_if_needed()
+    slider, mark = view.get_by_label("Strength"), view.get_by_role("button", name="calibrated: 0.723")
+    assert view.locator("output").last.inner_text().startswith("1.00, as fitted")
+    listed_to = slider.get_attribute("list")
+    assert view.locator(f"#{listed_to} option").get_attribute("value") == "0.7234"
+    mark.click()
+    page.wait_for_selector(f"{browser.VIEW}[data-strength='0.7234']")  # the very number, between steps of the slider
+    assert view.locator("output").last.inner_text().strip() == "0.72, calibrated" and mark.count() == 0
+    slider.focus()
+    page.keyboard.press("Home")
+    page.wait_for_function("(root) => root.dataset.strength === '0'", arg=view.element_handle())
+    assert view.locator("output").last.inner_text().startswith("0.00, off") and mark.count() == 1
+    keep_picture(view, "calibrated.png")
+    # No other view has a mark.
+    assert page.locator(f"{browser.VIEW} .lx-mark").count() == 1
+
+
 def test_labels_stay_within_the_instrument_and_apart(page):
-    for k in range(2):
+    for k in range(3):
         overlaps = (
             page.locator(browser.VIEW)
             .nth(k)
@@ -212,4 +237,4 @@ def test_the_saved_notebook_shows_pictures_without_a_kernel(page, folder):
     other.goto((folder / "explore.html").as_uri(), wait_until="domcontentloaded")
     widths = other.locator("img[src^='data:image/png']").evaluate_all("all => all.map((one) => one.naturalWidth)")
     other.close()
-    assert len(widths) == 2 and min(widths) > 600
+    assert len(widths) == 3 and min(widths) > 600
