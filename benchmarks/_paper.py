@@ -69,6 +69,19 @@ def write(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
+def local(source: str) -> Path:
+    """A file: `source` itself, or, as ``hf://OWNER/NAME/FILE`` or ``hf://datasets/OWNER/NAME/FILE``, one of the hub."""
+    if not source.startswith("hf://"):
+        return Path(source)
+    from huggingface_hub import hf_hub_download
+
+    kind = "dataset" if source.startswith("hf://datasets/") else "model"
+    parts = source.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
+    if len(parts) < 3:
+        raise SystemExit(f"expected hf://OWNER/NAME/FILE or hf://datasets/OWNER/NAME/FILE, got {source}")
+    return Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type=kind))
+
+
 def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-").lower()
 

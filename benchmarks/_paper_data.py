@@ -1,8 +1,9 @@
 """Texts for the table of the paper: out of local files, or by `datasets` from the hub or a folder of its kind.
 
-A source is a file of texts, one a line (``.txt``), of JSON lines (``.jsonl``), or a table (``.csv``); or what
-``datasets.load_dataset`` takes, a hub id or a folder, with ``:SPLIT`` behind it where the split is not "train" and
-``@CONFIG`` before that where there are several configurations, as in ``wikimedia/wikipedia@20231101.en:train``.
+A source is a file of texts, one a line (``.txt``), of JSON lines (``.jsonl``), or a table (``.csv``), which may lie on
+the hub as ``hf://datasets/OWNER/NAME/FILE``; or what ``datasets.load_dataset`` takes, a hub id or a folder, ``:SPLIT``
+behind an id where the split is not "train" and ``@CONFIG`` before that where there are several configurations, as in
+``wikimedia/wikipedia@20231101.en:train``.
 The texts of some of these offend: they are never printed.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _paper import local
 
 FILES = (".txt", ".jsonl", ".csv")
 TEXTS = ("text", "prompt", "query", "sentence", "comment_text")
@@ -26,14 +28,15 @@ JIGSAW = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate
 
 def rows(source: str, stream: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of a source; with `stream` those of the hub come one by one, and the rest stays there."""
-    path = Path(source)
-    if path.suffix in FILES:
+    if source.endswith(FILES):
+        path = local(source)
         if not path.is_file():
             raise SystemExit(f"there is no file {source}")
         yield from _rows_of_file(path)
         return
     import datasets
 
+    path = Path(source)
     source, _, split = source.partition(":") if not path.is_dir() else (source, "", "")
     name, _, config = source.partition("@")
     loaded = datasets.load_dataset(name, config or None, split=split or "train", streaming=stream)

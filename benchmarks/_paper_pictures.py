@@ -7,12 +7,11 @@ import functools
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _paper import Results, device_of, slug
+from _paper import Results, device_of, local, slug
 from _paper_prompts import EVALUATION, NEUTRAL, plain, read, tagged
 from _study import Kept, digest
 from numpy.typing import NDArray
@@ -82,16 +81,11 @@ class Generator:
 
 
 def _weights(source: str) -> dict[str, Tensor]:
-    """Weights out of a file, or, as ``REPOSITORY:FILE``, of the hub; of torch's files tensors alone are read."""
-    file = source
-    if not Path(source).is_file():
-        from huggingface_hub import hf_hub_download
-
-        repository, _, name = source.partition(":")
-        if not name:
-            raise SystemExit(f"--unet must be a file or REPOSITORY:FILE, got {source}")
-        file = hf_hub_download(repository, name)
-    if file.endswith(".safetensors"):
+    """Weights out of a file; of torch's files tensors alone are read."""
+    file = local(source)
+    if not file.is_file():
+        raise SystemExit(f"--unet: there is no file {source}")
+    if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(file)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from _paper import Results, device_of
 from _paper_data import draw, texts, toxic_and_clean, toxicity_prompts
-from _paper_generation import sampling
 from _study import digest
 
 import lineas
@@ -39,6 +38,12 @@ LOCAL: dict[str, tuple[Callable[..., Any], str]] = {
 }
 FITTED = (*BLOCKS, "ITI-C", "Lin-AcT", "AurA", "LinEAS")
 METHODS = ("none", "prompt", *FITTED)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for ``generate``, which go before those of the model's own generation settings."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    return {"do_sample": True} | {name: getattr(args, name) for name in names}
 
 
 class Study:
@@ -185,7 +190,7 @@ class Study:
                 max_length=args.prompt_length,
                 max_new_tokens=args.new_tokens,
                 batch_size=args.batch_size,
-                sampling=sampling(args, self.tokenizer),
+                sampling=sampling(args),
                 seed=seed,
                 checkpoint=self.results.path(f"texts {which} {seed}", self.loaded | shared, ".jsonl"),
             )
@@ -200,8 +205,7 @@ class Study:
         return {method: 100 * float(np.mean(np.array(scores) > 0.5)) for method, scores in by_method.items()}
 
     def _generation(self) -> dict[str, Any]:
-        names = ("new_tokens", "prompt_length", "temperature", "top_p", "top_k", "repetition_penalty")
-        return {name: getattr(self.args, name) for name in names}
+        return {"new_tokens": self.args.new_tokens, "longest": self.args.prompt_length, **sampling(self.args)}
 
     def perplexity(self, seed: int) -> dict[str, float]:
         """By method the mean of the perplexities of the sentences; "prompt" is left to the model alone."""

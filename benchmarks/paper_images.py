@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--base", default="stabilityai/stable-diffusion-xl-base-1.0", help="hub id or folder of the pipeline")
     add("--variant", default="fp16", help='of its files; "" for none (default: fp16)')
-    add("--unet", default="tianweiy/DMD2:dmd2_sdxl_1step_unet_fp16.bin", help="weights: a file, or REPOSITORY:FILE")
+    add("--unet", default="hf://tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", help="file of its weights")
     add("--timestep", type=int, default=399, help="of the one step (default: 399, as DMD2)")
     add("--guidance", type=float, default=0.0, help="guidance scale (default: 0)")
     add("--size", type=int, default=1024, help="height and width in pixels (default: 1024)")

@@ -24,7 +24,8 @@ Where the paper leaves a choice open, or its published code decides otherwise, t
 - The prompt method puts its sentence and a space before each prompt, and not before sentences of Wikipedia and
   questions of MMLU, as in the code: there its figures are those of the model alone.
 - Sampling: temperature 1, top_p 0.3, repetition penalty 1.2 as in the code, top_k 50 as transformers has it unless told
-  otherwise. Prompts run in batches, and padding is not penalised as if it had been said. They are never cut.
+  otherwise. Prompts are never cut. They run in batches, where the code takes one at a time: of padding the penalty must
+  know nothing, as in transformers 5.24.
 - A continuation is toxic where the judge gives that label more than 1/2. It gets the continuation without its prompt.
 - Perplexity is the mean over sentences of each one's, cut to 50 tokens, as in the code; its file of sentences was not
   published, so the first 20,000 of a public set are taken.
@@ -135,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("fits")
     add = group.add_argument
-    add("--jigsaw", default="dirtycomputer/Toxic_Comment_Classification_Challenge", help="labelled comments")
+    jigsaw = "hf://datasets/dirtycomputer/Toxic_Comment_Classification_Challenge/train.csv"
+    add("--jigsaw", default=jigsaw, help="labelled comments")
     add("--toxic", help="toxic texts, in place of --jigsaw, with --clean")
     add("--clean", help="clean texts")
     add("--sentences", type=int, default=32, help="of each side (default: 32)")

@@ -213,12 +213,12 @@ def test_bad_options_are_named(given, message, capsys):
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
-def test_weights_come_from_files_or_the_hub(tmp_path):
+def test_weights_are_tensors_of_a_file(tmp_path):
     weights = {"a": torch.arange(3.0)}
     torch.save(weights, tmp_path / "a.bin")
     assert torch.equal(_paper_pictures._weights(str(tmp_path / "a.bin"))["a"], weights["a"])
     torch.save({"a": Path("code")}, tmp_path / "b.bin")  # anything but tensors is refused
     with pytest.raises(Exception, match=r"[Ww]eights.?only"):
         _paper_pictures._weights(str(tmp_path / "b.bin"))
-    with pytest.raises(SystemExit, match="--unet must be a file or REPOSITORY:FILE, got nowhere"):
+    with pytest.raises(SystemExit, match="--unet: there is no file nowhere"):
         _paper_pictures._weights("nowhere")

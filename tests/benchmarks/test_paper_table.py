@@ -15,7 +15,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _paper  # noqa: E402
 import _paper_data  # noqa: E402
-import _paper_generation  # noqa: E402
 import _paper_published  # noqa: E402
 import _paper_text  # noqa: E402
 import models_zoo as zoo  # noqa: E402
@@ -207,40 +206,28 @@ def test_the_papers_numbers_are_found_by_model_and_method():
 # ---- sampling ----
 
 
-def test_the_penalty_is_that_of_transformers_where_nothing_is_padded():
-    ids = torch.tensor([[3, 5, 3, 0], [7, 0, 1, 2]])  # 0 is the token that pads, said by the model
-    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, scores.clone())
-    assert torch.equal(_paper_generation.RepetitionPenalty(1.3, 0)(ids, scores), theirs)
-
-
-def test_padding_was_not_said():
-    scores = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
-    penalty = _paper_generation.RepetitionPenalty(1.3, 0)
-    alone = penalty(torch.tensor([[3, 5]]), scores)
-    assert torch.equal(penalty(torch.tensor([[0, 0, 3, 5]]), scores), alone)
-    assert not torch.equal(penalty(torch.tensor([[0, 0, 3, 0]]), scores)[:, 0], scores[:, 0])
-    assert alone[0, 0] == scores[0, 0]
-
-
 def test_prompts_of_a_batch_go_on_as_alone():
+    """A penalty on tokens that were said knows nothing of padding, also where that is the token that ends a text."""
     model, tokenizer = zoo.llama(), zoo.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    settings = paper_table._parser().parse_args(["--repetition-penalty", "1.5"])
-    options = _paper_generation.sampling(settings, tokenizer) | {"do_sample": False}
-    for name in ("temperature", "top_p", "top_k"):
-        del options[name]
-    prompts = zoo.texts(4, shortest=2, longest=7)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4  # ends are likely, or very unlikely
+    options = _paper_text.sampling(paper_table._parser().parse_args(["--repetition-penalty", "8.0"]))
+    assert [*options] == ["do_sample", "temperature", "top_p", "top_k", "repetition_penalty"]
+    greedy = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 8}
+    prompts = zoo.texts(12, shortest=2, longest=7)
 
-    def write(texts):
+    def write(texts, **settings):
         prompt = tokenizer(texts, return_tensors="pt", padding=True)
         prompt.pop("token_type_ids", None)
-        new = model.generate(**prompt, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id, **options)
+        new = model.generate(**prompt, **greedy, **settings)
         return tokenizer.batch_decode(new[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    assert write(prompts) == [write([prompt])[0] for prompt in prompts]
-    processors = options["logits_processor"]
-    assert repr(processors) == f"[RepetitionPenalty(1.5, {tokenizer.pad_token_id})]"
+    plain = {"repetition_penalty": options["repetition_penalty"]}
+    alone = [write([prompt], **plain)[0] for prompt in prompts]
+    assert write(prompts, **plain) == alone
+    blind = transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])
+    assert write(prompts, logits_processor=[blind]) != alone
 
 
 # ---- data ----
@@ -271,6 +258,21 @@ def test_prompts_without_a_known_toxicity_are_left_out(tmp_path):
     prompts = [{"prompt": {"text": "a", "toxicity": None}}, {"prompt": {"text": "b", "toxicity": 0.0}}, "c"]
     file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, prompts)))
     assert _paper_data.toxicity_prompts(file) == ["b", "c"]
+
+
+def test_files_may_lie_on_the_hub(tmp_path, monkeypatch):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def download(repository, file, *, repo_type):
+        asked.append((repository, file, repo_type))
+        return write(tmp_path / "a.txt", "one\n")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert _paper_data.texts("hf://datasets/some/set/data/a.txt") == ["one"]
+    assert _paper.local("hf://some/model/a.bin").name == "a.txt"
+    assert asked == [("some/set", "data/a.txt", "dataset"), ("some/model", "a.bin", "model")]
+    with pytest.raises(SystemExit, match=r"expected hf://OWNER/NAME/FILE .* got hf://datasets/a\.txt"):
+        _paper_data.texts("hf://datasets/a.txt")
 
 
 def test_draws_depend_on_the_seed_alone():
