@@ -258,7 +258,7 @@ def page() -> list[str]:
         (model, concept): FOLDER / f"{model}-{concept}"
         for model in MODELS
         for concept in CONCEPTS
-        if (FOLDER / f"{model}-{concept}" / "calibrations.json").exists()
+        if (FOLDER / f"{model}-{concept}" / "evaluation.safetensors").exists()
     }
     models = list(dict.fromkeys(model for model, _ in finished))
     panels = max(
@@ -273,29 +273,30 @@ def page() -> list[str]:
         for (name, concept), folder in finished.items():
             if name != model:
                 continue
-            found = lineas.load(folder / "evaluation.safetensors")
+            found, file = lineas.load(folder / "evaluation.safetensors"), folder / "calibrations.json"
             spec, label = MODELS[model].label, CONCEPTS[concept].label
-            count = f"{len(found.prompts)} prompts, {found.statistics.shape[2]} continuations of each"
+            count = f"{len(found.prompts)} prompts, continuations of each: {found.statistics.shape[2]}"
             lines += ["", f"### {spec}, {label}", "", f"{count}.", "", found.table(markdown=True)]
             for judge in found.scores:
                 lineas.plot.evaluation(found, judge, ax=axes[row, column]).set_title(
                     f"{spec}: {label}", fontsize="small"
                 )
-                if row or column:
-                    axes[row, column].get_legend().remove()
+                axes[row, column].get_legend().remove()
                 column += 1
             calibrated += [
                 f"| {spec} | {concept} | {one['strength']:.3f} [{one['low']:.3f}, {one['high']:.3f}] | "
                 f"{one['held_out']:.4f} | {one['unseen']:.4f} | {one['unseen'] / 0.1 - 1:+.1%} |"
-                for one in json.loads((folder / "calibrations.json").read_text())
+                for one in (json.loads(file.read_text()) if file.exists() else [])
             ]
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(PICTURE, dpi=110)
     over = [float(line.split("|")[-2].strip().rstrip("%")) for line in calibrated]
     lines += [
         "",
         "### The recommended strength on texts that it never saw",
         "",
-        f"LinEAS dense, `max_kl=0.1`, {CALIBRATED} neutral texts (Gemma {CALIBRATED // 2}), {SEEDS} draws each; "
+        f"LinEAS dense, `max_kl=0.1`, {CALIBRATED} neutral texts (Gemma {CALIBRATED // 2}), {SEEDS} draws for each; "
         f"the price on {UNSEEN} others (Gemma {UNSEEN // 2}).",
         f"Against the budget: {np.mean(over):+.1f} % on average, from {min(over):+.1f} to {max(over):+.1f} %; "
         f"{sum(o > 0 for o in over)} of {len(over)} above it.",
