@@ -58,7 +58,8 @@ class Study:
         self.steered = [*(["none"] if {"none", "prompt"} & {*args.methods} else []), *self.fitted]
         self.layers = {**LAYERS, **dict(args.layers)}
         self.strengths = dict.fromkeys(FITTED, 1.0) | STRENGTHS | dict(args.strength)
-        self.loaded = {"model": args.model, "revision": args.revision, "dtype": str(args.dtype), "tf32": args.tf32}
+        self.loaded = {name: getattr(args, name) for name in ("model", "revision", "tf32", "attention")}
+        self.loaded |= {"dtype": str(args.dtype)}
         self.progress = sys.stderr.isatty() and not args.rehearse
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------

@@ -203,8 +203,8 @@ def _number(text: str) -> tuple[str, float]:
         value = float(number)
     except ValueError:
         value = float("nan")
-    if name not in FITTED or not np.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER with NAME of {', '.join(FITTED)}, got {text!r}")
+    if name not in FITTED or not np.isfinite(value) or not value:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, not 0, with NAME of {', '.join(FITTED)}, got {text!r}")
     return name, value
 
 
@@ -217,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--methods: at least one must be fitted: {', '.join(FITTED)}")
     if bool(args.toxic) != bool(args.clean):
         parser.error("--toxic and --clean belong together")
+    args.seeds = list(dict.fromkeys(args.seeds))
     if args.results is None:
         args.results = ROOT / "build" / "paper" / ("rehearsal" if args.rehearse else slug(args.model))
     results = Results(args.results)

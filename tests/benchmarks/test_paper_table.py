@@ -347,7 +347,8 @@ def test_nothing_is_written_into_the_documentation():
         ([], "give --model, or --rehearse"),
         (["--rehearse", "--methods", "none", "prompt"], "at least one must be fitted: CAA"),
         (["--model", "m", "--toxic", "a.txt"], "--toxic and --clean belong together"),
-        (["--model", "m", "--strength", "LinEAS=much"], "expected NAME=NUMBER with NAME of CAA"),
+        (["--model", "m", "--strength", "LinEAS=much"], "expected NAME=NUMBER, not 0, with NAME of CAA"),
+        (["--model", "m", "--strength", "LinEAS=0"], "expected NAME=NUMBER, not 0, with NAME of CAA"),
         (["--model", "m", "--layers", "CAA=.*"], "expected NAME=REGEX with NAME of ITI-C"),
         (
             ["--model", "m", "--dtype", "float31"],
