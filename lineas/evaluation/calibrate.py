@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from .._checks import as_finite, as_flag, as_int, as_positive
+from .._checks import as_finite, as_flag, as_positive
 from .._warn import warn
 from ..fitting.checkpoint import digest
 from ..hooks.modules import check_runs, model_name
@@ -20,12 +20,12 @@ from ..hooks.settings import as_tokenizer, optional
 from ..inputs.frozen import frozen
 from ..maps.metadata import Selection, check_tokens, spell_tokens
 from ..maps.steering import SteeringMaps
-from .continuations import Generator, try_judges
+from .continuations import GenerationSettings, Generator, try_judges
 from .judges import as_judges, score
-from .metrics import bootstrap_weights
+from .metrics import bootstrap_weights, interval, ratio_interval
 from .neutral import Neutral
 from .points import Point, make_points
-from .result import FIELDS, UNSTEERED, check_judges
+from .result import FIELDS, UNSTEERED, check_judges, named, price_ratios, read_budget
 
 _FIRST, _FIRST_EFFECT = 1 / 16, 1 / 4  # the first strength that is tried; then each time twice as much
 _LARGEST = 64.0
@@ -154,8 +154,7 @@ def calibrate(
     """
     check_runs(model)
     optional(as_tokenizer, tokenizer, "tokenizer")
-    given = {"kl": max_kl, "loss_rise": max_loss_rise, "perplexity_ratio": max_perplexity_ratio}
-    budget = {name: as_positive(value, f"max_{name}") for name, value in given.items() if value is not None}
+    budget = read_budget(max_kl, max_loss_rise, max_perplexity_ratio)
     if len(budget) > 1 or (not budget and effect is None):
         raise ValueError(
             "give one of max_kl=, max_loss_rise= and max_perplexity_ratio=, or effect=, got "
@@ -173,11 +172,14 @@ def calibrate(
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be from 0.5 to below 1, got {confidence:g}")
     max_strength, progress = as_positive(max_strength, "max_strength"), as_flag(progress, "progress")
-    max_length = optional(as_int, max_length, "max_length", low=1)
-    samples, batch_size = as_int(samples, "samples", low=1), as_int(batch_size, "batch_size", low=1)
-    max_new_tokens, seed = as_int(max_new_tokens, "max_new_tokens", low=1), as_int(seed, "seed", low=0)
-    if sampling is not None and not isinstance(sampling, Mapping):
-        raise TypeError(f"sampling must be a mapping of arguments for generate, got {type(sampling).__name__}")
+    settings = GenerationSettings(
+        samples=samples,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        sampling=sampling,
+        seed=seed,
+    )
     metadata = maps.metadata
     if tokens is not None:  # what the strength is for
         metadata["tokens"] = spell_tokens(check_tokens(tokens))
@@ -189,23 +191,13 @@ def calibrate(
     facts: dict[str, Any] = {"model": model_name(model), "tokens": spell_tokens(chosen), "confidence": confidence}
     texts = generator = None
     if budget:
-        texts = Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
+        texts = Neutral(model, neutral, tokenizer=tokenizer, max_length=settings.max_length)
         if len(texts) < 4:
             raise ValueError(f"neutral must hold at least 4 texts, of which each half is used, got {len(texts)}")
         facts["neutral"] = {"texts": len(texts), "sha256": digest(texts.texts.contents())}
     if effect is not None:
         effect = as_finite(effect, "effect")
-        generator = Generator(
-            model,
-            prompts,
-            tokenizer,
-            samples=samples,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            sampling=sampling or {},
-            seed=seed,
-        )
+        generator = Generator(model, prompts, tokenizer, settings)
         facts["prompts"] = {"texts": len(generator.prompts), "sha256": digest(generator.contents())}
         judges = as_judges(judge)
         check_judges(judges)
@@ -325,9 +317,8 @@ class _Price:
     def held_out(self, strength: float) -> dict[str, float]:
         """The price of the second half, with its interval."""
         (values,) = self._measure(self.second, [strength])
-        low, high = np.quantile(self._price(values, bootstrap_weights(len(self.second))), [0.025, 0.975])
-        ends = {"": self._price(values), "_low": low, "_high": high}
-        return {f"{self.name}{end}": float(value + self.offset) for end, value in ends.items()}
+        above, below, transform = price_ratios(values)[self.name]
+        return named(self.name, ratio_interval(above, below, bootstrap_weights(len(self.second)), transform=transform))
 
     def _try(self, strengths: list[float]) -> list[float]:
         """Measure the first half at the strengths, each once, and return them."""
@@ -347,8 +338,7 @@ class _Price:
 
     def _price(self, values: NDArray, weights: NDArray | None = None) -> NDArray:
         """The price of the texts, or of each of the weighted draws [draws, texts] of them."""
-        tokens, predicted, loss, unsteered, kl, _, _ = values.T
-        above, below = (kl, tokens) if self.name == "kl" else (loss - unsteered, predicted)
+        above, below, _ = price_ratios(values)[self.name]
         ratio = above.sum() / below.sum() if weights is None else (weights @ above) / (weights @ below)
         return np.expm1(ratio) if self.name == "perplexity_ratio" else ratio
 
@@ -422,13 +412,11 @@ class _Effect:
         weights = bootstrap_weights(len(self.generator.prompts))
         means = np.stack([weights @ self.found[s] for s in tried], axis=1)
         rising = np.maximum.accumulate(sign * means, axis=1)
-        less, more = _interval(weights @ self.found[high])
-        measured = {"": self.found[high].mean(), "_low": less, "_high": more, "_unsteered": before}
         return _Found(
             high,
             _interval([float(np.interp(sign * effect, line, tried)) for line in rising]),
             {"strength": tried, "effect": np.array([self.found[s].mean() for s in tried])},
-            {f"{self.name}{end}": float(value) for end, value in measured.items()},
+            named(self.name, interval(self.found[high], weights)) | {f"{self.name}_unsteered": before},
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from .._checks import as_int
 from ..inputs.call import call, unwrap
 from ..inputs.tokenize import is_conversation
 from ..maps.metadata import name_of
@@ -32,6 +33,29 @@ class Continuation(NamedTuple):
     statistics: tuple[float, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How prompts are continued: what `lineas.evaluate` and `SteeringMaps.calibrate` describe under the same names.
+
+    TypeError or ValueError for a setting of a wrong type or out of range.
+    """
+
+    samples: int
+    max_length: int | None
+    max_new_tokens: int
+    batch_size: int
+    sampling: Mapping[str, Any] | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None and not isinstance(self.sampling, Mapping):
+            raise TypeError(f"sampling must be a mapping of arguments for generate, got {type(self.sampling).__name__}")
+        for name, low in (("seed", 0), ("samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("max_length", 1)):
+            value = getattr(self, name)
+            value = None if name == "max_length" and value is None else as_int(value, name, low=low)
+            object.__setattr__(self, name, value)
+
+
 class Generator:
     """Continues prompts in batches of prompts of much the same length.
 
@@ -44,17 +68,12 @@ class Generator:
         model: nn.Module,
         data: Any,
         tokenizer: Any,
-        *,
-        samples: int,
-        max_length: int | None,
-        max_new_tokens: int,
-        batch_size: int,
-        sampling: Mapping[str, Any],
-        seed: int,
+        settings: GenerationSettings,
         generate: Callable[[nn.Module, list[Any]], Sequence[str]] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.generate = model, tokenizer, generate
-        self.samples, self.max_new_tokens, self.seed = samples, max_new_tokens, seed
+        self.samples, self.max_new_tokens, self.seed = settings.samples, settings.max_new_tokens, settings.seed
+        sampling = settings.sampling or {}
         self.encodes = getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False) is True
         self.options = {**(SAMPLING if sampling.get("do_sample", True) else {}), **sampling}
         for name in _NO_SAMPLING:
@@ -69,15 +88,16 @@ class Generator:
                 raise TypeError(f"prompts: {type(unwrap(model)).__name__} has no generate(): pass generate=")
             if not callable(getattr(tokenizer, "decode", None)):
                 raise ValueError("prompts: pass tokenizer=, which makes texts of the tokens that the model writes")
-            self.texts = Texts(data, "prompts", tokenizer=tokenizer, max_length=max_length)
+            self.texts = Texts(data, "prompts", tokenizer=tokenizer, max_length=settings.max_length)
             if self.texts.rows.prompt_lengths is not None:
                 raise ValueError(
                     "prompts: a conversation ends with an answer of the assistant: leave it out, the model is to "
                     "write it"
                 )
             self.prompts, sizes = self.texts.given, [len(ids) for ids in self.texts.ids]
-        order = [k for k in sorted(range(len(sizes)), key=sizes.__getitem__) for _ in range(samples)]
-        self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        order = [k for k in sorted(range(len(sizes)), key=sizes.__getitem__) for _ in range(settings.samples)]
+        size = settings.batch_size
+        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
         """Numbers of prompts, each as often as it is continued."""
 
     def contents(self) -> Any:

@@ -68,12 +68,13 @@ class Page:
             for method, strength in zip(evaluation.methods, evaluation.strengths, strict=True)
         ]
         self.weights = bootstrap_weights(len(evaluation.prompts)) if evaluation.prompts else None
-        self.effects = []
-        for name, scores in evaluation.scores.items():
-            by_prompt = scores.mean(axis=2)
-            means = [self._mean(one) for one in by_prompt]
-            changes = [self._mean(one - by_prompt[0]) for one in by_prompt]
-            self.effects.append(_Effect(name, name in minimized, means, changes))
+        points = range(len(self.rows))
+        self.effects = [
+            _Effect(
+                name, name in minimized, *([self._number(k, one) for k in points] for one in (name, f"{name}_change"))
+            )
+            for name in evaluation.scores
+        ]
         self.judge = judge or (self.effects[0].name if self.effects else None)
         self.warnings = self._warnings()
         self.marked = self._marked()
@@ -82,7 +83,7 @@ class Page:
         assert self.weights is not None
         return interval(by_prompt, self.weights)
 
-    def _price(self, point: int, name: str) -> Interval:
+    def _number(self, point: int, name: str) -> Interval:
         row = self.rows[point]
         return row[name], row[f"{name}_low"], row[f"{name}_high"]
 
@@ -189,12 +190,12 @@ class Page:
         """One curve of a picture in words."""
         points = [k for k, name in enumerate(self.evaluation.methods) if name == method]
         last = max(points, key=lambda k: abs(self.evaluation.strengths[k]))
-        value, price = effect.style.write(effect.means[last][0]), KL.write(self._price(last, "kl")[0])
+        value, price = effect.style.write(effect.means[last][0]), KL.write(self._number(last, "kl")[0])
         return f"{self.names[last]} has {value} at {price} nats."
 
     def _winner(self, effect: _Effect, budget: float | None) -> int:
         """The best point within a budget, the first of equals; the unsteered model costs nothing."""
-        within = [k for k in range(len(self.rows)) if not k or budget is None or self._price(k, "kl")[0] <= budget]
+        within = [k for k in range(len(self.rows)) if not k or budget is None or self._number(k, "kl")[0] <= budget]
         sign = -1 if effect.minimized else 1
         return max(within, key=lambda k: sign * effect.means[k][0])
 
@@ -215,7 +216,7 @@ class Page:
         change = effect.changes[point]
         said = f"{self.names[point]}, mean score {mean}, {effect.change_style.both(change)} from the unsteered model"
         if self.evaluation.neutral:
-            said += f", at a KL of {KL.both(self._price(point, 'kl'))}"
+            said += f", at a KL of {KL.both(self._number(point, 'kl'))}"
         said += "."
         if change[1] <= 0 <= change[2]:
             said += " The interval of the change includes 0: it may be chance."
@@ -247,7 +248,7 @@ class Page:
             found.append(Column(f"{effect.name}, change", meaning, _without_first(cells)))
         if self.evaluation.neutral:
             for name, head, meaning, style in _PRICES:
-                cells = [style.cell(self._price(k, name)) for k in range(len(self.rows))]
+                cells = [style.cell(self._number(k, name)) for k in range(len(self.rows))]
                 found.append(Column(head, meaning, _without_first(cells)))
         return found
 

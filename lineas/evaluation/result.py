@@ -34,6 +34,7 @@ token; "changed", the number of tokens after which another next token is the lik
 PRICES = ("kl", "last_kl", "loss_rise", "perplexity_ratio", "changed_top1")
 """What `Evaluation.rows` calls the prices."""
 Interval = tuple[float, float, float]
+Ratio = tuple[NDArray, NDArray, Callable[[NDArray], NDArray] | None]
 _ENDS = ("", "_low", "_high")
 
 
@@ -136,8 +137,8 @@ class Evaluation(Record):
             if weights is not None:
                 for name, scores in self.scores.items():
                     by_prompt = scores.mean(axis=2)
-                    row |= _named(name, interval(by_prompt[k], weights))
-                    row |= _named(f"{name}_change", interval(by_prompt[k] - by_prompt[0], weights))
+                    row |= named(name, interval(by_prompt[k], weights))
+                    row |= named(f"{name}_change", interval(by_prompt[k] - by_prompt[0], weights))
             if texts is not None:
                 row |= self._prices(self.price[k], texts)
             if weights is not None:
@@ -147,15 +148,11 @@ class Evaluation(Record):
         return found
 
     def _prices(self, price: NDArray, weights: NDArray) -> dict[str, float]:
-        tokens, predicted, loss, unsteered, kl, last_kl, changed = price.T
-        return {
-            **_named("kl", ratio_interval(kl, tokens, weights)),
-            **_named("last_kl", interval(last_kl, weights)),
-            "loss": float(loss.sum() / predicted.sum()),
-            **_named("loss_rise", ratio_interval(loss - unsteered, predicted, weights)),
-            **_named("perplexity_ratio", ratio_interval(loss - unsteered, predicted, weights, transform=np.exp)),
-            **_named("changed_top1", ratio_interval(changed, tokens, weights)),
-        }
+        _, predicted, loss, _, _, last_kl, _ = price.T
+        found = {"loss": float(loss.sum() / predicted.sum()), **named("last_kl", interval(last_kl, weights))}
+        for name, (above, below, transform) in price_ratios(price).items():
+            found |= named(name, ratio_interval(above, below, weights, transform=transform))
+        return found
 
     def to_frame(self) -> Any:
         """`rows` as a pandas DataFrame; ImportError where pandas is not installed."""
@@ -259,8 +256,7 @@ class Evaluation(Record):
         return found
 
     def _within(self, max_kl: Any, max_loss_rise: Any, max_perplexity_ratio: Any) -> list[dict[str, Any]]:
-        given = {"kl": max_kl, "loss_rise": max_loss_rise, "perplexity_ratio": max_perplexity_ratio}
-        budget = {name: as_positive(value, f"max_{name}") for name, value in given.items() if value is not None}
+        budget = read_budget(max_kl, max_loss_rise, max_perplexity_ratio)
         if budget and not self.neutral:
             raise ValueError(f"max_{next(iter(budget))}: there are no neutral texts, so no price was measured")
         return [
@@ -353,6 +349,26 @@ class Evaluation(Record):
         report = lazy_method("evaluation.report", "report")
 
 
+def price_ratios(price: NDArray) -> dict[str, Ratio]:
+    """The prices that are ratios of sums over neutral texts, of `FIELDS` [N, 7] of each text.
+
+    Numerators [N], denominators [N], and what the ratio goes through, by the name of the price.
+    """
+    tokens, predicted, loss, unsteered, kl, _, changed = price.T
+    return {
+        "kl": (kl, tokens, None),
+        "loss_rise": (loss - unsteered, predicted, None),
+        "perplexity_ratio": (loss - unsteered, predicted, np.exp),
+        "changed_top1": (changed, tokens, None),
+    }
+
+
+def read_budget(max_kl: Any, max_loss_rise: Any, max_perplexity_ratio: Any) -> dict[str, float]:
+    """The budgets that are given, by the name of the price; TypeError or ValueError unless they are above 0."""
+    given = {"kl": max_kl, "loss_rise": max_loss_rise, "perplexity_ratio": max_perplexity_ratio}
+    return {name: as_positive(value, f"max_{name}") for name, value in given.items() if value is not None}
+
+
 def check_judges(names: Iterable[str]) -> None:
     """ValueError where a judge is called what `Evaluation.rows` calls another number."""
     taken = {"method", "strength", "loss", *STATISTICS, *(name + end for name in PRICES for end in _ENDS)}
@@ -373,7 +389,8 @@ def _mean(values: NDArray) -> NDArray:
     return np.where(count, np.where(known, values, 0).sum(axis=-1) / np.maximum(count, 1), np.nan)
 
 
-def _named(name: str, found: Interval) -> dict[str, float]:
+def named(name: str, found: Interval) -> dict[str, float]:
+    """A number and the ends of its interval, as `Evaluation.rows` calls them."""
     return {name + end: value for end, value in zip(_ENDS, found, strict=True)}
 
 

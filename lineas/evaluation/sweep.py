@@ -11,14 +11,14 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from .._checks import as_flag, as_int
+from .._checks import as_flag
 from ..fitting.checkpoint import digest, digest_of_weights
 from ..hooks.attach import attached
 from ..hooks.modules import check_runs, model_name
 from ..hooks.settings import as_tokenizer, optional
 from ..inputs.frozen import frozen
 from ..maps.metadata import Selection, check_tokens
-from .continuations import Continuation, Generator, try_judges
+from .continuations import Continuation, GenerationSettings, Generator, try_judges
 from .controls import make_controls, name_controls
 from .judges import as_judges
 from .log import Log
@@ -140,15 +140,18 @@ def evaluate(
         raise ValueError("give prompts=, for the effect, or neutral=, for the price, or both")
     if judges is not None and prompts is None:
         raise ValueError("judges: there are no continuations to judge without prompts=")
-    if sampling is not None and not isinstance(sampling, Mapping):
-        raise TypeError(f"sampling must be a mapping of arguments for generate, got {type(sampling).__name__}")
     if generate is not None and not callable(generate):
         raise TypeError(f"generate must be a function of model and prompts, got {type(generate).__name__}")
     tokens = None if tokens is None else check_tokens(tokens)
-    seed, progress = as_int(seed, "seed", low=0), as_flag(progress, "progress")
-    samples, batch_size = as_int(samples, "samples", low=1), as_int(batch_size, "batch_size", low=1)
-    max_new_tokens = as_int(max_new_tokens, "max_new_tokens", low=1)
-    max_length = optional(as_int, max_length, "max_length", low=1)
+    progress = as_flag(progress, "progress")
+    settings = GenerationSettings(
+        samples=samples,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        sampling=sampling,
+        seed=seed,
+    )
 
     methods = read_methods(maps)
     source, target = as_list(source), as_list(target)  # iterated over more than once
@@ -157,21 +160,8 @@ def evaluate(
     instructions = _read_instructions(instruction, [*methods, *control_names])
     points = [Point(UNSTEERED, 0.0), *(Point(name, 0.0, instruction=text) for name, text in instructions.items())]
     points += make_points(model, methods, by_method, tokens)
-    texts = None if neutral is None else Neutral(model, neutral, tokenizer=tokenizer, max_length=max_length)
-    generator = None
-    if prompts is not None:
-        generator = Generator(
-            model,
-            prompts,
-            tokenizer,
-            samples=samples,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            sampling=sampling or {},
-            seed=seed,
-            generate=generate,
-        )
+    texts = None if neutral is None else Neutral(model, neutral, tokenizer=tokenizer, max_length=settings.max_length)
+    generator = None if prompts is None else Generator(model, prompts, tokenizer, settings, generate)
     for text in instructions.values():
         if texts is not None:
             texts.counted(text, range(len(texts)))
@@ -190,8 +180,8 @@ def evaluate(
         target,
         tokenizer=tokenizer,
         tokens=tokens,
-        max_length=max_length,
-        seed=seed,
+        max_length=settings.max_length,
+        seed=settings.seed,
         progress=progress,
     )
     points += make_points(model, made, by_method, tokens)
@@ -212,10 +202,10 @@ def evaluate(
             "methods": {name: one.metadata for name, one in every.items()},
             "instructions": instructions,
             "support": {name: [one.support, one.d] for name, one in every.items()},
-            "samples": samples,
-            "max_new_tokens": max_new_tokens,
+            "samples": settings.samples,
+            "max_new_tokens": settings.max_new_tokens,
             "sampling": None if generator is None or generate is not None else _as_json(generator.options),
-            "seed": seed,
+            "seed": settings.seed,
         },
         stopped,
     )
