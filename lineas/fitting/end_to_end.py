@@ -17,13 +17,14 @@ from ..hooks.settings import RunSettings, optional, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
-from ..inputs.prompts import Prompts, Sampler
+from ..inputs.prompts import Prompts, Sampler, join
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
-from .parameters import MapParameters, ProximalOptimizer
+from .parameters import ProximalOptimizer, parameters_of
+from .preservation import KeepWeight, Preservation
 from .result import FitResult
 from .settings import FitSettings, JointSettings, ObjectiveSettings
 from .step_sizes import AutomaticSteps, ScheduledSteps, Steps, penalty_of
@@ -168,12 +169,12 @@ def prepare(
     torch.manual_seed(settings.seed)
     objective = Objective(model, map_names, loss_names, settings)
 
-    def task(source: Prompts, target: Prompts, sampler: Sampler | None = None) -> Task:
-        targets = objective.target(target.parts(size or mini_batch), target.argument)
+    def task(source: Prompts, target: Prompts, sampler: Sampler | None = None, *, fitted: bool = False) -> Task:
+        targets = objective.target(target.parts(size or mini_batch), target.argument, fitted=fitted)
         batches = source.parts(size or mini_batch) if sampler is None else sampler.draw(0)
         return Task(source.argument, batches, targets, sampler)
 
-    fitted = [task(sets[0], sets[1], sampler) for sets, sampler in zip(tasks, samplers, strict=True)]
+    fitted = [task(sets[0], sets[1], sampler, fitted=True) for sets, sampler in zip(tasks, samplers, strict=True)]
     held_out = [task(sets[2], sets[3]) for sets in tasks if len(sets) > 2]
     facts = {"model": model_name(model), "layers": layers, "loss_layers": loss_layers, **settings.selection}
     return objective, fitted, held_out, facts
@@ -184,19 +185,24 @@ def _fit(
 ) -> FitResult:
     """Fit the maps of all modules for all tasks: name, source and target, held-out source and target or None."""
     tasks = [read_sets(*task, settings) for task in given]
+    preserves = settings.keep_weight != 0
+    keep = None if settings.keep is None else read_prompts(settings.keep, "keep", settings)
     names = [name for name, *_ in given]
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
-        maps = MapParameters(objective.widths, objective.dtype, objective.device)
+        maps = parameters_of(objective, settings)
         if settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
+        kept, held_out_kept = _preservations(objective, tasks, keep, settings) if preserves else (None, None)
+        weight = settings.keep_weight
+        keep_weight = KeepWeight(0.0 if weight is None or isinstance(weight, str) else weight, settings.max_kl)
         steps: Steps
         if isinstance(settings.lr, str):
-            steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps)
+            steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps, kept, keep_weight)
         else:
             stepper = ProximalOptimizer(maps, settings.penalties, settings.optimizer, settings.betas)
-            steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps)
-        history, checkpoint = History(maps), None
+            steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps, kept, keep_weight)
+        history, checkpoint = History(maps, preserves=preserves), None
         penalty = penalty_of(maps, settings.penalties, maps.sizes)
         if settings.checkpoint is not None:
             identity = {
@@ -209,6 +215,7 @@ def _fit(
                 "dtypes of the activations": sorted(map(str, objective.seen)),
                 "tasks": names,
                 "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
+                "digest of keep": digest(None if keep is None else keep.contents()),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
             }
@@ -219,7 +226,7 @@ def _fit(
             checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective)
             if os.path.exists(settings.checkpoint):
                 checkpoint.resume(history, steps)
-        run(steps, history, checkpoint, held_out, settings, caller)
+        run(steps, history, checkpoint, held_out, held_out_kept, settings, caller)
     loss = None
     if settings.mini_batch is None and history.best_strength == 1:
         last = history.best_step == len(history.records)
@@ -248,7 +255,26 @@ def _fit(
         held_out_task_loss=held_out_task_loss,
         best_strength=history.best_strength,
         loss=loss,
+        held_out_keep=history.best_keep,
     )
+
+
+def _preservations(
+    objective: Objective, tasks: list[Sets], keep: Prompts | None, settings: FitSettings
+) -> tuple[Preservation, Preservation | None]:
+    """What is to stay as it is in the fit, and on held-out prompts where there are any."""
+    held_out = len(tasks[0]) > 2
+    if keep is None:
+        targets = [join([sets[k] for sets in tasks]) for k in ((1, 3) if held_out else (1,))]
+        kept = [Preservation(objective, targets[0], mini_batch=settings.mini_batch)]
+        return kept[0], Preservation(objective, targets[1]) if held_out else None
+    if not held_out:
+        return Preservation(objective, keep, mini_batch=settings.mini_batch), None
+    count = sum(keep.counts())
+    if count < 4:
+        raise ValueError(f"keep must have at least 4 prompts, of which every fourth is held out, got {count}")
+    rows = [[k for k in range(count) if (k % 4 == 3) is last] for last in (False, True)]
+    return Preservation(objective, keep, rows[0], settings.mini_batch), Preservation(objective, keep, rows[1])
 
 
 def _warn_of_divergence(records: list[dict[str, Any]], penalty: float, caller: str) -> None:
