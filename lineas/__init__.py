@@ -15,12 +15,14 @@ from ._version import __version__ as __version__
 from .arrays import baselines
 from .arrays.activations import Activations
 from .arrays.closed_form import fit
+from .arrays.gate import fit_gate
 from .arrays.gaussian import GaussianMap, bures_map, covariance
 from .arrays.moments import Moments, moments
 from .arrays.sparse_path import sparse_path
 from .arrays.wasserstein import prox_sparse_group, wasserstein, wasserstein_grad
 from .maps.affine import AffineMap
 from .maps.files import load
+from .maps.gates import Gate, NeuronGate
 from .maps.path import SparsePath
 from .maps.steering import SteeringMaps
 
@@ -76,9 +78,11 @@ __all__ = [
     "EndToEndPath",
     "Evaluation",
     "FitResult",
+    "Gate",
     "GaussianMap",
     "Handle",
     "Moments",
+    "NeuronGate",
     "Sites",
     "SparsePath",
     "SteeringMaps",
@@ -93,6 +97,7 @@ __all__ = [
     "explore",
     "fit",
     "fit_end_to_end",
+    "fit_gate",
     "fit_incremental",
     "fit_jointly",
     "get_num_threads",
