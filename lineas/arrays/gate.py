@@ -20,7 +20,7 @@ Texts = ArrayLike | Sequence[ArrayLike]
 
 KINDS = ("scalar", "neuron")
 RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)
-"""Penalties that are tried. The activations of tokens are many, and their neurons correlated: strong ones mostly win."""
+"""Penalties that are tried. The activations of tokens are many, and their neurons correlated: strong ones win."""
 _SHARPNESS = 3.0
 _BLOCK = 4096  # neurons whose posteriors are worked out at a time
 
@@ -271,23 +271,25 @@ def fit_rows(source: Rows, target: Rows, settings: GateSettings, module: str | N
 def _scalar(
     source: NDArray, target: NDArray, folds: tuple, count: int, settings: GateSettings, dtype: np.dtype
 ) -> Gate:
+    # Standardised and turned once, with the rows that folds hold out: that looks at no row's side.
+    mean, directions, parts = _turned(source, target, settings.components)
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)
-    found = [np.empty((len(ridges), len(side))) for side in (source, target)]
+    found = [np.empty((len(ridges), len(side))) for side in parts]
     for k in range(count):
-        kept = [side[fold != k] for side, fold in zip((source, target), folds, strict=True)]
-        for r, (weight, bias) in enumerate(_regressions(*kept, ridges, settings.components)):
-            for logits, side, fold in zip(found, (source, target), folds, strict=True):
-                logits[r, fold == k] = side[fold == k] @ weight + bias
+        kept, held_out = ([side[(fold == k) == out] for side, fold in zip(parts, folds, strict=True)] for out in (0, 1))
+        for r, (turned, bias) in enumerate(_regressions(kept[0], kept[1], ridges)):
+            for logits, fold, rows in zip(found, folds, held_out, strict=True):
+                logits[r, fold == k] = rows @ turned + bias
     areas = roc_area(found[0].T, found[1].T)
     best = int(areas.argmax())  # the strongest of those that are as good
-    logits = found[0][best], found[1][best]
-    weight, bias = _regressions(source, target, ridges[best : best + 1], settings.components)[0]
-    slope, shift = _platt(*logits) if settings.open_on_target is None else _opened(logits[1], settings)
-    values = [slope * x + shift for x in logits]
-    hit, left_alone = float((values[0] >= 0).mean()), float((values[1] < 0).mean())
+    ours, theirs = found[0][best], found[1][best]
+    ((turned, bias),) = _regressions(parts[0], parts[1], ridges[best : best + 1])
+    weight = directions @ turned
+    slope, shift = _platt(ours, theirs) if settings.open_on_target is None else _opened(theirs, settings)
+    hit, left_alone = float((slope * ours + shift >= 0).mean()), float((slope * theirs + shift < 0).mean())
     return Gate(
         (slope * weight).astype(dtype),
-        float(slope * bias + shift),
+        float(slope * (bias - weight @ mean) + shift),
         context=settings.context,
         auroc=float(areas[best]),
         accuracy=(hit + left_alone) / 2,
@@ -295,27 +297,28 @@ def _scalar(
     )
 
 
-def _regressions(
-    source: NDArray, target: NDArray, ridges: Sequence[float], components: int | None
-) -> list[tuple[NDArray, float]]:
-    """Weight [d] and bias for each ridge, of the activations as they are; the classes count the same."""
-    x = np.concatenate([source, target])
+def _turned(source: NDArray, target: NDArray, components: int | None) -> tuple[NDArray, NDArray, list[NDArray]]:
+    """Mean [d], directions [d, k] and ``(x - mean) @ directions``: principal components of standardised activations."""
     mass = np.repeat([0.5 / len(source), 0.5 / len(target)], [len(source), len(target)])
+    x = np.concatenate([source, target])
     mean = mass @ x
-    deviation = np.sqrt(mass @ np.square(x - mean))
-    deviation[deviation <= 1e-12 * np.abs(mean)] = np.inf  # neurons that do not vary tell nothing
-    deviation[deviation == 0] = np.inf
-    x = (x - mean) / deviation
-    if not x.any():
-        return [(np.zeros_like(mean), 0.0) for _ in ridges]
+    x = x - mean
+    deviation = np.sqrt(mass @ np.square(x))
+    deviation[deviation <= 1e-12 * np.abs(mean)] = 0
+    inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)  # 0 for what does not vary
+    x *= inverse
     directions = principal_components(x, mass, components)
-    x = x @ directions
-    y = np.repeat([1.0, 0.0], [len(source), len(target)])
-    fitted, start = [], None
+    turned = x @ directions
+    return mean, inverse[:, None] * directions, [turned[: len(source)], turned[len(source) :]]
+
+
+def _regressions(source: NDArray, target: NDArray, ridges: Sequence[float]) -> list[tuple[NDArray, float]]:
+    """Weight [k] and bias for each ridge; the classes count the same."""
+    x, y = np.concatenate([source, target]), np.repeat([1.0, 0.0], [len(source), len(target)])
+    mass = np.repeat([0.5 / len(source), 0.5 / len(target)], [len(source), len(target)])
+    fitted: list[tuple[NDArray, float]] = []
     for ridge in ridges:
-        start = logistic_regression(x, y, mass, ridge, start)
-        weight = directions @ start[0] / deviation
-        fitted.append((weight, start[1] - float(weight @ mean)))
+        fitted.append(logistic_regression(x, y, mass, ridge, fitted[-1] if fitted else None))
     return fitted
 
 

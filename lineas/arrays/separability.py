@@ -33,8 +33,8 @@ def logistic_regression(
 
     The loss is the logistic one, -y log g - (1 - y) log(1 - g); y may be any numbers from 0 to 1, the mass sums to 1.
     Newton's method, whose steps are solved by conjugate gradients. The preconditioner is the diagonal of the largest
-    Hessian that can be, so columns that are uncorrelated, such as principal components, need few of them. scikit-learn's
-    C is 1 / (ridge n) where every mass is 1 / n.
+    Hessian that can be, so uncorrelated columns, such as principal components, need few of them. scikit-learn's C is
+    1 / (ridge n) where every mass is 1 / n.
     """
     weight, bias = (np.zeros(x.shape[1]), 0.0) if start is None else (start[0].copy(), start[1])
     columns = np.append(mass @ np.square(x) / 4 + ridge, 0.25)
@@ -98,11 +98,11 @@ def principal_components(x: NDArray, mass: NDArray, most: int | None = None) -> 
     n, d = x.shape
     if d <= n:
         variances, directions = np.linalg.eigh(weighted.T @ weighted)
-        keep = variances > variances[-1] * d * np.finfo(np.float64).eps
+        keep = variances > max(variances[-1], 0) * d * np.finfo(np.float64).eps
         found = directions[:, keep][:, ::-1]
     else:
         variances, rows = np.linalg.eigh(weighted @ weighted.T)
-        keep = variances > variances[-1] * n * np.finfo(np.float64).eps
+        keep = variances > max(variances[-1], 0) * n * np.finfo(np.float64).eps
         found = (weighted.T @ (rows[:, keep] / np.sqrt(variances[keep])))[:, ::-1]
     return np.ascontiguousarray(found[:, :most])
 

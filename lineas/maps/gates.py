@@ -251,8 +251,8 @@ class NeuronGate(_Immutable):
         auroc: ArrayLike | None = None,
         left_alone: float | None = None,
     ) -> None:
-        parts = {"quadratic": quadratic, "linear": linear, "constant": constant}
-        parts = {name: as_vector(value, name, "neuron") for name, value in parts.items()}
+        given = {"quadratic": quadratic, "linear": linear, "constant": constant}
+        parts = {name: as_vector(value, name, "neuron") for name, value in given.items()}
         shapes = [x.shape for x in parts.values()]
         if len(set(shapes)) > 1:
             raise ValueError(f"quadratic, linear and constant must have the same shape, got {shapes}")
@@ -267,9 +267,7 @@ class NeuronGate(_Immutable):
         if areas is not None and not ((areas >= 0) & (areas <= 1)).all():
             raise ValueError(f"auroc must be from 0 to 1, got {areas.min():g} to {areas.max():g}")
         share = None if left_alone is None else as_share(left_alone, "left_alone")
-        self._put(
-            **{name: x.astype(dtype) for name, x in parts.items()}, closed=shut, auroc=areas, left_alone=share
-        )
+        self._put(**{name: x.astype(dtype) for name, x in parts.items()}, closed=shut, auroc=areas, left_alone=share)
 
     @property
     def d(self) -> int:

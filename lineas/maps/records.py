@@ -143,7 +143,7 @@ def _pop(tensors: dict[str, NDArray], name: str) -> NDArray:
 
 
 def _put_gates(maps: SteeringMaps, name: str, tensors: dict[str, NDArray]) -> dict[str, Any]:
-    """The entry of maps with gates: each gate once, and which of them the modules have; their arrays go to `tensors`."""
+    """The entry of maps with gates: each once, and which of them a module has; their arrays go to `tensors`."""
     if not maps.gates:
         return {}
     different: list[AnyGate] = []

@@ -100,8 +100,8 @@ class SteeringMaps(Mapping[str, AffineMap]):
         if isinstance(gates, Gate | NeuronGate):
             if gates.site is None:
                 raise ValueError(
-                    "one gate for all modules must name the module that it reads, as gate.at(site) and "
-                    "lineas.fit_gates(..., site=...) give it; otherwise gates must be a mapping from module name to gate"
+                    "one gate for all modules must name the module that it reads, gate.at(site), as that of "
+                    "lineas.fit_gates(..., site=...) does; else give a mapping from module name to gate"
                 )
             gates = dict.fromkeys(self._maps, gates)
         if not isinstance(gates, Mapping):
@@ -301,8 +301,9 @@ class SteeringMaps(Mapping[str, AffineMap]):
         change : callable or Mapping[str, str], optional
             From the old name to the new one. Names that a mapping does not hold stay.
         prefix : str, optional
-            Put before every name instead (also before those of modules that gates read): ``"base_model.model."`` for a PEFT model, ``"_orig_mod."`` for a
-            compiled one. (``maps.rename(lambda name: name.removeprefix(...))`` takes it off.)
+            Put before every name instead: ``"base_model.model."`` for a PEFT model, ``"_orig_mod."`` for a
+            compiled one. Modules that gates read are renamed as well.
+            (``maps.rename(lambda name: name.removeprefix(...))`` takes it off.)
 
         Raises
         ------
@@ -330,9 +331,12 @@ class SteeringMaps(Mapping[str, AffineMap]):
         if twice:
             raise ValueError(f"two modules would get the name {twice[0]!r}")
         to = dict(zip(old, new, strict=True))
-        maps, gates = ({to[name]: one for name, one in each.items()} for each in (self._maps, self._gates))
-        renamed = {name: gate if gate.site is None else gate.at(to[gate.site]) for name, gate in gates.items()}
-        return SteeringMaps(maps, self._metadata, renamed)
+        moved = {id(gate): gate if gate.site is None else gate.at(to[gate.site]) for gate in self._gates.values()}
+        return SteeringMaps(
+            {to[name]: one for name, one in self._maps.items()},
+            self._metadata,
+            {to[name]: moved[id(gate)] for name, gate in self._gates.items()},
+        )
 
     def select(self, modules: str | list[str]) -> SteeringMaps:
         """Return the maps of the modules whose names match a glob, or any of a list of globs.
@@ -355,15 +359,15 @@ class SteeringMaps(Mapping[str, AffineMap]):
             chosen.update(found)
         # A strength that was calibrated is that of all modules together.
         metadata = {name: fact for name, fact in self._metadata.items() if name != "calibration"}
-        maps, gates = ({name: x for name, x in each.items() if name in chosen} for each in (self._maps, self._gates))
-        return SteeringMaps(maps, metadata, gates)
+        gates = {name: gate for name, gate in self._gates.items() if name in chosen}
+        return SteeringMaps({name: one for name, one in self._maps.items() if name in chosen}, metadata, gates)
 
     def summary(self) -> str:
-        """Return a text table: per module the neurons, the support, the size of the change of slope and shift, the gate.
+        """Return a text table: per module the neurons, the support and the size of the change of slope and shift.
 
-        The last column is there where maps have gates.
+        Where there are gates, a last column describes them.
         """
-        rows = [("module", "neurons", "support", "||w-1||", "||b||")]
+        rows: list[tuple[str, ...]] = [("module", "neurons", "support", "||w-1||", "||b||")]
         for name, one in self._maps.items():
             slope, shift = (f"{np.linalg.norm(x.astype(np.float64)):.4g}" for x in (one.weight - 1, one.bias))
             rows.append((name, f"{one.d}", f"{one.support} ({one.support / one.d:.1%})", slope, shift))
