@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .fitting.sparse_path import sparse_path_end_to_end
     from .hooks.attach import Handle, attached, detach
     from .hooks.collect import collect
+    from .hooks.fit_gates import fit_gates
     from .hooks.sites import Sites, sites
     from .hooks.tokens import Tokens
     from .notebook import plot
@@ -61,6 +62,7 @@ _LAZY = {
     "evaluate": ("evaluation.sweep", "evaluate", "torch"),
     "explore": ("notebook.explorer", "Explorer", "anywidget"),
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
+    "fit_gates": ("hooks.fit_gates", "fit_gates", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
     "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
     "judges": ("evaluation.judges", None, "numpy"),
@@ -98,6 +100,7 @@ __all__ = [
     "fit",
     "fit_end_to_end",
     "fit_gate",
+    "fit_gates",
     "fit_incremental",
     "fit_jointly",
     "get_num_threads",
