@@ -18,6 +18,7 @@ from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts, Sampler, join
+from ..maps.gates import arrays_of, facts_of
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
@@ -191,6 +192,7 @@ def _fit(
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
         maps = parameters_of(objective, settings)
+        objective.put_gates(settings.gates)
         if settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
         kept, held_out_kept = _preservations(objective, tasks, keep, settings) if preserves else (None, None)
@@ -218,6 +220,9 @@ def _fit(
                 "digest of keep": digest(None if keep is None else keep.contents()),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
+                "digest of gates": digest(
+                    {name: [arrays_of(gate), facts_of(gate)] for name, gate in objective.gates.items()}
+                ),
             }
             # The targets are the second of the sets, and the held-out ones the fourth.
             fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
@@ -245,7 +250,9 @@ def _fit(
     course |= {name: getattr(history, name) for name in ("best_step", "best_strength", "stopped")}
     method = "end-to-end" if len(given) == 1 else "joint end-to-end"
     return FitResult(
-        maps=SteeringMaps(maps.snapshot(), describe(method, **facts, settings=settings.record(), history=course)),
+        maps=SteeringMaps(
+            maps.snapshot(), describe(method, **facts, settings=settings.record(), history=course), objective.gates
+        ),
         history=arrays,
         best_step=history.best_step,
         stopped=history.stopped,

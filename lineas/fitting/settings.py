@@ -97,6 +97,9 @@ class FitSettings(ObjectiveSettings):
     max_kl : float, optional
         The budget of ``keep_weight="auto"``, in nats a token. With `held_out`, no maps are returned that go beyond it
         on the held-out prompts.
+    gates : mapping of str to Gate or NeuronGate, or Gate, optional
+        Gates that are on while the maps are fitted, and stay on the maps that are returned: as
+        `SteeringMaps.gated` takes them. They are not changed.
     init : SteeringMaps, optional
         Where to start. Default: the identity.
     strengths : list of float, default (1.0,)
@@ -145,6 +148,7 @@ class FitSettings(ObjectiveSettings):
     keep_weight: float | str | None = None
     keep_loss: str = "kl"
     max_kl: float | None = None
+    gates: Any = None
     init: Mapping[str, Any] | None = None
     strengths: Sequence[float] = (1.0,)
     mini_batch: int | None = None
