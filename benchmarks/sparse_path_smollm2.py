@@ -42,7 +42,8 @@ from lineas.inputs import frozen
 MARKS = "<!-- measured: python benchmarks/sparse_path_smollm2.py --write -->", "<!-- end -->"
 
 SENTENCES, TOKENS = 24, 16  # in each of the four sets; longest
-DENSE = {"scaling": "layer-mean", "steps": 12, "lr": 0.3, "patience": None}  # the demo's rate and steps, without its penalty
+# The demo's rate and steps, without its penalty.
+DENSE: dict[str, Any] = {"scaling": "layer-mean", "steps": 12, "lr": 0.3, "patience": None}
 PATH = {
     "scaling": "layer-mean",
     "n_penalties": 12,

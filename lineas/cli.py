@@ -69,8 +69,8 @@ _END_TO_END: dict[str, dict[str, Any]] = {
     "l1": {"type": float, "help": "lasso penalty"},
     "group": {"type": float, "help": "group lasso penalty of each module"},
     "scaling": {"help": "standardized, layer-mean, paper or reference"},
-    "slopes": {"nargs": "*", "metavar": "GLOB", "help": "modules whose slopes are fitted (default: all); none: shifts alone"},
-    "shifts": {"nargs": "*", "metavar": "GLOB", "help": "modules whose shifts are fitted (default: all); none: slopes alone"},
+    "slopes": {"nargs": "*", "metavar": "GLOB", "help": "modules with slopes (default: all); none: shifts alone"},
+    "shifts": {"nargs": "*", "metavar": "GLOB", "help": "modules with shifts (default: all); none: slopes alone"},
     "keep": {
         "type": Path,
         "metavar": "FILE",
