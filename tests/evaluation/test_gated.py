@@ -64,9 +64,14 @@ def test_random_maps_have_the_gates():
 
 
 def test_diagnoses_look_at_gated_maps():
-    settings = {"tokenizer": TOKENIZER, "progress": False}
-    found = [maps.diagnose(MODEL, zoo.texts(12), zoo.texts(12, seed=5), **settings) for maps in (MAPS, CLOSED)]
-    assert str(found[0]) != str(found[1])
+    settings = {"tokenizer": TOKENIZER, "progress": False, "neutral": zoo.texts(12, seed=7)}
+    sets = zoo.texts(12), zoo.texts(12, seed=5)
+    whole, none, half = (maps.diagnose(MODEL, *sets, **settings).modules for maps in (MAPS, CLOSED, HALF))
+    assert (whole["change"] > 0).all()
+    assert (none["change"] == 0).all()
+    assert (none["own_change"] == 0).all()
+    assert ((half["change"] > 0) & (half["change"] != whole["change"])).all()
+    assert np.isnan(half["own_change"]).all()  # single rows have no texts
 
 
 @pytest.mark.parametrize("what", ["fold", "to_peft_lora"])

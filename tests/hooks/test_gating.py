@@ -587,25 +587,38 @@ def test_recording_is_for_maps_that_are_on():
         pass
 
 
+class Small(nn.Module):
+    """The least that a model of texts can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first, self.last = nn.Embedding(60, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.last(self.first(self.embed(input_ids)))
+
+
 @pytest.mark.parametrize(("kind", "tokens"), [("token", "all"), ("neuron", "last"), ("mean", "all"), ("shared", "all")])
 def test_compiled_models_have_gates(kind, tokens):
     torch._dynamo.reset()
-    if kind == "shared":
-        model, maps = language_model("llama")
-        maps = maps.select("model.layers.0.*").gated(scalar(site="model.layers.0.input_layernorm"))
-    else:
-        model, maps = gated_model(kind=kind)
-        maps = maps.select("model.layers.1.*")
+    torch.manual_seed(0)
+    model = Small()
+    maps = lineas.SteeringMaps({"last": lineas.AffineMap(np.full(WIDTH, 1.5), np.ones(WIDTH))})
+    made = {"neuron": neurons(), "shared": scalar(site="first")}
+    maps = maps.gated({"last": made.get(kind) or scalar(kind if kind == "mean" else "token")})
     batch = ids([6, 4])
-    with maps.attach(model, strength=0.7, tokens=tokens) as handle:
-        expected = logits(model, batch)
-        compiled = torch.compile(model, backend="eager", fullgraph=kind == "token")
-        torch.testing.assert_close(logits(compiled, batch), expected, atol=1e-5, rtol=1e-5)
-        handle.strength = 0.2
-        torch.testing.assert_close(logits(compiled, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
-        if kind == "token":
-            handle.maps = maps.gated(None)
-            torch.testing.assert_close(logits(compiled, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+    compiled = torch.compile(model, backend="eager", fullgraph=kind == "token")
+    compiled(**batch)
+    with torch.no_grad(), maps.attach(model, strength=0.7, tokens=tokens) as handle:
+        assert (model(**batch) - compiled(**batch)).abs().max() < 1e-5
+        for strength, one in ((0.2, maps), (0.0, maps), (1.0, maps.gated(None)), (1.0, maps)):
+            handle.strength, handle.maps = strength, one
+            torch.testing.assert_close(compiled(**batch), model(**batch), atol=1e-5, rtol=1e-5)
+        handle.strength = 0.9
+        whole = compiled(**batch)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch), model(**batch))
+        assert (whole - model(**batch)).abs().max() > 0.1
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
