@@ -167,12 +167,12 @@ class Tracker:
     """Follows the forward passes of a model, each in its thread.
 
     Where it `follows` them it notes what they bring, and with `needs_positions` works out where the tokens stand; else
-    it knows their settings alone.
+    it knows their settings alone. With `needs_passes` it must know of those of compiled models, too.
     """
 
     def __init__(self, root: nn.Module, settings: Settings, model: nn.Module) -> None:
         self.wrapper = _prompt_learner(model)
-        self.follows = self.needs_positions = False
+        self.follows = self.needs_positions = self.needs_passes = False
         self.acted: set[str] = set()  # modules whose hooks have run
         self._whole = False  # a pass has come to its end
         # Not the module itself: a copy of a part of the model must not bring the whole.

@@ -271,7 +271,8 @@ class PassHook:
         self.tracker, self.what = tracker, what
 
     def __call__(self, module: nn.Module, args: Any, given: Any) -> None:
-        if self.tracker.needs_positions or not torch.compiler.is_compiling():  # a graph is broken only where it must be
+        tracker = self.tracker  # a graph is broken only where it must be
+        if tracker.needs_positions or tracker.needs_passes or not torch.compiler.is_compiling():
             self._tell(module, args, given)
 
     @torch.compiler.disable
