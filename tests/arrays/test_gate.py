@@ -114,14 +114,15 @@ def by_hand(source, target, ridge, folds, seed=0):
         model = LogisticRegression(C=1 / ridge, tol=1e-12, max_iter=10000).fit(z[train], y[train], weights)
         logits[held_out] = model.decision_function(z[held_out])
     whole = LogisticRegression(C=1 / ridge, tol=1e-12, max_iter=10000).fit(z, y, mass)
-    return logits, y, mass, whole.decision_function(z), x
+    area = np.mean([roc_auc_score(y[held_out], logits[held_out]) for _, held_out in splits])
+    return logits, y, mass, whole.decision_function(z), x, area, fold
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
 def test_a_calibrated_gate_is_scikit_learns_regression_with_platts_sigmoid(ridge):
     found = lineas.fit_gate(SOURCE, TARGET, ridge=ridge, folds=4)
-    logits, y, mass, whole, x = by_hand(SOURCE, TARGET, ridge, 4)
-    assert found.auroc == pytest.approx(roc_auc_score(y, logits), abs=1e-9)
+    logits, y, mass, whole, x, area, _ = by_hand(SOURCE, TARGET, ridge, 4)
+    assert found.auroc == pytest.approx(area, abs=1e-9)
     # Platt's sigmoid, with his targets for probabilities.
     counts = np.bincount(y)
     wanted = np.where(y == 1, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
@@ -193,11 +194,17 @@ def test_a_share_of_the_target_may_be_open(share):
 
 
 def test_means_are_read_where_they_are_asked_for():
-    means = [[np.cumsum(x, axis=0) / np.arange(1, len(x) + 1)[:, None] for x in side] for side in (SOURCE, TARGET)]
-    found, expected = lineas.fit_gate(SOURCE, TARGET, context="mean"), lineas.fit_gate(*means)
-    np.testing.assert_allclose(found.weight, expected.weight, rtol=1e-6)
-    assert (found.context, expected.context) == ("mean", "token")
-    assert found.auroc > lineas.fit_gate(SOURCE, TARGET).auroc  # less noise
+    of_means, of_tokens = (lineas.fit_gate(SOURCE, TARGET, context=c, ridge=0.1) for c in ("mean", "token"))
+    assert (of_means.context, of_tokens.context) == ("mean", "token")
+    # The direction is that of the tokens; judged and calibrated is what is read.
+    along = of_means.weight / np.linalg.norm(of_means.weight)
+    np.testing.assert_allclose(along, of_tokens.weight / np.linalg.norm(of_tokens.weight), rtol=1e-5)
+    assert of_means.auroc > of_tokens.auroc  # less noise
+    logits, y, *_, fold = by_hand(SOURCE, TARGET, 0.1, 5)
+    ends = np.cumsum([len(x) for side in (SOURCE, TARGET) for x in side])[:-1]
+    logits = np.concatenate([np.cumsum(x) / np.arange(1, len(x) + 1) for x in np.split(logits, ends)])
+    areas = [roc_auc_score(y[fold == k], logits[fold == k]) for k in range(5)]
+    assert of_means.auroc == pytest.approx(np.mean(areas), abs=1e-9)
 
 
 def test_neurons_that_do_not_vary_are_not_read():
