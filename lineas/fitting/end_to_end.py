@@ -21,6 +21,7 @@ from ..inputs.prompts import Prompts, Sampler
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
+from .initial import start
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
 from .parameters import MapParameters, ProximalOptimizer
@@ -188,7 +189,9 @@ def _fit(
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
         maps = MapParameters(objective.widths, objective.dtype, objective.device)
-        if settings.init is not None:
+        if isinstance(settings.init, str):
+            facts |= start(model, tasks, objective, held_out, maps, settings)
+        elif settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
         steps: Steps
         if isinstance(settings.lr, str):
@@ -197,6 +200,7 @@ def _fit(
             stepper = ProximalOptimizer(maps, settings.penalties, settings.optimizer, settings.betas)
             steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps)
         history, checkpoint = History(maps), None
+        history.held_out_passes = len(held_out) * sum(map(len, facts.get("init_losses", {}).values()))
         penalty = penalty_of(maps, settings.penalties, maps.sizes)
         if settings.checkpoint is not None:
             identity = {
