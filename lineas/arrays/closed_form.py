@@ -71,9 +71,9 @@ def fit(
         w >= 0: one point of `lineas.sparse_path`.
     shrinkage : None, "auto" or float, default None
         How much of the map is held back, since with few rows means and spreads differ by chance as well. A number from
-        0 (nothing) to 1 (the identity): the map at strength 1 - `shrinkage`. "auto": for each module two factors, of
-        the change of the mean and of the slopes less 1, found in closed form from the variances of the samples (James
-        and Stein 1961; Notes). Not together with penalties.
+        0 (nothing) to 1 (the identity): the map at strength 1 - `shrinkage`. "auto": two factors, of the change
+        of the means and of the slopes less 1, in closed form from the variances of the samples (James and Stein 1961;
+        see Notes). Not together with penalties.
     source_weights, target_weights : array_like or Mapping, optional
         Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
         positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance. A row of
@@ -93,13 +93,14 @@ def fit(
     2^-52 for float64, 2^-10 for float16 and 2^-7 for bfloat16. A source that is converted, since its target is float64
     and it is not, counts as float64.
 
-    With ``shrinkage="auto"`` a map takes z to ``mean(u) + c (mean(v) - mean(u)) + (1 + k (w - 1)) (z - mean(u))``, with
-    ``c = max(0, 1 - sum(var(u) / n + var(v) / m) / sum((mean(v) - mean(u))^2))``, sums over the neurons of the module:
-    the factor that makes the expected distance to the target's distribution least, estimated without bias of its
-    denominator however the neurons are correlated. k is the same for the slopes, ``1 - sum(var(u) s) / sum(var(u) (w -
-    1)^2)``, with their sampling variance ``s = w^2 / 4 ((K(u) - 1) / (n - 1) + (K(v) - 1) / (m - 1))`` (delta method,
-    for distributions of one shape) and the mean kurtosis K of a module's neurons. With weights n and m are Kish's
-    effective numbers of rows. As n and m grow both factors go to 1.
+    With ``shrinkage="auto"`` a map takes z to ``mean(u) + c (mean(v) - mean(u)) + (1 + k (w - 1)) (z - mean(u))``. For
+    one module ``c = max(0, 1 - sum(var(u) / n + var(v) / m) / sum((mean(v) - mean(u))^2))``, sums over its neurons: the
+    factor with the lowest expected squared distance from the target's means, numerator and denominator estimated
+    without bias however neurons are correlated. ``k = max(0, 1 - sum(var(u) s) / sum(var(u) (w - 1)^2))`` is the same
+    for the slopes, of which ``s = w^2 / 4 ((K(u) - 1) / (n - 1) + (K(v) - 1) / (m - 1))`` is the sampling variance
+    (delta method, for distributions of one shape) and K the mean kurtosis of the neurons. Of several modules the
+    medians of c and k are taken. With weights n and m are Kish's effective numbers of rows. As n and m grow, c and k
+    go to 1. docs/sample-sizes.md has what it gains.
 
     Samples may have any scale; l1 and group are for samples whose squares are in the
     range of float64.
@@ -138,7 +139,7 @@ def fit(
 
     found = by_working_type(pairs, kernel)
     if shrinkage is not None:
-        found = {module: shrunk(pairs[module], *map_, shrinkage) for module, map_ in found.items()}
+        found = shrunk(pairs, found, shrinkage)
         metadata |= {"shrinkage": shrinkage}
     return as_maps(pairs, found, metadata)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from .._checks import as_share, widen
 from .samples import Pair
 
 AUTO = "auto"
+Map: TypeAlias = tuple[NDArray, NDArray]
+"""Slopes and shifts [d]."""
 
 
 def as_shrinkage(value: Any) -> float | str | None:
@@ -24,25 +27,27 @@ def as_shrinkage(value: Any) -> float | str | None:
     return as_share(value, "shrinkage")
 
 
-def shrunk(pair: Pair, weight: NDArray, bias: NDArray, shrinkage: float | str) -> tuple[NDArray, NDArray]:
-    """The map of one module, moved towards the identity.
+def shrunk(pairs: Mapping[Any, Pair], maps: Mapping[Any, Map], shrinkage: float | str) -> dict[Any, Map]:
+    """The maps of all modules, moved towards the identity.
 
     A map takes z to ``mean(u) + shift + w (z - mean(u))`` with ``shift = mean(v) - mean(u)``. The shift is multiplied
-    by one factor, w - 1 by another: both ``1 - shrinkage`` if that is a number, else those of `factors`.
+    by one factor, w - 1 by another: both ``1 - shrinkage`` if that is a number, else the medians over the modules of
+    their `factors`. Neurons of a module are correlated, so that what one module tells is itself left to chance; the
+    median of several holds against single ones that a few prompts dominate.
 
     Parameters
     ----------
-    pair : Pair
-        The samples of the module.
-    weight, bias : ndarray
-        [d], the map that `lineas.fit` found for them, in their working type.
+    pairs : mapping to Pair
+        The samples by module.
+    maps : mapping to (ndarray, ndarray)
+        Slopes and shifts [d] that `lineas.fit` found for them, in their working type.
     shrinkage : float or "auto"
         As in `lineas.fit`.
 
     Returns
     -------
-    weight, bias : ndarray
-        [d], in the same type.
+    dict
+        As `maps`.
 
     Raises
     ------
@@ -50,28 +55,42 @@ def shrunk(pair: Pair, weight: NDArray, bias: NDArray, shrinkage: float | str) -
         With "auto" if a side has fewer than 2 rows whose weight is not 0: chance cannot be told from one.
     """
     if shrinkage == 0:
-        return weight, bias
-    masses = [None if mass is None else mass[mass > 0] for mass in (pair.u_mass, pair.v_mass)]
-    # A row of weight 0 is not there, whatever it holds.
-    sides = [
-        widen(x if mass is None else x[mass > 0]).astype(np.float64)
-        for x, mass in ((pair.u, pair.u_mass), (pair.v, pair.v_mass))
-    ]
-    # In units of the largest value, by a power of 2 that changes no bit, squares of samples of any scale are numbers.
-    unit = 2.0 ** (np.frexp(max(np.abs(x).max() for x in sides))[1] - 1)
-    u, v = (Sample(x / unit, mass) for x, mass in zip(sides, masses, strict=True))
+        return dict(maps)
+    sides = {module: _Sides(pair) for module, pair in pairs.items()}
     if isinstance(shrinkage, str):
-        for sample, name in ((u, pair.u_name), (v, pair.v_name)):
-            if len(sample.share) < 2:
-                raise ValueError(f"{name} must have at least 2 rows with a weight for shrinkage='auto', got 1")
-        of_shift, of_slope = factors(u, v, weight)
+        for side in sides.values():
+            for sample, name in zip((side.u, side.v), side.names, strict=True):
+                if len(sample.share) < 2:
+                    raise ValueError(f"{name} must have at least 2 rows with a weight for shrinkage='auto', got 1")
+        found = [factors(side.u, side.v, maps[module][0]) for module, side in sides.items()]
+        of_shift, of_slope = np.median(found, axis=0)
     else:
         of_shift = of_slope = 1 - shrinkage
-    found = (1 + of_slope * (weight.astype(np.float64) - 1)).astype(weight.dtype)
-    # The shift goes with the slope as it is stored.
-    shift = u.mean * (1 - found.astype(np.float64)) + of_shift * (v.mean - u.mean)
-    with np.errstate(over="ignore"):  # the map says what overflows
-        return found, (shift * unit).astype(bias.dtype)
+    return {module: side.hold_back(*maps[module], of_shift, of_slope) for module, side in sides.items()}
+
+
+class _Sides:
+    """What shrinkage asks of the two samples of a module."""
+
+    def __init__(self, pair: Pair) -> None:
+        # A row of weight 0 is not there, whatever it holds.
+        masses = [None if mass is None else mass[mass > 0] for mass in (pair.u_mass, pair.v_mass)]
+        rows = [
+            widen(x if mass is None else x[mass > 0]).astype(np.float64)
+            for x, mass in ((pair.u, pair.u_mass), (pair.v, pair.v_mass))
+        ]
+        # By a power of 2, which changes no bit: squares of samples of any scale are numbers then.
+        self.unit = 2.0 ** (np.frexp(max(np.abs(x).max() for x in rows))[1] - 1)
+        self.u, self.v = (Sample(x / self.unit, mass) for x, mass in zip(rows, masses, strict=True))
+        self.names = pair.u_name, pair.v_name
+
+    def hold_back(self, weight: NDArray, bias: NDArray, of_shift: float, of_slope: float) -> Map:
+        """A map of which `of_shift` and `of_slope` are kept."""
+        found = (1 + of_slope * (weight.astype(np.float64) - 1)).astype(weight.dtype)
+        # The shift goes with the slope as it is stored.
+        shift = self.u.mean * (1 - found.astype(np.float64)) + of_shift * (self.v.mean - self.u.mean)
+        with np.errstate(over="ignore"):  # the map says what overflows
+            return found, (shift * self.unit).astype(bias.dtype)
 
 
 class Sample:

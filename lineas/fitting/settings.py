@@ -29,7 +29,8 @@ class IncrementalSettings(RunSettings):
     method : {"linear", "gaussian", "mean"}, default "linear"
         As in `lineas.fit`.
     shrinkage : None, "auto" or float, default None
-        As in `lineas.fit`, at each module with the shrunk maps of the earlier ones on.
+        As in `lineas.fit`; "auto" of each module by itself, by what difference the shrunk maps of the earlier ones
+        have left.
     """
 
     method: str = "linear"

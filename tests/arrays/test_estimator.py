@@ -122,7 +122,7 @@ def test_shrinkage_is_that_of_fit():
         transport = AffineTransport(source="calm", shrinkage=shrinkage).fit(X, y)
         assert transport.map_ == lineas.fit(X[calm], X[~calm], shrinkage=shrinkage)
         assert transport.map_ != AffineTransport(source="calm").fit(X, y).map_
-    with pytest.raises(ValueError, match="^shrinkage must be from 0 to 1, got 2"):
+    with pytest.raises(ValueError, match=r"^shrinkage must be from 0 to 1, got 2$"):
         AffineTransport(shrinkage=2.0).fit(X, y)
 
 
