@@ -132,7 +132,7 @@ def _collect(model: nn.Module, prompts: Prompts, names: Sequence[str], settings:
     means = settings.context == "mean"
     batches = prompts.parts(settings.batch_size)
     for batch in tqdm(batches, "collect", disable=not settings.progress or len(batches) == 1):
-        selected, seen = BatchTokens(model, batch, settings), set()
+        selected, seen = BatchTokens(model, batch, settings), set[str]()
 
         def on_output(name: str, module: nn.Module, tensor: Tensor, selected: Any = selected, seen: Any = seen) -> None:
             if name in seen:  # a module called twice counts with its first call

@@ -133,8 +133,8 @@ def draw_tokens(tokens: list[str], values: NDArray, columns: int, ax: Axes | Non
         )
     for k in range(11):
         ax.add_patch(patches.Rectangle((8 + k, lines + 0.45), 1, 0.5, facecolor=colours(k / 10), linewidth=0))
-    for x, word, side in ((7.5, "closed", "right"), (19.5, "open", "left")):
-        ax.text(x, lines + 0.7, word, color=QUIET, fontsize=9, ha=side, va="center")
+    for place, word, side in ((7.5, "closed", "right"), (19.5, "open", "left")):
+        ax.text(place, lines + 0.7, word, color=QUIET, fontsize=9, ha=side, va="center")
     return ax
 
 
