@@ -141,7 +141,9 @@ def fit_gate(
     source, target : array_like, list of array_like, or Mapping of either
         Activations of tokens, float16, bfloat16, float32, float64 or integers: [n, d], or a list of arrays [T, d], one
         a text. With a list whole texts are held out in the cross-validation; the rows of one array count as texts of
-        one token each. Context "mean" needs lists. Mappings from module name to these give a gate for each.
+        one token each. Where both sides have as many texts, the texts k of both are held out together: they may be a
+        pair, and differ in little but their side. Context "mean" needs lists. Mappings from module name to these give a
+        gate for each.
     kind : {"scalar", "neuron"}, default "scalar"
         "scalar": one number for each token; "neuron": one for each token and neuron.
     context : {"token", "mean"}, default "token"
@@ -270,7 +272,12 @@ def fit_rows(source: Rows, target: Rows, settings: GateSettings, module: str | N
     )
     rng = np.random.default_rng(settings.seed)
     count = min(settings.folds, len(ours.sizes), len(theirs.sizes))
-    folds = tuple(np.repeat(group_folds(side.sizes, count, rng), side.sizes) for side in (ours, theirs))
+    if len(ours.sizes) == len(theirs.sizes):  # they may be pairs, of which one would tell the other's side
+        both = group_folds([n + m for n, m in zip(ours.sizes, theirs.sizes, strict=True)], count, rng)
+        texts = both, both
+    else:
+        texts = group_folds(ours.sizes, count, rng), group_folds(theirs.sizes, count, rng)
+    folds = tuple(np.repeat(fold, side.sizes) for fold, side in zip(texts, (ours, theirs), strict=True))
     if settings.kind == "neuron":
         return _neurons(ours.x, theirs.x, folds, count, settings, dtype, at)
     return _scalar(ours, theirs, folds, count, settings, dtype)

@@ -165,6 +165,15 @@ def test_whole_texts_are_held_out():
     assert lineas.fit_gate(np.concatenate(source), np.concatenate(target), ridge=0.01).auroc == 1.0
 
 
+def test_pairs_are_held_out_together():
+    rng = np.random.default_rng(0)
+    subjects = rng.normal(0, 3, (20, 1, 60))
+    side = rng.normal(0, 0.3, 60)
+    source, target = ([one + sign * side + rng.normal(0, 1, (8, 60)) for one in subjects] for sign in (1, -1))
+    found, others = lineas.fit_gate(source, target).auroc, lineas.fit_gate(source, [*target, target[0][:1]]).auroc
+    assert found > others + 0.05
+
+
 def test_where_there_is_nothing_to_tell_the_gate_is_half_open_or_nearly():
     found = lineas.fit_gate(texts(10, 0, 2), texts(10, 0, 3))
     g = found.values(np.concatenate(SOURCE))
