@@ -7,6 +7,7 @@ import torch
 from attached import hooks_on, outputs_of
 
 import lineas
+from lineas.arrays.gate import GateSettings, Rows, fit_rows
 
 TOKENIZER = zoo.tokenizer()
 SOURCE, TARGET = ([text + end for text in zoo.texts(6, seed=seed)] for seed, end in ((1, " bad"), (2, " good")))
@@ -46,10 +47,12 @@ def test_selected_tokens_are_samples_and_means_are_over_all():
     found = fit(tokens=slice(2, None), context="mean", ridge=0.1)[name]
     sides = []
     for texts in (SOURCE, TARGET):
-        means = [np.cumsum(x, axis=0) / np.arange(1, len(x) + 1)[:, None] for x in tokens_of(texts, name)]
-        sides.append([x[2:] for x in means if len(x) > 2])
-    expected = lineas.fit_gate(*sides, ridge=0.1)
+        tokens = [x for x in tokens_of(texts, name) if len(x) > 2]
+        means = [np.cumsum(x, axis=0) / np.arange(1, len(x) + 1)[:, None] for x in tokens]
+        sides.append(Rows.of([x[2:] for x in tokens], [x[2:] for x in means]))
+    expected = fit_rows(*sides, GateSettings(context="mean", ridge=0.1))
     np.testing.assert_allclose(found.weight, expected.weight, rtol=1e-2, atol=1e-4)
+    assert found.auroc == pytest.approx(expected.auroc, abs=0.01)
     assert found.context == "mean"
 
 
