@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .fitting.end_to_end import fit_end_to_end, fit_jointly
     from .fitting.incremental import fit_incremental
     from .fitting.result import EndToEndPath, FitResult
+    from .fitting.sequence import fit_sequence
+    from .fitting.sequence_result import SequenceHandle, SequenceResult
     from .fitting.sparse_path import sparse_path_end_to_end
     from .hooks.attach import Handle, attached, detach
     from .hooks.collect import collect
@@ -51,6 +53,8 @@ _LAZY = {
     "Evaluation": ("evaluation.result", "Evaluation", "torch"),
     "FitResult": ("fitting.result", "FitResult", "torch"),
     "Handle": ("hooks.attach", "Handle", "torch"),
+    "SequenceHandle": ("fitting.sequence_result", "SequenceHandle", "torch"),
+    "SequenceResult": ("fitting.sequence_result", "SequenceResult", "torch"),
     "Sites": ("hooks.sites", "Sites", "torch"),
     "Tokens": ("hooks.tokens", "Tokens", "torch"),
     "attached": ("hooks.attach", "attached", "torch"),
@@ -61,6 +65,7 @@ _LAZY = {
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
     "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
+    "fit_sequence": ("fitting.sequence", "fit_sequence", "torch"),
     "judges": ("evaluation.judges", None, "numpy"),
     "plot": ("notebook.plot", None, "matplotlib"),
     "sites": ("hooks.sites", "sites", "torch"),
@@ -79,6 +84,8 @@ __all__ = [
     "GaussianMap",
     "Handle",
     "Moments",
+    "SequenceHandle",
+    "SequenceResult",
     "Sites",
     "SparsePath",
     "SteeringMaps",
@@ -95,6 +102,7 @@ __all__ = [
     "fit_end_to_end",
     "fit_incremental",
     "fit_jointly",
+    "fit_sequence",
     "get_num_threads",
     "judges",
     "load",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +25,7 @@ from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
+from .on_top import as_on_top_of, check_start, digest_of_maps, free_neurons, masked
 from .parameters import MapParameters, ProximalOptimizer
 from .result import FitResult
 from .settings import FitSettings, JointSettings, ObjectiveSettings
@@ -77,7 +80,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     """
     check_runs(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
-    return _fit(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
+    result = fit_maps(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
+    return _with_those_below(result, model, settings)
 
 
 @takes(JointSettings)
@@ -113,27 +117,34 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
         message names the task.
     """
     check_runs(model)
-    pairs = _pairs("tasks", tasks)
+    pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")
-    held_out: Mapping[str, Pair | None] = dict.fromkeys(pairs)
-    if settings.held_out is not None:
-        held_out = _pairs("held_out", settings.held_out)
-        for name in [*pairs, *held_out]:
-            if name not in held_out or name not in pairs:
-                side = "lacks" if name in pairs else "has"
-                raise ValueError(f"held_out must have the tasks of tasks, {list(pairs)}: it {side} {name!r}")
-    return _fit(model, [(name, pair, held_out[name]) for name, pair in pairs.items()], settings, "fit_jointly")
+    held_out = pairs_of_tasks("held_out", settings.held_out, pairs)
+    given = [(name, pair, held_out[name]) for name, pair in pairs.items()]
+    return _with_those_below(fit_maps(model, given, settings, "fit_jointly"), model, settings)
 
 
-def _pairs(argument: str, tasks: Any) -> dict[str, Pair]:
-    """Pairs (source, target) by name."""
+def pairs_by_name(argument: str, tasks: Any) -> dict[str, Pair]:
+    """Pairs (source, target) by name; TypeError or ValueError, which names the entry, where they are none."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"{argument} must map names to pairs (source, target), got {type(tasks).__name__}")
     for name in tasks:
         if not isinstance(name, str):
             raise TypeError(f"{argument} must have names as keys, got {name!r}")
     return {name: as_pair(pair, f"{argument}[{name!r}]") for name, pair in tasks.items()}
+
+
+def pairs_of_tasks(argument: str, given: Any, tasks: Mapping[str, Pair]) -> Mapping[str, Pair | None]:
+    """Pairs for each of the tasks, or None for each; ValueError where there are others or not all."""
+    if given is None:
+        return dict.fromkeys(tasks)
+    pairs = pairs_by_name(argument, given)
+    for name in [*tasks, *pairs]:
+        if name not in pairs or name not in tasks:
+            side = "lacks" if name in tasks else "has"
+            raise ValueError(f"{argument} must have the tasks of tasks, {list(tasks)}: it {side} {name!r}")
+    return pairs
 
 
 # --- what fits start from ---------------------------------------------------------------------------------------------
@@ -179,17 +190,25 @@ def prepare(
     return objective, fitted, held_out, facts
 
 
-def _fit(
-    model: nn.Module, given: list[tuple[str | None, Pair, Pair | None]], settings: FitSettings, caller: str
+def fit_maps(
+    model: nn.Module, given: Sequence[tuple[str | None, Pair, Pair | None]], settings: FitSettings, caller: str
 ) -> FitResult:
-    """Fit the maps of all modules for all tasks: name, source and target, held-out source and target or None."""
+    """Fit the maps of all modules for all tasks: name, source and target, held-out source and target or None.
+
+    The maps that are returned are those that were fitted, without those that they were fitted on top of.
+    """
     tasks = [read_sets(*task, settings) for task in given]
     names = [name for name, *_ in given]
-    with frozen(model):
+    below = _those_below(model, settings)
+    with nullcontext() if below is None else below.attach(model, tokens=settings.tokens), frozen(model):
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
         maps = MapParameters(objective.widths, objective.dtype, objective.device)
         if settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
+        if below is not None and settings.disjoint:
+            free = free_neurons(maps, below)
+            check_start(maps, free)
+            objective = masked(objective, free)
         steps: Steps
         if isinstance(settings.lr, str):
             steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps)
@@ -211,6 +230,7 @@ def _fit(
                 "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
+                "digest of on_top_of": None if below is None else digest_of_maps(below, settings.disjoint),
             }
             # The targets are the second of the sets, and the held-out ones the fourth.
             fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
@@ -229,6 +249,8 @@ def _fit(
 
     arrays = history.arrays(len(given), len(objective.loss_names), settings.scaling)
     held_out_task_loss = None
+    if settings.disjoint:
+        facts["disjoint"] = True
     if len(given) > 1:
         facts["tasks"] = names
         if history.best_terms is not None:
@@ -249,6 +271,17 @@ def _fit(
         best_strength=history.best_strength,
         loss=loss,
     )
+
+
+def _those_below(model: nn.Module, settings: FitSettings) -> SteeringMaps | None:
+    """The maps that are on during the fit, if any, under the names that the fit gives to the modules."""
+    return None if settings.on_top_of is None else as_on_top_of(settings.on_top_of, model, settings.tokens)
+
+
+def _with_those_below(result: FitResult, model: nn.Module, settings: FitSettings) -> FitResult:
+    """The result with maps that do both, where they were fitted on top of others."""
+    below = _those_below(model, settings)
+    return result if below is None else replace(result, maps=result.maps @ below)
 
 
 def _warn_of_divergence(records: list[dict[str, Any]], penalty: float, caller: str) -> None:

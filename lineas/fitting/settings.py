@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from .._checks import as_choice, as_falling, as_finite, as_int, as_not_negative, as_positive, as_share
+from .._checks import as_choice, as_falling, as_finite, as_flag, as_int, as_not_negative, as_positive, as_share
 from ..arrays.closed_form import METHODS
 from ..hooks.settings import RunSettings, optional
 from ..maps.metadata import Layers
+from ..maps.steering import SteeringMaps
 
 SCALINGS = ("layer-mean", "paper", "reference")
 OPTIMIZERS = ("sgd", "adam")
@@ -72,6 +73,14 @@ class FitSettings(ObjectiveSettings):
     ----------
     init : SteeringMaps, optional
         Where to start. Default: the identity.
+    on_top_of : SteeringMaps, optional
+        Maps that are on the model during the whole fit, at strength 1, for source, target and held-out prompts alike.
+        The maps that are returned do both, ``new @ on_top_of``: a second concept is fitted to a model that has the
+        first. See `lineas.fit_sequence`.
+    disjoint : bool, default False
+        With `on_top_of`: leave the neurons alone that those maps change, slopes and shifts. What is fitted is the
+        identity there, so that no neuron serves both. Sparse maps leave neurons free: fit `on_top_of` with `l1` or
+        `group`.
     strengths : list of float, default (1.0,)
         Strengths at which the maps are tried on the held-out sets at every step; the best of them is kept, and the maps
         are returned so that strength 1 is that one. The steps go on from strength 1. Fits to few prompts go too far, as
@@ -115,6 +124,8 @@ class FitSettings(ObjectiveSettings):
     """
 
     init: Mapping[str, Any] | None = None
+    on_top_of: SteeringMaps | None = None
+    disjoint: bool = False
     strengths: Sequence[float] = (1.0,)
     mini_batch: int | None = None
     l1: float = 0.0
@@ -132,6 +143,7 @@ class FitSettings(ObjectiveSettings):
         super().__post_init__()
         if self.init is not None and not isinstance(self.init, Mapping):
             raise TypeError(f"init must be a SteeringMaps, got {type(self.init).__name__}")
+        self._check_on_top_of()
         l1, group = as_not_negative(self.l1, "l1"), as_not_negative(self.group, "group")
         self._set(
             strengths=_strengths(self.strengths, self.held_out),
@@ -150,6 +162,12 @@ class FitSettings(ObjectiveSettings):
             raise ValueError(f"lr must be a number for optimizer {self.optimizer!r}: 'auto' is for 'sgd'")
         if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
             raise TypeError(f"checkpoint must be a path, got {type(self.checkpoint).__name__}")
+
+    def _check_on_top_of(self) -> None:
+        if self.on_top_of is not None and not isinstance(self.on_top_of, SteeringMaps):
+            raise TypeError(f"on_top_of must be a SteeringMaps, got {type(self.on_top_of).__name__}")
+        if as_flag(self.disjoint, "disjoint") and self.on_top_of is None:
+            raise ValueError("disjoint must be False without on_top_of: there are no maps to leave the neurons of")
 
     @property
     def penalties(self) -> tuple[float, float, float, float]:
@@ -171,6 +189,33 @@ class JointSettings(FitSettings):
     held_out : dict of str to (source, target), optional
         Two more sets for each task, by whose mean loss the best maps are chosen.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSettings(FitSettings):
+    """Settings of `lineas.fit_sequence`.
+
+    Parameters
+    ----------
+    held_out : dict of str to (source, target), optional
+        Two more sets for each concept, by whose loss its maps are chosen.
+    init : dict of str to SteeringMaps, optional
+        Where to start, for any of the concepts. Default: the identity.
+    on_top_of : SteeringMaps, optional
+        Maps that are on the model during all fits. They are part of the maps that are returned, before all others.
+    disjoint : bool, default False
+        Leave the neurons alone that earlier concepts change, slopes and shifts, and those of `on_top_of`: no neuron
+        serves two concepts. It takes `l1` or `group`, since maps that are not sparse leave no neuron.
+    checkpoint : path, optional
+        Folder to keep the fits in, a file for each concept, made if it is not there. Where there are files, the fits go
+        on from them, as that of `fit_end_to_end` does from its own.
+    """
+
+    def _check_on_top_of(self) -> None:
+        if as_flag(self.disjoint, "disjoint") and not self.l1 and not self.group:
+            raise ValueError("disjoint must be False unless l1 or group is above 0: other maps leave no neuron")
+        if self.on_top_of is not None and not isinstance(self.on_top_of, SteeringMaps):
+            raise TypeError(f"on_top_of must be a SteeringMaps, got {type(self.on_top_of).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
