@@ -81,7 +81,7 @@ def test_the_identity_below_changes_nothing(fit_one, first):
 
 
 def test_maps_below_may_sit_on_other_modules_and_have_the_names_of_a_wrapper(llama, fit_one, first):
-    name = list(first)[0]
+    name = next(iter(first))
     below = first.select(name).rename(prefix="_orig_mod.")
     found = fit_one(*TASKS["b"], on_top_of=below, layers=list(first)[1:])
     assert list(found.maps) == list(first)
@@ -136,10 +136,14 @@ def test_automatic_rates_are_those_of_the_free_neurons(fit_one):
 
 def test_disjoint_needs_free_neurons(llama, fit_one, first):
     before = snapshot(llama)
-    with pytest.raises(ValueError, match=r"^disjoint leaves no neuron to fit: on_top_of maps all \d+ of them; fit that"):
+    with pytest.raises(
+        ValueError, match=r"^disjoint leaves no neuron to fit: on_top_of maps all \d+ of them; fit that"
+    ):
         fit_one(*TASKS["b"], on_top_of=first, disjoint=True)
     below = fit_one(*TASKS["a"], **SPARSE).maps
-    with pytest.raises(ValueError, match=r"^init must leave the neurons of on_top_of alone .*: it maps \d+ of them, suc"):
+    with pytest.raises(
+        ValueError, match=r"^init must leave the neurons of on_top_of alone .*: it maps \d+ of them"
+    ):
         fit_one(*TASKS["b"], on_top_of=below, disjoint=True, init=first)
     assert snapshot(llama) == before
 
@@ -262,7 +266,7 @@ def test_wrong_strengths(llama, fit):
             handle["d"]
     with pytest.raises(ValueError, match="has no module"):
         found.attach(zoo.mlp())
-    with pytest.raises(ValueError, match="^results must hold at least one concept"):
+    with pytest.raises(ValueError, match=r"^results must hold at least one concept"):
         SequenceResult({})
 
 
@@ -320,11 +324,10 @@ def test_ctrl_c_in_a_later_fit_keeps_what_there_is(llama, fit):
     assert snapshot(llama) == before
 
 
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("settings", [{}, {"lr": "auto"}, {"mini_batch": 3}], ids=["sgd", "auto", "mini"])
 def test_a_sequence_that_was_cut_off_goes_on_to_the_same_bits(llama, fit, tmp_path, settings):
     folder = tmp_path / "new" / "folder"
-    settings = {"held_out": HELD_OUT, "disjoint": True, **SPARSE, **settings} | {"optimizer": "sgd"}
-    settings = {**settings, "l1": 0.05}
+    settings = {"held_out": HELD_OUT, "disjoint": True, **SPARSE, **settings}
     whole = fit(forward=Trouble(-1, None), **settings)
     calls = calls_of(llama, TASKS, **settings)
     with pytest.warns(RuntimeWarning, match="was interrupted: 'b' not fitted"):
@@ -400,7 +403,7 @@ def test_an_error_in_a_later_fit_says_where(llama, fit):
     with pytest.raises(ValueError, match=r"tasks\['b'\] target must give at least 2 samples") as caught:
         fit({**TASKS, "b": (prompts(3, 1), prompts(1, 1))})
     assert caught.value.__notes__ == ["fit_sequence: in the fit of 'b', after those of ['a']"]
-    with pytest.raises(ValueError, match="^disjoint leaves no neuron to fit"):
+    with pytest.raises(ValueError, match=r"^disjoint leaves no neuron to fit"):
         fit(disjoint=True, l1=1e-9)
     assert snapshot(llama) == before
 
@@ -422,7 +425,7 @@ def test_maps_below_that_do_not_fit(llama, fit_one, first):
     before = snapshot(llama)
     with pytest.raises(ValueError, match=r"^on_top_of must be maps for the tokens of this fit, 'last': they were fitt"):
         fit_one(*TASKS["b"], on_top_of=first, tokens="last")
-    with pytest.raises(ValueError, match="has no module 'model.layers.7.norm'"):
+    with pytest.raises(ValueError, match=r"has no module 'model.layers.7.norm'"):
         fit_one(*TASKS["b"], on_top_of=SteeringMaps({"model.layers.7.norm": next(iter(first.values()))}))
     with pytest.raises(ValueError, match="the map is for 3 neurons, the module has"):
         narrow = AffineMap(np.ones(3), np.ones(3))
