@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..inputs.call import call, unwrap
+from ..inputs.call import call, unwrap, vocabulary_size
 from ..inputs.tokenize import TokenRows
 from .points import Point
 from .texts import Texts
@@ -36,7 +36,7 @@ class Neutral:
                 "neutral: the price is of models that predict the next token of one text, this one has an "
                 "encoder and a decoder"
             )
-        self.model, self.vocabulary = model, _vocabulary(model)
+        self.model, self.vocabulary = model, vocabulary_size(model)
         self.texts = Texts(data, "neutral", tokenizer=tokenizer, max_length=max_length)
         self._sizes = [len(ids) for ids in self.texts.ids]
         short = next((k for k, size in enumerate(self._sizes) if size < 2), None)
@@ -169,10 +169,3 @@ def _last(sizes: Sequence[int], counted: Sequence[int]) -> Tensor:
     """Where, among the tokens of texts of these sizes one after the other, the last `counted` of each are."""
     ends = np.cumsum(sizes)
     return torch.from_numpy(np.concatenate([np.arange(end - k, end) for end, k in zip(ends, counted, strict=True)]))
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config: Any = getattr(unwrap(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None)
-    return size if isinstance(size, int) and size > 0 else 1 << 16

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "lineas checkpoint"
 # What a checkpoint keeps of a history, beside the maps.
-_PROGRESS = ("records", "best_step", "best_strength", "best_loss", "held_out_passes")
+_PROGRESS = ("records", "best_step", "best_strength", "best_loss", "best_keep", "best_score", "held_out_passes")
 
 
 class Checkpoint:
@@ -50,7 +50,10 @@ class Checkpoint:
     def save(self, history: History, steps: Steps) -> None:
         """Write the fit as it stands; OSError if that fails."""
         tensors, state = steps.state()
-        tensors |= {"weight": history.maps.weight, "bias": history.maps.bias}
+        maps = history.maps
+        tensors |= {"weight": maps.weight, "bias": maps.bias}
+        if maps.standards is not None:
+            tensors |= maps.standards._asdict()
         for argument, moments in self.targets.items():
             tensors |= {f"moments {argument} {k}": module for k, module in enumerate(moments)}
         random = RandomState(steps.objective.model)
@@ -80,6 +83,9 @@ class Checkpoint:
         maps, device = history.maps, history.maps.weight.device
         maps.weight.copy_(tensors["weight"])
         maps.bias.copy_(tensors["bias"])
+        if maps.standards is not None:  # to the bit, which those of now may not be
+            for name, values in maps.standards._asdict().items():
+                values.copy_(tensors[name])
         for name in _PROGRESS:
             setattr(history, name, state[name])
         if "best weight" in tensors:

@@ -19,14 +19,15 @@ from ..hooks.settings import RunSettings, optional, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
-from ..inputs.prompts import Prompts, Sampler
+from ..inputs.prompts import Prompts, Sampler, join
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
-from .on_top import as_on_top_of, check_start, digest_of_maps, free_neurons, masked
-from .parameters import MapParameters, ProximalOptimizer
+from .on_top import as_on_top_of, digest_of_maps, leave_alone
+from .parameters import ProximalOptimizer, parameters_of
+from .preservation import KeepWeight, Preservation
 from .result import FitResult
 from .settings import FitSettings, JointSettings, ObjectiveSettings
 from .step_sizes import AutomaticSteps, ScheduledSteps, Steps, penalty_of
@@ -36,6 +37,8 @@ DIVERGED = 10
 
 Pair: TypeAlias = tuple[Any, Any]
 """Source and target, as users give them."""
+NamedPairs: TypeAlias = tuple[str | None, Pair, Pair | None]
+"""A task: its name, or None for an only one; source and target; held-out source and target, or None."""
 Sets: TypeAlias = list[Prompts]
 """Source and target of a task and, where there are any, its held-out source and target."""
 
@@ -179,43 +182,55 @@ def prepare(
     torch.manual_seed(settings.seed)
     objective = Objective(model, map_names, loss_names, settings)
 
-    def task(source: Prompts, target: Prompts, sampler: Sampler | None = None) -> Task:
-        targets = objective.target(target.parts(size or mini_batch), target.argument)
+    def task(source: Prompts, target: Prompts, sampler: Sampler | None = None, *, fitted: bool = False) -> Task:
+        targets = objective.target(target.parts(size or mini_batch), target.argument, fitted=fitted)
         batches = source.parts(size or mini_batch) if sampler is None else sampler.draw(0)
         return Task(source.argument, batches, targets, sampler)
 
-    fitted = [task(sets[0], sets[1], sampler) for sets, sampler in zip(tasks, samplers, strict=True)]
+    fitted = [task(sets[0], sets[1], sampler, fitted=True) for sets, sampler in zip(tasks, samplers, strict=True)]
     held_out = [task(sets[2], sets[3]) for sets in tasks if len(sets) > 2]
     facts = {"model": model_name(model), "layers": layers, "loss_layers": loss_layers, **settings.selection}
     return objective, fitted, held_out, facts
 
 
 def fit_maps(
-    model: nn.Module, given: Sequence[tuple[str | None, Pair, Pair | None]], settings: FitSettings, caller: str
+    model: nn.Module,
+    given: Sequence[NamedPairs],
+    settings: FitSettings,
+    caller: str,
+    preserved: Sequence[NamedPairs] = (),
 ) -> FitResult:
-    """Fit the maps of all modules for all tasks: name, source and target, held-out source and target or None.
+    """Fit the maps of all modules for all tasks.
 
-    The maps that are returned are those that were fitted, without those that they were fitted on top of.
+    The maps that are returned are those that were fitted, without those that they were fitted on top of. The targets of
+    `preserved` tasks are added to what is to stay as it is.
     """
-    tasks = [read_sets(*task, settings) for task in given]
+    tasks, others = ([read_sets(*task, settings) for task in some] for some in (given, preserved))
+    preserves = settings.keep_weight != 0
+    keep = None
+    if settings.keep is not None:
+        keep = join([read_prompts(settings.keep, "keep", settings), *(sets[1] for sets in others)])
     names = [name for name, *_ in given]
     below = _those_below(model, settings)
     with nullcontext() if below is None else below.attach(model, tokens=settings.tokens), frozen(model):
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
-        maps = MapParameters(objective.widths, objective.dtype, objective.device)
+        maps = parameters_of(objective, settings)
+        if below is not None and settings.disjoint:
+            leave_alone(maps, below)
         if settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
-        if below is not None and settings.disjoint:
-            free = free_neurons(maps, below)
-            check_start(maps, free)
-            objective = masked(objective, free)
+        kept, held_out_kept = (
+            _preservations(objective, [*tasks, *others], keep, settings) if preserves else (None, None)
+        )
+        weight = settings.keep_weight
+        keep_weight = KeepWeight(0.0 if weight is None or isinstance(weight, str) else weight, settings.max_kl)
         steps: Steps
         if isinstance(settings.lr, str):
-            steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps)
+            steps = AutomaticSteps(objective, fitted, maps, settings.penalties, settings.steps, kept, keep_weight)
         else:
             stepper = ProximalOptimizer(maps, settings.penalties, settings.optimizer, settings.betas)
-            steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps)
-        history, checkpoint = History(maps), None
+            steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps, kept, keep_weight)
+        history, checkpoint = History(maps, preserves=preserves), None
         penalty = penalty_of(maps, settings.penalties, maps.sizes)
         if settings.checkpoint is not None:
             identity = {
@@ -228,9 +243,12 @@ def fit_maps(
                 "dtypes of the activations": sorted(map(str, objective.seen)),
                 "tasks": names,
                 "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
+                "digest of keep": digest(
+                    None if keep is None else keep.contents(), [one.contents() for sets in others for one in sets]
+                ),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
-                "digest of on_top_of": None if below is None else digest_of_maps(below, settings.disjoint),
+                "digest of on_top_of": None if below is None else digest_of_maps(below),
             }
             # The targets are the second of the sets, and the held-out ones the fourth.
             fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
@@ -239,7 +257,7 @@ def fit_maps(
             checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective)
             if os.path.exists(settings.checkpoint):
                 checkpoint.resume(history, steps)
-        run(steps, history, checkpoint, held_out, settings, caller)
+        run(steps, history, checkpoint, held_out, held_out_kept, settings, caller)
     loss = None
     if settings.mini_batch is None and history.best_strength == 1:
         last = history.best_step == len(history.records)
@@ -249,8 +267,6 @@ def fit_maps(
 
     arrays = history.arrays(len(given), len(objective.loss_names), settings.scaling)
     held_out_task_loss = None
-    if settings.disjoint:
-        facts["disjoint"] = True
     if len(given) > 1:
         facts["tasks"] = names
         if history.best_terms is not None:
@@ -270,6 +286,7 @@ def fit_maps(
         held_out_task_loss=held_out_task_loss,
         best_strength=history.best_strength,
         loss=loss,
+        held_out_keep=history.best_keep,
     )
 
 
@@ -282,6 +299,24 @@ def _with_those_below(result: FitResult, model: nn.Module, settings: FitSettings
     """The result with maps that do both, where they were fitted on top of others."""
     below = _those_below(model, settings)
     return result if below is None else replace(result, maps=result.maps @ below)
+
+
+def _preservations(
+    objective: Objective, tasks: list[Sets], keep: Prompts | None, settings: FitSettings
+) -> tuple[Preservation, Preservation | None]:
+    """What is to stay as it is in the fit, and on held-out prompts where there are any."""
+    held_out = len(tasks[0]) > 2
+    if keep is None:
+        targets = [join([sets[k] for sets in tasks]) for k in ((1, 3) if held_out else (1,))]
+        kept = [Preservation(objective, targets[0], mini_batch=settings.mini_batch)]
+        return kept[0], Preservation(objective, targets[1]) if held_out else None
+    if not held_out:
+        return Preservation(objective, keep, mini_batch=settings.mini_batch), None
+    count = sum(keep.counts())
+    if count < 4:
+        raise ValueError(f"keep must have at least 4 prompts, of which every fourth is held out, got {count}")
+    rows = [[k for k in range(count) if (k % 4 == 3) is last] for last in (False, True)]
+    return Preservation(objective, keep, rows[0], settings.mini_batch), Preservation(objective, keep, rows[1])
 
 
 def _warn_of_divergence(records: list[dict[str, Any]], penalty: float, caller: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .._warn import warn
 from .checkpoint import Checkpoint
 from .objective import NonFinite, Task
 from .parameters import MapParameters
+from .preservation import Preservation
 from .settings import FitSettings
 from .step_sizes import Steps
 
@@ -27,6 +29,10 @@ class HeldOut(NamedTuple):
     held_out_loss: float
     held_out_layer_loss: Any
     held_out_strength: float
+    held_out_keep: float | None = None
+    """The divergence on held-out prompts that are to stay as they are."""
+    held_out_score: float = sys.float_info.max
+    """By what maps are chosen: the loss and the weighted divergence, or the largest number beyond a budget of that."""
 
 
 class History:
@@ -44,21 +50,24 @@ class History:
         Forward passes of held-out prompts.
     """
 
-    def __init__(self, maps: MapParameters) -> None:
-        self.maps = maps
+    def __init__(self, maps: MapParameters, *, preserves: bool = False) -> None:
+        self.maps, self.preserves = maps, preserves
         self.records: list[dict[str, Any]] = []
         self.best: tuple[Tensor, Tensor] | None = None
         self.best_step, self.best_strength = 0, 1.0
         self.best_loss: float | None = None
+        self.best_keep: float | None = None
+        self.best_score: float | None = None
         self.best_terms: Any = None
         self.stopped = "finished"
         self.held_out_passes = 0
 
     def keep(self, tried: HeldOut | None) -> None:
         """Keep the maps as they stand, at the strength that they were best at, unless a lower loss was seen."""
-        if tried is not None and self.best_loss is not None and tried.held_out_loss >= self.best_loss:
+        if tried is not None and self.best_score is not None and tried.held_out_score >= self.best_score:
             return
-        self.best_loss, self.best_terms, self.best_strength = tried or (None, None, 1.0)
+        found = HeldOut(None, None, 1.0, None, None) if tried is None else tried  # type: ignore[arg-type]
+        self.best_loss, self.best_terms, self.best_strength, self.best_keep, self.best_score = found
         self.best, self.best_step = self.maps.at(self.best_strength), len(self.records)
 
     def since_best(self) -> int:
@@ -85,6 +94,8 @@ class History:
         found = {name: column(name, kind) for name, kind in _TYPES.items()}
         found["layer_loss"] = terms[:, 0] if tasks == 1 else terms
         found |= {name: column(name) for name in ("held_out_loss", "held_out_strength")}
+        if self.preserves:
+            found |= {name: column(name) for name in ("keep", "keep_weight", "held_out_keep")}
         if tasks > 1:
             found |= {"task_loss": of_tasks(terms, scaling), "held_out_task_loss": of_tasks(held_out_terms, scaling)}
         return found
@@ -100,6 +111,7 @@ def run(
     history: History,
     checkpoint: Checkpoint | None,
     held_out: Sequence[Task],
+    held_out_keep: Preservation | None,
     settings: FitSettings,
     caller: str,
 ) -> None:
@@ -120,9 +132,18 @@ def run(
         found = []
         for strength in settings.strengths if maps.support().any() else (1.0,):
             history.held_out_passes += len(held_out)
-            loss, terms = steps.objective.loss(held_out, maps.leaves(strength))
-            found.append(HeldOut(loss, terms.tolist(), strength))
-        return min(found, key=lambda tried: tried.held_out_loss)
+            leaves = maps.leaves(strength)
+            loss, terms = steps.objective.loss(held_out, leaves)
+            kept, score = None, loss
+            if held_out_keep is not None:
+                history.held_out_passes += 1
+                kept, weight = held_out_keep.measure(leaves), steps.keep_weight
+                if weight.budget is None:
+                    score += weight.value * kept
+                elif kept > weight.budget:
+                    score = sys.float_info.max
+            found.append(HeldOut(loss, terms.tolist(), strength, kept, score))
+        return min(found, key=lambda tried: tried.held_out_score)
 
     def save() -> None:
         if checkpoint is not None:
@@ -137,16 +158,19 @@ def run(
             if held_out and settings.patience is not None and history.since_best() >= settings.patience:
                 history.stopped = f"no lower held-out loss in {settings.patience} steps"
                 break
+            kept = {} if steps.kept is None else {"keep": steps.kept.value, "keep_weight": steps.keep_weight.value}
             taken = steps.move(step)
             if taken is None:
                 history.stopped = "no step lowers the loss"
                 break
-            measured = {"loss": total, "layer_loss": terms.tolist()}
+            measured = {"loss": total, "layer_loss": terms.tolist(), **kept}
             trial = dict.fromkeys(HeldOut._fields) if tried is None else tried._asdict()
             history.records.append({**measured, **trial, **vars(taken)})
             maps.check_finite()
             save()
-            bar.set_postfix(loss=f"{total:.4g}", refresh=False)
+            bar.set_postfix(
+                loss=f"{total:.4g}", **{name: f"{value:.4g}" for name, value in kept.items()}, refresh=False
+            )
             bar.update()
         else:
             history.keep(measure_held_out())

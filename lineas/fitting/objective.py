@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import double
 from ..hooks import outputs
 from ..hooks.affine import affine, working_dtype
 from ..hooks.capture import Capture, warn_of_repeated
@@ -62,6 +63,19 @@ class _Run(NamedTuple):
     pooled: list[Tensor]
 
 
+class Standards(NamedTuple):
+    """What the mapped activations are standardized by, each [D].
+
+    The mean of the target's tokens; the standard deviation of its pooled activations, in which the loss counts; and
+    that of the tokens, which a few tokens with massive activations (Sun, Chen, Kolter and Liu 2024, arXiv 2402.17762)
+    make much larger than the other.
+    """
+
+    center: Tensor
+    spread: Tensor
+    scale: Tensor
+
+
 class Objective:
     """The sum over modules of the squared Wasserstein distances between mapped source and target activations.
 
@@ -76,8 +90,9 @@ class Objective:
         Modules that carry maps and modules where the loss is taken; in execution order once a target has run.
     settings : ObjectiveSettings
         How the model is called, which tokens are mapped and pooled and how, and how the modules' terms are added: by
-        their mean; their sum (LinEAS, arXiv 2503.10679, eq. 4); or as in the published code, where the term of a module
-        is multiplied by min(n, m) / d and the mean taken.
+        their mean, of activations divided by the standard deviations of the targets or as they are; their sum (LinEAS,
+        arXiv 2503.10679, eq. 4); or as in the published code, where the term of a module is multiplied by min(n, m) / d
+        and the mean taken.
     """
 
     def __init__(
@@ -90,6 +105,9 @@ class Objective:
         self.device = torch.device("cpu")
         self.seen: set[torch.dtype] = set()
         self._ordered = False
+        self._moments: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
+        self._sums: dict[str, Tensor] | None = None
+        self.precisions: list[Tensor] | None = None
 
     @property
     def tolerance(self) -> float:
@@ -98,22 +116,76 @@ class Objective:
 
     # --- activations --------------------------------------------------------------------------------------------------
 
-    def target(self, batches: Sequence[Batch], argument: str) -> list[Tensor]:
-        """Pooled activations [m, d_k] of a target at the loss modules, without maps, each column sorted."""
-        samples = self._activations(batches)
-        self.widths = {name: self.widths[name] for name in self.map_names}
-        _check_count(samples, argument)
-        return sort_columns(samples, [f"{argument}: {name}" for name in self.loss_names])
+    def target(self, batches: Sequence[Batch], argument: str, *, fitted: bool = False) -> list[Tensor]:
+        """Pooled activations [m, d_k] of a target at the loss modules, without maps, each column sorted.
 
-    def _activations(self, batches: Sequence[Batch], maps: Leaves | None = None) -> list[Tensor]:
-        """Pooled activations [n, d_k] of the loss modules, all batches one after the other, without a graph."""
+        Those of targets that are `fitted` tell how activations are standardized.
+        """
+        fitted = fitted and self.settings.scaling == "standardized"
+        self._sums = {} if fitted else None
         with torch.no_grad():  # no decorator, which would be taken for the caller where something is warned of
-            return _join([self._pooled(Capture(), batch, maps) for batch in batches])
+            parts = [self._pooled(Capture(), batch, None) for batch in batches]
+        samples = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.widths = {name: self.widths[name] for name in self.map_names}
+        compared = [samples[name] for name in self.loss_names]
+        _check_count(compared, argument)
+        ordered = sort_columns(compared, [f"{argument}: {name}" for name in self.loss_names])
+        if self._sums is not None:
+            self._moments.append(self._moments_of(samples, self._sums))
+            self.precisions = [1 / self._variance(name) for name in self.loss_names]
+            self._sums = None
+        return ordered
 
-    def _pooled(self, capture: Capture, batch: Batch, maps: Leaves | None) -> list[Tensor]:
-        """Pooled activations [n, d_k] of the loss modules for one batch, with maps on if there are any."""
+    def _moments_of(
+        self, samples: Mapping[str, Tensor], sums: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Variances [d] of pooled activations, and means and variances of those of tokens where there are sums."""
+        found = {}
+        for name, sample in samples.items():
+            variance = sample.var(dim=0, correction=0)
+            count, total, squares = sums.get(name, variance.new_ones(3, len(variance)))
+            mean = total / count
+            rest = (squares / count - mean.square()).clamp(min=0)
+            found[name] = variance, mean.to(self.device, self.dtype), rest.to(self.device, self.dtype)
+        return found
+
+    def _variance(self, name: str) -> Tensor:
+        """Variance [d] of the targets at a module, by which it is standardized: never so small that noise is blown up.
+
+        The mean over the targets, and a hundredth of the median over the neurons.
+        """
+        variance = torch.stack([found[name][0] for found in self._moments]).mean(dim=0)
+        typical = variance.median()
+        typical = torch.where(typical > 0, typical, variance.mean())
+        return torch.where(typical > 0, variance + typical / 100, 1.0)
+
+    def standards(self) -> Standards | None:
+        """What the parameters of maps are standardized by, the mean over the targets; None in the other scalings."""
+        if not self._moments:
+            return None
+        variance = torch.cat([self._variance(name) for name in self.map_names])
+        center, tokens = (
+            torch.cat([torch.stack([found[name][k] for found in self._moments]).mean(dim=0) for name in self.map_names])
+            for k in (1, 2)
+        )
+        return Standards(center, variance.sqrt(), (tokens + variance).sqrt())
+
+    def _activations(self, batches: Sequence[Batch], maps: Leaves) -> list[Tensor]:
+        """Pooled activations [n, d_k] of the loss modules, all batches one after the other, without a graph."""
+        with torch.no_grad():
+            return _join([self._at_losses(Capture(), batch, maps) for batch in batches])
+
+    def _at_losses(self, capture: Capture, batch: Batch, maps: Leaves) -> list[Tensor]:
+        """Pooled activations [n, d_k] of the loss modules for one batch, with maps on."""
+        pooled = self._pooled(capture, batch, maps)
+        return [pooled[name] for name in self.loss_names]
+
+    def _pooled(self, capture: Capture, batch: Batch, maps: Leaves | None) -> dict[str, Tensor]:
+        """Pooled activations [n, d] for one batch: of the loss modules with maps on, without any of the mapped too."""
         names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
+        if maps is None and self.settings.scaling == "standardized":
+            wanted |= mapped
         choice = BatchTokens(self.model, batch, self.settings)
         pooled: dict[str, Tensor] = {}
         differentiated = torch.is_grad_enabled()
@@ -131,6 +203,8 @@ class Objective:
                 axis = outputs.channel_axis(module, tensor, name)
                 if maps is None:
                     self._learn(name, tensor, tensor.shape[axis])
+                    if self._sums is not None:
+                        self._add(name, choice.rows(name, module, tensor, axis))
                 else:
                     replaced = choice.only(name, module, tensor, affine(tensor, *maps[name], 1.0, axis))
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
@@ -142,7 +216,14 @@ class Objective:
         if not self._ordered:
             warn_of_repeated(capture.repeated)
             self._sort(order)
-        return [pooled[name].to(self.device, self.dtype) for name in self.loss_names]
+        return {name: one.to(self.device, self.dtype) for name, one in pooled.items()}
+
+    def _add(self, name: str, rows: Tensor) -> None:
+        """Add the activations [N, d] of the tokens of a batch to their number, sum and sum of squares."""
+        assert self._sums is not None
+        wide = double(rows)
+        total = torch.stack([torch.full_like(wide[0], len(wide)), wide.sum(dim=0), wide.square().sum(dim=0)])
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def _learn(self, name: str, tensor: Tensor, width: int) -> None:
         """Note the width of a module, the working dtype and the device."""
@@ -189,6 +270,8 @@ class Objective:
             raise NonFinite(f"{task.argument}: {error}") from None
         reference = self.settings.scaling == "reference"
         scales = [min(len(u), len(v)) / u.shape[1] if reference else 1.0 for u, v in zip(us, task.targets, strict=True)]
+        if self.precisions is not None:
+            values = tuple(w2 * precision for w2, precision in zip(values, self.precisions, strict=True))
         terms = torch.stack([w2.sum() * scale for w2, scale in zip(values, scales, strict=True)])
         if not terms.isfinite().all():
             name = self.loss_names[int((~terms.isfinite()).nonzero()[0])]
@@ -221,7 +304,7 @@ class Objective:
             for k, batch in enumerate(task.batches, start=1):
                 random = RandomState(self.model)
                 with torch.set_grad_enabled(k == len(task.batches)):
-                    runs.append(_Run(batch, random, self._pooled(capture, batch, maps)))
+                    runs.append(_Run(batch, random, self._at_losses(capture, batch, maps)))
             after = RandomState(self.model)
             us = [u.detach().requires_grad_() for u in _join([run.pooled for run in runs])]
             total, terms = self._compare(task, us)
@@ -266,12 +349,12 @@ class Objective:
             pooled = run.pooled
             if not any(u.requires_grad for u in pooled):
                 run.random.restore()
-                pooled = self._pooled(capture, run.batch, maps)
+                pooled = self._at_losses(capture, run.batch, maps)
                 self._check_repeated(argument, run.pooled, pooled)
             reached = [k for k, u in enumerate(pooled) if u.requires_grad]
             if not reached:
                 continue
-            found = _differentiate([pooled[k] for k in reached], leaves, [pull[k] * scale for k in reached])
+            found = differentiate([pooled[k] for k in reached], leaves, [pull[k] * scale for k in reached])
             for key, grad in zip(keys, found, strict=True):
                 if grad is not None:
                     sums[key] = sums[key] + grad if key in sums else grad
@@ -297,8 +380,8 @@ class Objective:
             )
 
 
-def _differentiate(
-    outputs: Sequence[Tensor], leaves: Sequence[Tensor], pulls: Sequence[Tensor]
+def differentiate(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], pulls: Sequence[Tensor], *, retain: bool = False
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `outputs`, multiplied by `pulls`, in the leaves; None where an output does not depend on one.
 
@@ -307,7 +390,7 @@ def _differentiate(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*an autograd kernel was not registered")
         try:
-            return torch.autograd.grad(outputs, leaves, pulls, allow_unused=True)
+            return torch.autograd.grad(outputs, leaves, pulls, allow_unused=True, retain_graph=retain)
         except UserWarning as warning:
             operation = str(warning).partition(": an autograd")[0]
             raise ValueError(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..hooks.modules import find
+from ..maps.affine import AffineMap
 from ..maps.metadata import Selection, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import digest
-from .objective import Leaves, Objective, Task
 from .parameters import MapParameters
 
 
@@ -40,60 +40,26 @@ def _spelled_tokens(metadata: Mapping[str, Any]) -> list[Any]:
     return [metadata.get("tokens") or "all"]
 
 
-def digest_of_maps(maps: SteeringMaps, disjoint: bool) -> str:
-    """A digest of the maps that a fit is on top of, and of whether it leaves their neurons alone."""
-    return digest({name: [one.weight, one.bias] for name, one in maps.items()}, disjoint)
+def digest_of_maps(maps: SteeringMaps) -> str:
+    """A digest of the maps that a fit is on top of."""
+    return digest({name: [one.weight, one.bias] for name, one in maps.items()})
 
 
-def free_neurons(parameters: MapParameters, maps: Mapping[str, Any]) -> Tensor:
-    """The neurons that `maps` leave as they are: bool [D], of the modules of `parameters`.
+def leave_alone(parameters: MapParameters, maps: Mapping[str, AffineMap]) -> None:
+    """Let neither slopes nor shifts move of the neurons that `maps` change.
 
-    ValueError if there are none.
+    ValueError if no other neuron may move.
     """
     free = [
         (maps[name].weight == 1) & (maps[name].bias == 0) if name in maps else np.ones(width, bool)
         for name, width in zip(parameters.names, parameters.sizes, strict=True)
     ]
-    found = torch.from_numpy(np.concatenate(free)).to(parameters.weight.device)
-    if not found.any():
+    mask = torch.from_numpy(np.concatenate(free)).to(parameters.weight)
+    if not mask.any():
         raise ValueError(
-            f"disjoint leaves no neuron to fit: on_top_of maps all {len(found)} of them; fit that with a larger l1 or "
+            f"disjoint leaves no neuron to fit: on_top_of maps all {len(mask)} of them; fit that with a larger l1 or "
             "group"
         )
-    return found
-
-
-def check_start(parameters: MapParameters, free: Tensor) -> None:
-    """ValueError if the maps that a fit starts from change a neuron that is to be left alone."""
-    taken = parameters.support() & ~free
-    if taken.any():
-        index = int(taken.nonzero()[0])
-        module = int(np.searchsorted(parameters.offsets, index, side="right")) - 1
-        raise ValueError(
-            f"init must leave the neurons of on_top_of alone where disjoint is True: it maps {int(taken.sum())} of "
-            f"them, such as neuron {index - parameters.offsets[module]} of {parameters.names[module]!r}"
-        )
-
-
-class MaskedObjective:
-    """An objective with gradients of 0 at the neurons that are not free.
-
-    The maps of those start as identities and stay so, to the bit: steps without gradient move nothing, and the proximal
-    operator of 0 is 0. Rates are found from the masked gradients.
-    """
-
-    def __init__(self, objective: Objective, free: Tensor) -> None:
-        self._objective, self._free = objective, free
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._objective, name)
-
-    def gradient(self, tasks: Sequence[Task], maps: Leaves) -> tuple[float, Tensor, Tensor, Tensor]:
-        """As `Objective.gradient`."""
-        total, terms, grad_weight, grad_bias = self._objective.gradient(tasks, maps)
-        return total, terms, grad_weight * self._free, grad_bias * self._free
-
-
-def masked(objective: Objective, free: Tensor) -> Objective:
-    """`objective` with a `MaskedObjective`'s gradients."""
-    return cast(Objective, MaskedObjective(objective, free))
+    weight, bias = parameters.free_weight, parameters.free_bias
+    parameters.free_weight = mask if weight is None else weight * mask
+    parameters.free_bias = mask if bias is None else bias * mask

@@ -12,8 +12,10 @@ from torch import Tensor
 from .. import _core
 from .._threads import get_num_threads
 from ..hooks.affine import on_engine
+from ..hooks.modules import resolve
 from ..maps.affine import AffineMap, at_strength
-from .objective import NonFinite
+from .objective import NonFinite, Objective, Standards
+from .settings import ObjectiveSettings
 
 ADAM_EPS = 1e-8
 
@@ -32,26 +34,49 @@ class MapParameters:
         float32 or float64.
     device : torch.device
         Where the parameters live.
+    standards : Standards, optional
+        Where given, the parameters are those of standardized activations: the change of an activation z is
+        ``spread * ((weight - 1) * (z - center) / scale + bias)``, so that a slope and a shift of the same size change
+        tokens as much, in units of the spread. A neuron that is left alone in one form is in the other.
+
+    Attributes
+    ----------
+    weight, bias : Tensor [D]
+        The parameters, which steps update in place.
+    free_weight, free_bias : Tensor [D] or None
+        1 where slopes, or shifts, may leave the identity, 0 where not; None for all of them.
     """
 
-    def __init__(self, widths: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.names = list(widths)
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        standards: Standards | None = None,
+    ) -> None:
+        self.names, self.widths = list(widths), dict(widths)
         self.offsets = np.cumsum([0, *widths.values()], dtype=np.int64)
         total = int(self.offsets[-1])
         self.weight = torch.ones(total, dtype=dtype, device=device)
         self.bias = torch.zeros(total, dtype=dtype, device=device)
+        self.standards = standards
+        self.free_weight: Tensor | None = None
+        self.free_bias: Tensor | None = None
 
     @property
     def sizes(self) -> list[int]:
         """The number of neurons of every module."""
         return np.diff(self.offsets).tolist()
 
+    def module_of(self, marked: Tensor) -> str:
+        """The module of the first neuron that is marked in [D]."""
+        return self.names[int(np.searchsorted(self.offsets, int(marked.nonzero()[0]), side="right")) - 1]
+
     def check_finite(self) -> None:
         """Raise NonFinite where a step took a map out of the range of its dtype."""
         finite = self.weight.isfinite() & self.bias.isfinite()
         if not finite.all():
-            module = np.searchsorted(self.offsets, int((~finite).nonzero()[0]), side="right") - 1
-            raise NonFinite(f"{self.names[module]}: the map is not finite")
+            raise NonFinite(f"{self.module_of(~finite)}: the map is not finite")
 
     def support(self) -> Tensor:
         """Which neurons are mapped: bool [D]."""
@@ -70,26 +95,85 @@ class MapParameters:
                 raise ValueError(f"init: module {name!r} has {width} neurons, its map has {len(maps[name].weight)}")
             for values, given in ((self.weight, maps[name].weight), (self.bias, maps[name].bias)):
                 values[start : start + width] = torch.tensor(given, dtype=values.dtype, device="cpu")
+        if self.standards is not None:
+            center, spread, scale = self.standards
+            self.bias.sub_(center * (1 - self.weight)).div_(spread)
+            self.weight.sub_(1).mul_(scale / spread).add_(1)
+        for values, fixed, free, which in (
+            (self.weight, 1.0, self.free_weight, "slopes"),
+            (self.bias, 0.0, self.free_bias, "shifts"),
+        ):
+            moved = None if free is None else (values != fixed) & (free == 0)
+            if moved is not None and moved.any():
+                raise ValueError(
+                    f"init: the map of module {self.module_of(moved)!r} has {which}, and none are to be fitted"
+                )
+
+    def maps(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Slopes and shifts [..., D] of the maps that have these parameters."""
+        if self.standards is None:
+            return weight, bias
+        center, spread, scale = self.standards
+        change = spread / scale * (weight - 1)
+        return 1 + change, spread * bias - center * change
+
+    def gradients(self, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients [D] in the parameters from those in slopes and shifts of the maps; 0 for what may not move."""
+        if self.standards is not None:
+            center, spread, scale = self.standards
+            grad_weight, grad_bias = spread / scale * (grad_weight - center * grad_bias), spread * grad_bias
+        if self.free_weight is not None:
+            grad_weight = grad_weight * self.free_weight
+        if self.free_bias is not None:
+            grad_bias = grad_bias * self.free_bias
+        return grad_weight, grad_bias
 
     def leaves(self, strength: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-        """Slopes and shifts of every module as gradient leaves, which at strength 1 share the flat memory."""
-        weights, biases = (self.weight, self.bias) if strength == 1 else self.at(strength)
+        """Slopes and shifts of the map of every module, as gradient leaves."""
+        weights, biases = self.maps(*((self.weight, self.bias) if strength == 1 else self.at(strength)))
         return {
             name: (weight.detach().requires_grad_(), bias.detach().requires_grad_())
             for name, weight, bias in zip(self.names, weights.split(self.sizes), biases.split(self.sizes), strict=True)
         }
 
     def at(self, strength: float) -> tuple[Tensor, Tensor]:
-        """Slopes and shifts [D] that do at strength 1 what the maps do at `strength`: copies."""
+        """Parameters [D] that do at strength 1 what these do at `strength`: copies."""
         return at_strength(self.weight, self.bias, strength, torch.where)
 
     def snapshot(self) -> dict[str, AffineMap]:
         """The maps as they stand, copied."""
-        weights, biases = self.weight.cpu().split(self.sizes), self.bias.cpu().split(self.sizes)
+        weights, biases = (part.cpu().split(self.sizes) for part in self.maps(self.weight, self.bias))
         return {
             name: AffineMap(weight.numpy().copy(), bias.numpy().copy())
             for name, weight, bias in zip(self.names, weights, biases, strict=True)
         }
+
+
+def parameters_of(objective: Objective, settings: ObjectiveSettings) -> MapParameters:
+    """Identities for the mapped modules, standardized as the objective is; slopes and shifts move where they are to.
+
+    ValueError if `settings.slopes` and `settings.shifts` leave nothing to be fitted, or name other modules.
+    """
+    maps = MapParameters(objective.widths, objective.dtype, objective.device, objective.standards())
+    free = {}
+    for argument, chosen in (("slopes", settings.slopes), ("shifts", settings.shifts)):
+        names = maps.names if chosen is True else []
+        if not isinstance(chosen, bool):
+            names = [name for name in resolve(objective.model, chosen, argument=argument) if name in maps.widths]
+            if not names:
+                raise ValueError(f"{argument}: {chosen!r} matches none of the modules that are mapped")
+        free[argument] = torch.cat([maps.weight.new_full((d,), name in names) for name, d in maps.widths.items()])
+    none = (free["slopes"] == 0) & (free["shifts"] == 0)
+    if none.any():
+        module = maps.module_of(none)
+        raise ValueError(f"slopes and shifts: neither is to be fitted in module {module!r}")
+    if not free["slopes"].all():
+        maps.free_weight = free["slopes"]
+    if not free["shifts"].all():
+        maps.free_bias = free["shifts"]
+        if maps.standards is not None:  # a slope about a center has a shift
+            maps.standards = maps.standards._replace(center=maps.standards.center * free["shifts"])
+    return maps
 
 
 class ProximalOptimizer:

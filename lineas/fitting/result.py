@@ -35,7 +35,9 @@ class FitResult(Record):
         tried, and which it is; "lr" [S]; "penalty" [S], after the step and not multiplied by the rate; "support" [S],
         neurons with a slope other than 1 or a shift other than 0 after the step; "kept" [S], False where ``lr="auto"``
         took the step back because it made things worse. Of `lineas.fit_jointly` "layer_loss" is [S, T, L], and
-        "task_loss" [S, T] and "held_out_task_loss" [S, T] are the losses of the T tasks.
+        "task_loss" [S, T] and "held_out_task_loss" [S, T] are the losses of the T tasks. With `keep` "keep" [S] is the
+        divergence on what is to stay as it is, before the step, "keep_weight" [S] its weight in the step, and
+        "held_out_keep" [S] that on the held-out prompts.
     best_step : int
         How many steps ``maps`` had taken: 0 are the maps that the fit started from.
     stopped : str
@@ -54,6 +56,9 @@ class FitResult(Record):
         The loss of ``maps``, without penalties, where a step of the fit told it. None with mini-batches, for maps at
         another strength than 1, and for those after the last step at a rate that was given: ``history["loss"]`` ends
         before that step.
+    held_out_keep : float or None
+        The divergence of ``maps`` from the unsteered model on the held-out prompts that are to stay as they are, where
+        there are any: the mean over tokens, in nats with ``keep_loss="kl"``.
     """
 
     FORMAT = "lineas fit"
@@ -68,6 +73,7 @@ class FitResult(Record):
     held_out_task_loss: dict[str, float] | None = None
     best_strength: float = 1.0
     loss: float | None = None
+    held_out_keep: float | None = None
 
     @property
     def attach(self) -> Callable[..., Handle]:

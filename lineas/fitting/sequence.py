@@ -28,7 +28,8 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
 
     Maps that are fitted one by one, to a model without the others, get in each other's way when they are composed. Here
     source, target and held-out prompts of a concept all run through the earlier maps, at strength 1: its target is what
-    the target prompts become there. See docs/two-concepts.md for what that is better at.
+    the target prompts become there. So does what is to be kept: a divergence is that from the model with the earlier
+    concepts on, and `max_kl` a budget for each concept. See docs/two-concepts.md for what that is better at.
 
     Parameters
     ----------
@@ -77,7 +78,8 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
         before = SequenceResult(results, on_top_of).composed() if results else on_top_of
         chosen = _settings_of(name, settings, held_out[name], starts.get(name), before)
         try:
-            found = fit_maps(model, [(name, pair, held_out[name])], chosen, "fit_sequence")
+            earlier = [(other, pairs[other], held_out[other]) for other in results if settings.preserve]
+            found = fit_maps(model, [(name, pair, held_out[name])], chosen, "fit_sequence", earlier)
         except KeyboardInterrupt:
             if not results:
                 raise

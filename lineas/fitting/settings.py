@@ -15,8 +15,9 @@ from ..hooks.settings import RunSettings, optional
 from ..maps.metadata import Layers
 from ..maps.steering import SteeringMaps
 
-SCALINGS = ("layer-mean", "paper", "reference")
+SCALINGS = ("standardized", "layer-mean", "paper", "reference")
 OPTIMIZERS = ("sgd", "adam")
+KEEP_LOSSES = ("kl", "activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +47,31 @@ class ObjectiveSettings(RunSettings):
         Modules at which the distance is taken. Default: those of `layers`.
     held_out : (source, target), optional
         Two more sets, by whose loss the best maps are chosen.
-    scaling : {"layer-mean", "paper", "reference"}, default "layer-mean"
-        The loss is the mean over loss modules, their sum (eq. 4 of the paper), or what the published code minimises,
-        which its rates and penalties fit.
+    scaling : {"standardized", "layer-mean", "paper", "reference"}, default "standardized"
+        The loss is the mean over loss modules, of activations divided by the targets' standard deviation of each neuron
+        or as they are; their sum (eq. 4 of the paper); or what the published code minimises, which its rates and
+        penalties fit. "standardized" fits the slopes and shifts of standardized activations, so that neither loss nor
+        steps nor penalties depend on the units of the neurons: in some models a few of them are a thousand times as
+        large as the others, and would own all three (docs/decisions/0021).
+    slopes, shifts : bool, str, list[str] or re.Pattern, default True
+        Whether slopes, and shifts, are fitted: in all modules, in none, or in those that are named as in `layers`.
+        ``slopes=False`` gives steering vectors, which every runtime can add.
     seed : int, default 0
         Of torch's random numbers during the fit, for models that draw any. The state is restored afterwards.
     """
 
     loss_layers: Layers | None = None
     held_out: Any = None
-    scaling: str = "layer-mean"
+    scaling: str = "standardized"
+    slopes: bool | Layers = True
+    shifts: bool | Layers = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.slopes is False and self.shifts is False:
+            raise ValueError("slopes and shifts are both False: nothing is left to be fitted")
+        self._set(slopes=_chosen(self.slopes), shifts=_chosen(self.shifts))
         self._set(scaling=as_choice(self.scaling, "scaling", SCALINGS), seed=as_int(self.seed, "seed", low=0))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
@@ -71,6 +83,21 @@ class FitSettings(ObjectiveSettings):
 
     Parameters
     ----------
+    keep : list of texts, conversations or token ids, batch or list of batches, optional
+        Prompts on which the model is to stay as it is: the loss gets ``keep_weight`` times a divergence between the
+        steered and the unsteered model on them. Default, where a weight or a budget is given: the target. With
+        `held_out`, maps are chosen by held-out loss and divergence together: that of the held-out target or, of
+        prompts that are given here, of every fourth, which is then not fitted.
+    keep_weight : float or "auto", optional
+        The weight of the divergence; "auto", the default with `max_kl`, finds the one at which the divergence is
+        within the budget. Default without `keep` and `max_kl`: 0.
+    keep_loss : {"kl", "activations"}, default "kl"
+        The Kullback-Leibler divergence of the next token in nats, the mean over tokens, for which the whole model
+        runs; or the squared change of the activations at the loss modules, the mean over tokens, scaled and summed as
+        the loss is: it needs no language model.
+    max_kl : float, optional
+        The budget of ``keep_weight="auto"``, in nats a token. With `held_out`, no maps are returned that go beyond it
+        on the held-out prompts.
     init : SteeringMaps, optional
         Where to start. Default: the identity.
     on_top_of : SteeringMaps, optional
@@ -123,6 +150,10 @@ class FitSettings(ObjectiveSettings):
         automatic rates without mini-batches, `steps`, upwards, may differ.
     """
 
+    keep: Any = None
+    keep_weight: float | str | None = None
+    keep_loss: str = "kl"
+    max_kl: float | None = None
     init: Mapping[str, Any] | None = None
     on_top_of: SteeringMaps | None = None
     disjoint: bool = False
@@ -141,6 +172,11 @@ class FitSettings(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._set(
+            keep_loss=as_choice(self.keep_loss, "keep_loss", KEEP_LOSSES),
+            max_kl=optional(as_positive, self.max_kl, "max_kl"),
+        )
+        self._set(keep_weight=_keep_weight(self))
         if self.init is not None and not isinstance(self.init, Mapping):
             raise TypeError(f"init must be a SteeringMaps, got {type(self.init).__name__}")
         self._check_on_top_of()
@@ -206,10 +242,20 @@ class SequenceSettings(FitSettings):
     disjoint : bool, default False
         Leave the neurons alone that earlier concepts change, slopes and shifts, and those of `on_top_of`: no neuron
         serves two concepts. It takes `l1` or `group`, since maps that are not sparse leave no neuron.
+    preserve : bool, default False
+        Add the targets of earlier concepts to the prompts on which the model is to stay as it is (`keep`), with those
+        concepts on: a later concept is not to undo them there. It takes `keep_weight` or `max_kl`.
     checkpoint : path, optional
         Folder to keep the fits in, a file for each concept, made if it is not there. Where there are files, the fits go
         on from them, as that of `fit_end_to_end` does from its own.
     """
+
+    preserve: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if as_flag(self.preserve, "preserve") and self.keep_weight == 0:
+            raise ValueError("preserve must be False without a weight: give keep_weight= or max_kl=")
 
     def _check_on_top_of(self) -> None:
         if as_flag(self.disjoint, "disjoint") and not self.l1 and not self.group:
@@ -271,6 +317,31 @@ class PathSettings(ObjectiveSettings):
         )
         if self.min_ratio >= 1:
             raise ValueError(f"min_ratio must be below 1, got {self.min_ratio:g}")
+
+
+def _keep_weight(settings: FitSettings) -> float | str:
+    """The weight of what is to be kept, "auto" or 0 for nothing."""
+    given, budget = settings.keep_weight, settings.max_kl
+    if isinstance(given, str) and given != "auto":
+        raise ValueError(f"keep_weight must be 'auto' or a number, got {given!r}")
+    if budget is not None and settings.keep_loss != "kl":
+        raise ValueError(f"max_kl is a budget for keep_loss='kl', got keep_loss={settings.keep_loss!r}")
+    if given is None:
+        if budget is None and settings.keep is not None:
+            raise ValueError("keep: give keep_weight=, or max_kl= for one that is found")
+        return 0.0 if budget is None else "auto"
+    if given == "auto":
+        if budget is None:
+            raise ValueError("keep_weight='auto' needs a budget: give max_kl=")
+        return given
+    if budget is not None:
+        raise ValueError(f"max_kl is for keep_weight='auto', got keep_weight={given!r}")
+    return as_not_negative(given, "keep_weight")
+
+
+def _chosen(value: Any) -> Any:
+    """`value`, a bool also where it is NumPy's; `resolve` looks at what is none."""
+    return bool(value) if isinstance(value, bool | np.bool_) else value
 
 
 def _rate(lr: Any) -> float | str:

@@ -20,7 +20,7 @@ from ..inputs.frozen import frozen
 from ..maps.metadata import describe
 from .end_to_end import prepare, read_sets
 from .objective import NonFinite, Task
-from .parameters import MapParameters, Penalties
+from .parameters import MapParameters, Penalties, parameters_of
 from .result import EndToEndPath
 from .settings import PathSettings
 from .step_sizes import Iterate, SpectralSteps
@@ -69,7 +69,7 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
     sets = read_sets(None, (source, target), optional(as_pair, settings.held_out, "held_out"), settings)
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, [sets], settings)
-        maps = MapParameters(objective.widths, objective.dtype, objective.device)
+        maps = parameters_of(objective, settings)
         steps = SpectralSteps(objective, maps, None if isinstance(settings.lr, str) else settings.lr)
         try:
             steps.look(fitted)
@@ -199,6 +199,9 @@ class _Walk:
             return np.array([point.at.loss for point in points]), held_out
 
         loss, held_out_loss = losses(self.kept)
+        weight, bias = maps.maps(
+            *(torch.stack([getattr(point.at, x) for point in self.kept]) for x in ("weight", "bias"))
+        )
         penalized_loss, penalized_held_out_loss = losses(self.penalized)
         return EndToEndPath(
             penalties=np.array(penalties[: len(self.kept)]),
@@ -207,8 +210,8 @@ class _Walk:
             held_out_loss=held_out_loss,
             modules=tuple(maps.names),
             widths=tuple(maps.sizes),
-            weight=torch.stack([point.at.weight for point in self.kept]).numpy(force=True),
-            bias=torch.stack([point.at.bias for point in self.kept]).numpy(force=True),
+            weight=weight.numpy(force=True),
+            bias=bias.numpy(force=True),
             metadata=metadata,
             penalized_loss=penalized_loss,
             penalized_held_out_loss=penalized_held_out_loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._checks import double
 from .objective import NonFinite, Objective, Task
 from .parameters import MapParameters, Penalties, ProximalOptimizer
+from .preservation import KeepWeight, Preservation
 
 # A rate may leave the first one by so much, down and up.
 LEAST_RATE, MOST_RATE = 0.1, 100.0
@@ -25,6 +26,7 @@ MOST_RETREATS = 6
 # What a checkpoint keeps of automatic steps, and of where they stand.
 _NUMBERS = ("lr", "rate", "recent", "moved", "retreats")
 _TENSORS = ("terms", "grad_weight", "grad_bias")
+_KEPT_TENSORS = ("kept grad_weight", "kept grad_bias")
 
 
 def cosine_rate(lr: float, step: int, steps: int) -> float:
@@ -33,31 +35,62 @@ def cosine_rate(lr: float, step: int, steps: int) -> float:
     return floor + 0.5 * (lr - floor) * (1 + math.cos(math.pi * step / steps))
 
 
-class Iterate:
-    """Maps as they stood once, with the loss and the gradients there."""
+class Kept(NamedTuple):
+    """A divergence on what is to stay as it is, and its gradients [D]."""
 
-    def __init__(self, maps: MapParameters, loss: float, terms: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    value: float
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+class Iterate:
+    """Maps as they stood once, with the loss and the gradients there, and what preservation says of them."""
+
+    def __init__(
+        self,
+        maps: MapParameters,
+        loss: float,
+        terms: Tensor,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+        kept: Kept | None = None,
+    ) -> None:
         self.weight, self.bias = maps.weight.clone(), maps.bias.clone()
         self.loss, self.terms, self.grad_weight, self.grad_bias = loss, terms, grad_weight, grad_bias
+        self.kept = kept
+
+    def total(self, keep_weight: float) -> float:
+        """The loss and, so many times, the divergence."""
+        return self.loss if self.kept is None else self.loss + keep_weight * self.kept.value
+
+    def gradients(self, keep_weight: float) -> tuple[Tensor, Tensor]:
+        """Gradients [D] of `total`."""
+        if self.kept is None or keep_weight == 0:
+            return self.grad_weight, self.grad_bias
+        return (
+            torch.add(self.grad_weight, self.kept.grad_weight, alpha=keep_weight),
+            torch.add(self.grad_bias, self.kept.grad_bias, alpha=keep_weight),
+        )
 
     def support(self) -> Tensor:
         """Which neurons are mapped: bool [D]."""
         return (self.weight != 1) | (self.bias != 0)
 
-    def difference(self, other: Iterate) -> tuple[Tensor, Tensor]:
+    def difference(self, other: Iterate, keep_weight: float) -> tuple[Tensor, Tensor]:
         """Steps and changes of the gradient from `other`: float64 [2 D] each, or float32 where there is no float64."""
         steps = torch.cat([self.weight - other.weight, self.bias - other.bias])
-        changes = torch.cat([self.grad_weight - other.grad_weight, self.grad_bias - other.grad_bias])
-        return double(steps), double(changes)
+        pairs = zip(self.gradients(keep_weight), other.gradients(keep_weight), strict=True)
+        return double(steps), double(torch.cat([here - there for here, there in pairs]))
 
-    def first_rate(self) -> float:
+    def first_rate(self, keep_weight: float) -> float:
         """The rate at which a linear loss would reach 0, its lower bound: a step of Polyak (1969).
 
         For a quadratic it is half the inverse of its curvature along the gradient, or longer where the minimum is above
         0; a loss multiplied by a number gives the rate divided by it.
         """
-        squared = sum(float(double(grad).square().sum()) for grad in (self.grad_weight, self.grad_bias))
-        return self.loss / squared if squared > 0 and self.loss > 0 else 1.0
+        squared = sum(float(double(grad).square().sum()) for grad in self.gradients(keep_weight))
+        total = self.total(keep_weight)
+        return total / squared if squared > 0 and total > 0 else 1.0
 
 
 def penalty_of(at: Iterate | MapParameters, penalties: Penalties, widths: Sequence[int]) -> float:
@@ -68,6 +101,14 @@ def penalty_of(at: Iterate | MapParameters, penalties: Penalties, widths: Sequen
         total += lasso * float(x.abs().sum())
         total += ridge * sum(math.sqrt(len(part)) * float(part.norm()) for part in x.split(list(widths)) if ridge)
     return total
+
+
+def kept_at(maps: MapParameters, preservation: Preservation | None) -> Kept | None:
+    """What preservation says of the maps as they stand."""
+    if preservation is None:
+        return None
+    value, *gradients = preservation.gradient(maps.leaves())
+    return Kept(value, *maps.gradients(*gradients))
 
 
 class SpectralSteps:
@@ -85,6 +126,10 @@ class SpectralSteps:
         Where to start; every step updates them in place.
     lr : float, optional
         The first rate.
+    preservation : Preservation, optional
+        What is added to the loss, `keep_weight` times.
+    keep_weight : KeepWeight, optional
+        The weight.
     steady : bool, default False
         Whether rates are half of the smallest of the last ten such ratios, and the first, unless it is given, a quarter
         of its own: so short that no direction is overshot.
@@ -96,9 +141,17 @@ class SpectralSteps:
     """
 
     def __init__(
-        self, objective: Objective, maps: MapParameters, lr: float | None = None, *, steady: bool = False
+        self,
+        objective: Objective,
+        maps: MapParameters,
+        lr: float | None = None,
+        *,
+        preservation: Preservation | None = None,
+        keep_weight: KeepWeight | None = None,
+        steady: bool = False,
     ) -> None:
         self.objective, self.maps, self.steady = objective, maps, steady
+        self.preservation, self.keep_weight = preservation, keep_weight or KeepWeight(0.0)
         self.stepper = ProximalOptimizer(maps)
         self.lr, self.rate = lr, lr or 0.0
         self.recent: list[float] = []
@@ -113,13 +166,17 @@ class SpectralSteps:
         """
         self.tasks = tasks
         self.iterate = self._evaluate()
+        self.keep_weight.start(self.iterate.loss)
         if self.lr is None:
-            self.lr = self.rate = self.iterate.first_rate() / (4 if self.steady else 1)
+            self.lr = self.rate = self.iterate.first_rate(self.keep_weight.value) / (4 if self.steady else 1)
 
     def _evaluate(self) -> Iterate:
         loss, terms, grad_weight, grad_bias = self.objective.gradient(self.tasks, self.maps.leaves())
         self.passes += sum(task.passes for task in self.tasks)
-        return Iterate(self.maps, loss, terms, grad_weight, grad_bias)
+        kept = kept_at(self.maps, self.preservation)
+        if self.preservation is not None:
+            self.passes += self.preservation.passes
+        return Iterate(self.maps, loss, terms, *self.maps.gradients(grad_weight, grad_bias), kept)
 
     def go_to(self, iterate: Iterate) -> None:
         """Put the maps where they were once."""
@@ -140,7 +197,8 @@ class SpectralSteps:
         self.stepper.penalties = penalties
         mask = 1 if support is None else support
         try:
-            self.stepper.step(old.grad_weight * mask, old.grad_bias * mask, rate)
+            grad_weight, grad_bias = old.gradients(self.keep_weight.value)
+            self.stepper.step(grad_weight * mask, grad_bias * mask, rate)
             self.maps.check_finite()
             if torch.equal(self.maps.weight, old.weight) and torch.equal(self.maps.bias, old.bias):
                 return None
@@ -152,18 +210,22 @@ class SpectralSteps:
             self.go_to(old)
             raise
         self._learn(old, new, support)
-        before, after = (at.loss + penalty_of(at, penalties, self.maps.sizes) for at in (old, new))
+        before, after = (
+            at.total(self.keep_weight.value) + penalty_of(at, penalties, self.maps.sizes) for at in (old, new)
+        )
         kept = after <= before
         if kept:
             self.iterate = new
             self.moved = True
+            if new.kept is not None:
+                self.keep_weight.follow(new.kept.value)
         else:
             self._retreat(old, rate)
         return rate, new.loss, kept
 
     def _learn(self, old: Iterate, new: Iterate, support: Tensor | None) -> None:
         """Set the rate by the curvature between two iterates."""
-        steps, changes = new.difference(old)
+        steps, changes = new.difference(old, self.keep_weight.value)
         if support is not None:
             changes *= torch.cat([support, support])
         along = float(steps @ changes)
@@ -195,10 +257,19 @@ class ScheduledSteps:
     """`steps` steps of `stepper` at rates that are given: half a cosine, from the first one, `lr`, down."""
 
     def __init__(
-        self, objective: Objective, tasks: Sequence[Task], stepper: ProximalOptimizer, lr: float, steps: int
+        self,
+        objective: Objective,
+        tasks: Sequence[Task],
+        stepper: ProximalOptimizer,
+        lr: float,
+        steps: int,
+        preservation: Preservation | None = None,
+        keep_weight: KeepWeight | None = None,
     ) -> None:
         self.objective, self.tasks, self.stepper = objective, tasks, stepper
         self.lr, self.count = lr, steps
+        self.preservation, self.keep_weight = preservation, keep_weight or KeepWeight(0.0)
+        self.kept: Kept | None = None
         self.passes = 0
 
     @property
@@ -209,9 +280,19 @@ class ScheduledSteps:
     def measure(self, step: int) -> tuple[float, Tensor]:
         """Loss and terms at the maps as they stand, of the prompts of a step."""
         tasks = [task.at(step) for task in self.tasks]
-        total, terms, grad_weight, grad_bias = self.objective.gradient(tasks, self.stepper.maps.leaves())
-        self.gradients = grad_weight, grad_bias
+        maps = self.stepper.maps
+        total, terms, *gradients = self.objective.gradient(tasks, maps.leaves())
         self.passes += sum(task.passes for task in tasks)
+        if self.preservation is not None:
+            self.preservation.at(step)
+        self.kept = kept_at(maps, self.preservation)
+        at = Iterate(maps, total, terms, *maps.gradients(*gradients), self.kept)
+        if self.preservation is not None and self.kept is not None:
+            self.passes += self.preservation.passes
+            self.keep_weight.start(total)
+            if step:
+                self.keep_weight.follow(self.kept.value)
+        self.gradients = at.gradients(self.keep_weight.value)
         return total, terms
 
     def move(self, step: int) -> Step:
@@ -222,11 +303,13 @@ class ScheduledSteps:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What it takes to go on, beside the maps."""
         moments = self.stepper.moments or []
-        return {f"moment {k}": moment for k, moment in enumerate(moments)}, {"taken": self.stepper.taken}
+        state = {"taken": self.stepper.taken, "keep_weight": [self.keep_weight.value, self.keep_weight.first]}
+        return {f"moment {k}": moment for k, moment in enumerate(moments)}, state
 
     def resume(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.stepper.taken = state["taken"]
+        self.keep_weight.value, self.keep_weight.first = state["keep_weight"]
         for k, moment in enumerate(self.stepper.moments or []):
             moment.copy_(tensors[f"moment {k}"])
 
@@ -239,9 +322,16 @@ class AutomaticSteps(SpectralSteps):
     """
 
     def __init__(
-        self, objective: Objective, tasks: Sequence[Task], maps: MapParameters, penalties: Penalties, steps: int
+        self,
+        objective: Objective,
+        tasks: Sequence[Task],
+        maps: MapParameters,
+        penalties: Penalties,
+        steps: int,
+        preservation: Preservation | None = None,
+        keep_weight: KeepWeight | None = None,
     ) -> None:
-        super().__init__(objective, maps, steady=True)
+        super().__init__(objective, maps, preservation=preservation, keep_weight=keep_weight, steady=True)
         self.tasks, self.penalties, self.count = tasks, penalties, steps
         self.sampled = tasks[0].sampler is not None  # then all are
         self.retreats = 0
@@ -254,8 +344,15 @@ class AutomaticSteps(SpectralSteps):
     def measure(self, step: int) -> tuple[float, Tensor]:
         """Loss and terms at the maps as they stand, of the prompts of a step."""
         if self.iterate is None or self.sampled:
+            if self.preservation is not None:
+                self.preservation.at(step)
             self.look([task.at(step) for task in self.tasks])  # they keep their samplers
         return self.iterate.loss, self.iterate.terms
+
+    @property
+    def kept(self) -> Kept | None:
+        """What preservation says of the maps as they stand."""
+        return None if self.iterate is None else self.iterate.kept
 
     def move(self, step: int) -> Step | None:
         """Take the step; None where no step leads on."""
@@ -279,18 +376,30 @@ class AutomaticSteps(SpectralSteps):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What it takes to go on, beside the maps; mini-batches take loss and gradients anew."""
-        state = {name: getattr(self, name) for name in _NUMBERS}
+        state = {name: getattr(self, name) for name in _NUMBERS} | {
+            "keep_weight": [self.keep_weight.value, self.keep_weight.first]
+        }
         if self.iterate is None or self.sampled:
             return {}, state
-        return {name: getattr(self.iterate, name) for name in _TENSORS}, {**state, "loss": self.iterate.loss}
+        tensors = {name: getattr(self.iterate, name) for name in _TENSORS}
+        if self.iterate.kept is not None:
+            state["kept"], *gradients = self.iterate.kept
+            tensors |= dict(zip(_KEPT_TENSORS, gradients, strict=True))
+        return tensors, {**state, "loss": self.iterate.loss}
 
     def resume(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from `state`, at maps that are in place again."""
         for name in _NUMBERS:
             setattr(self, name, state[name])
+        self.keep_weight.value, self.keep_weight.first = state["keep_weight"]
         if "loss" in state:
-            there = (tensors[name].to(self.maps.weight.device) for name in _TENSORS)
-            self.iterate = Iterate(self.maps, state["loss"], *there)
+
+            def there(names: Sequence[str]) -> list[Tensor]:
+                return [tensors[name].to(self.maps.weight.device) for name in names]
+
+            kept = Kept(state["kept"], *there(_KEPT_TENSORS)) if "kept" in state else None
+            terms, grad_weight, grad_bias = there(_TENSORS)
+            self.iterate = Iterate(self.maps, state["loss"], terms, grad_weight, grad_bias, kept)
 
 
 Steps: TypeAlias = ScheduledSteps | AutomaticSteps

@@ -43,10 +43,13 @@ class Capture:
     ----------
     repeated : dict of str to None
         Modules that were called more than once in one of the runs, as far as these went, in that order.
+    output : object
+        What the model returned in the latest run that went to its end; None for one that was left.
     """
 
     def __init__(self) -> None:
         self.repeated: dict[str, None] = {}
+        self.output: Any = None
         self._hooks = ExitStack()  # those that are held
         self._held = False
 
@@ -70,6 +73,8 @@ class Capture:
         on_output: OnOutput,
         last: str | None = None,
         forward: Forward | None = None,
+        *,
+        leave: bool = True,
     ) -> list[str]:
         """Call the model, hand the outputs of the modules to `on_output`, and leave once `last` has been called.
 
@@ -78,12 +83,13 @@ class Capture:
         recomputed, and must return the same values then; what it saves for its backward is its own.
 
         The forward is left after the first call of `last`, without it once each module has been called: a second call
-        of a module may be missed. Returns the modules in the order of their first calls; ValueError when one was not
-        called.
+        of a module may be missed. With ``leave=False`` it goes to its end, and `output` is what it returned. Returns
+        the modules in the order of their first calls; ValueError when one was not called.
         """
         order: dict[str, None] = {}
         waiting = {last} if last is not None else set(names)
-        leave = _Leave()
+        left = _Leave()
+        self.output = None
         running = True
         thread = threading.get_ident()
         # Accelerators have threads of their own for the backward pass, in which checkpointed layers run again.
@@ -104,8 +110,8 @@ class Capture:
                     self.repeated.setdefault(name)
                 order.setdefault(name)
                 waiting.discard(name)
-                if not waiting:
-                    raise leave
+                if leave and not waiting:
+                    raise left
             return None if replaced is None else outputs.put(output, replaced)
 
         self.remove()
@@ -113,11 +119,11 @@ class Capture:
             for name in names:
                 hooks.enter_context(get_module(model, name).register_forward_hook(partial(hook, name)))
             try:
-                call(model, batch, forward)
+                self.output = call(model, batch, forward)
             except _Leave as reason:
-                if reason is not leave:
+                if reason is not left:
                     raise
-                leave.__traceback__ = None  # it holds every frame of the forward, and those the activations
+                left.__traceback__ = None  # it holds every frame of the forward, and those the activations
             running = False
             missing = [name for name in names if name not in order]
             if missing:

@@ -170,6 +170,16 @@ class BatchTokens:
         mask, size = self.mask(name, module, shown), self.named.size_of(name, self.model)
         return pool_output(name, module, shown, mask, self.pooling, size)
 
+    def rows(self, name: str, module: nn.Module, tensor: Tensor, axis: int) -> Tensor:
+        """The selected tokens [N, d] of the output of a module, or all places of one without tokens."""
+        if tensor.ndim == 3 and axis == -1:
+            shown = self._batch_first(name, module, tensor)
+            mask = self.mask(name, module, shown)
+            if mask is not None:
+                return shown[mask.to(tensor.device) != 0]
+            tensor = shown
+        return tensor.movedim(axis, -1).flatten(0, -2)
+
     def only(self, name: str, module: nn.Module, tensor: Tensor, mapped: Tensor) -> Tensor:
         """`mapped` at the selected tokens, `tensor` elsewhere."""
         if self.tokens == "all":

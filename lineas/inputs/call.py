@@ -130,6 +130,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens a language model knows, as its configuration says; a large number where nothing does."""
+    config: Any = getattr(unwrap(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else 1 << 16
+
+
 def _position_ids(model: nn.Module, batch: Batch) -> Tensor | None:
     """Positions counted from the first real token; None where the model's own are right."""
     mask = batch.mask

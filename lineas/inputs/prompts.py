@@ -107,6 +107,17 @@ def _kind(entries: Sequence[Any]) -> str | None:
     return found
 
 
+def join(sets: Sequence[Prompts]) -> Prompts:
+    """The prompts of several sets, one set after the other."""
+    if len(sets) == 1:
+        return sets[0]
+    argument = " and ".join(one.argument for one in sets)
+    rows = [one.made for one in sets if isinstance(one.made, tokenize.TokenRows)]
+    if len(rows) == len(sets):
+        return Prompts(tokenize.joined(rows), argument)
+    return Prompts([batch for one in sets for batch in one.parts()], argument)
+
+
 class Sampler:
     """Mini-batches of `size` of the prompts, in parts of at most `batch_size`.
 

@@ -43,6 +43,15 @@ class TokenRows:
         return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 
+def joined(sets: Sequence[TokenRows]) -> TokenRows:
+    """The rows of several sets, one set after the other, in the columns that all have."""
+    shared = [key for key in sets[0].columns if all(key in one.columns for one in sets)]
+    columns = {key: [row for one in sets for row in one.columns[key]] for key in shared}
+    lengths = [length for one in sets for length in one.prompt_lengths or ()]
+    known = all(one.prompt_lengths is not None for one in sets)
+    return TokenRows(columns, lengths if known else None, sets[0].pad_id, sets[0].left)
+
+
 # --- what may be given ------------------------------------------------------------------------------------------------
 
 

@@ -141,9 +141,7 @@ def test_disjoint_needs_free_neurons(llama, fit_one, first):
     ):
         fit_one(*TASKS["b"], on_top_of=first, disjoint=True)
     below = fit_one(*TASKS["a"], **SPARSE).maps
-    with pytest.raises(
-        ValueError, match=r"^init must leave the neurons of on_top_of alone .*: it maps \d+ of them"
-    ):
+    with pytest.raises(ValueError, match=r"^init: the map of module 'model.* has slopes, and none are"):
         fit_one(*TASKS["b"], on_top_of=below, disjoint=True, init=first)
     assert snapshot(llama) == before
 
@@ -188,7 +186,33 @@ def test_a_disjoint_sequence(fit):
         assert np.sum([support[name] for support in supports], axis=0).max() <= 1
     assert all(sum(one.sum() for one in support.values()) for support in supports)
     assert found.maps.support == sum(result.maps.support for result in found.results.values())
-    assert found.results["b"].maps.metadata["disjoint"] and "disjoint" not in found.results["a"].maps.metadata
+    assert [one.maps.metadata["settings"]["disjoint"] for one in found.results.values()] == [False, True, True]
+
+
+def test_what_is_kept_is_the_model_with_the_earlier_concepts(fit, fit_one):
+    keep = {"keep_weight": 0.5, "held_out": HELD_OUT}
+    found = fit(**keep)
+    one = fit_one(*TASKS["b"], on_top_of=found.results["a"].maps, keep_weight=0.5, held_out=HELD_OUT["b"])
+    same_maps(found.maps, one.maps, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(found.results["b"].history["keep"], one.history["keep"])
+    assert found.results["b"].history["keep"][0] == 0  # before any step of its own
+
+
+@pytest.mark.parametrize("held_out", [None, HELD_OUT], ids=["plain", "held-out"])
+def test_targets_of_earlier_concepts_are_preserved(llama, fit, fit_one, held_out):
+    before = snapshot(llama)
+    found = fit(preserve=True, keep_weight=0.5, held_out=held_out)
+    assert snapshot(llama) == before
+    plain = fit(keep_weight=0.5, held_out=held_out)
+    same_maps(found.results["a"].maps, plain.results["a"].maps)
+    assert not np.array_equal(found.results["b"].history["keep"][1:], plain.results["b"].history["keep"][1:])
+    if held_out is None:  # with both targets given it is the same fit
+        targets = [TASKS[name][1] for name in "ba"]
+        one = fit_one(*TASKS["b"], on_top_of=found.results["a"].maps, keep_weight=0.5, keep=targets)
+        same_maps(found.maps, one.maps, rtol=1e-12, atol=1e-12)
+        given = fit(preserve=True, keep_weight=0.5, keep=TASKS["b"][1])
+        one = fit_one(*TASKS["b"], on_top_of=given.results["a"].maps, keep_weight=0.5, keep=targets)
+        same_maps(given.maps, one.maps, rtol=1e-12, atol=1e-12)
 
 
 def test_starts_by_task(fit, fit_one, first):
@@ -379,6 +403,8 @@ B = {**TASKS, "b": (["x"], prompts(3, 1))}
         (TASKS, {"on_top_of": {}}, TypeError, "^on_top_of must be a SteeringMaps, got dict"),
         (TASKS, {"disjoint": True}, ValueError, "^disjoint must be False unless l1 or group is above 0"),
         (TASKS, {"disjoint": 1}, TypeError, "^disjoint must be True or False, got 1"),
+        (TASKS, {"preserve": True}, ValueError, "^preserve must be False without a weight: give keep_weight= or max_kl="),
+        (TASKS, {"preserve": 1, "max_kl": 0.1}, TypeError, "^preserve must be True or False, got 1"),
         (TASKS, {"mini_batch": 7}, ValueError,
          r"mini_batch must be at most the 6 prompts of tasks\['a'\] source, got 7"),
         ({"b": TASKS["b"], "a": TASKS["a"]}, {"mini_batch": 7}, ValueError, r"the 6 prompts of tasks\['a'\] source"),
