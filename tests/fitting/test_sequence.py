@@ -403,7 +403,7 @@ B = {**TASKS, "b": (["x"], prompts(3, 1))}
         (TASKS, {"on_top_of": {}}, TypeError, "^on_top_of must be a SteeringMaps, got dict"),
         (TASKS, {"disjoint": True}, ValueError, "^disjoint must be False unless l1 or group is above 0"),
         (TASKS, {"disjoint": 1}, TypeError, "^disjoint must be True or False, got 1"),
-        (TASKS, {"preserve": True}, ValueError, "^preserve must be False without a weight: give keep_weight= or max_kl"),
+        (TASKS, {"preserve": True}, ValueError, "^preserve must be False without a weight: give keep_weight= or max"),
         (TASKS, {"preserve": 1, "max_kl": 0.1}, TypeError, "^preserve must be True or False, got 1"),
         (TASKS, {"mini_batch": 7}, ValueError,
          r"mini_batch must be at most the 6 prompts of tasks\['a'\] source, got 7"),
