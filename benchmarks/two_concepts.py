@@ -87,9 +87,10 @@ class Row(NamedTuple):
 
 
 # Fits by name: the order of the concepts, or "joint", and settings beside FIT.
-KEPT: dict[str, Any] = {"max_kl": 0.1, "steps": 16}
+KEPT: dict[str, Any] = {"max_kl": 0.1}
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "AB": ("AB", {}),
+    "B": ("B", {}),
     "BA": ("BA", {}),
     "disjoint": ("AB", {"l1": 0.02, "disjoint": True}),
     "joint": ("joint", {}),
@@ -100,8 +101,8 @@ FITS: dict[str, tuple[str, dict[str, Any]]] = {
 ROWS = {
     "none": Row("none"),
     "A": Row("A alone", (("AB", "A"),)),
-    "B": Row("B alone", (("BA", "B"),)),
-    "naive": Row("naive: B after A", (("AB", "A"), ("BA", "B"))),
+    "B": Row("B alone", (("B", "B"),)),
+    "naive": Row("naive: B after A", (("AB", "A"), ("B", "B"))),
     "sequence": Row("`fit_sequence`, A and then B", (("AB", "A"), ("AB", "B"))),
     "reversed": Row("`fit_sequence`, B and then A", (("BA", "B"), ("BA", "A"))),
     "disjoint": Row("`fit_sequence`, disjoint", (("disjoint", "A"), ("disjoint", "B"))),
