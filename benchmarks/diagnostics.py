@@ -133,6 +133,7 @@ class Study:
                 *self.sets(fit)[0],
                 layers=PLACES[place],
                 l1=l1,
+                scaling="layer-mean",
                 steps=self.steps,
                 seed=fit.seed,
                 **self.reading,

@@ -106,7 +106,7 @@ class Problem:
         return AutomaticSteps(self.objective, self.fitted, self.maps, (l1, group, l1, group), STEPS)
 
     def scheduled(self, optimizer: str, lr: float, steps: int, published: bool = False) -> ScheduledSteps:
-        """Steps at a rate that falls along a cosine; in the published code's scaling or the default one."""
+        """Steps at a rate that falls along a cosine; in the published code's scaling or in "layer-mean"."""
         stepper = ProximalOptimizer(self.maps, optimizer=optimizer)
         objective, fitted = (self.published, self.published_sets) if published else (self.objective, self.fitted)
         return ScheduledSteps(objective, fitted, stepper, lr, steps)

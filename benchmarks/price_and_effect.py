@@ -45,8 +45,8 @@ CALIBRATED, SEEDS = 64, 5
 # Without top_p, of which the sorting takes longer than the model where the vocabulary is large.
 SAMPLING = {"top_k": 40, "top_p": 1.0}
 END_TO_END: dict[str, dict[str, Any]] = {
-    "LinEAS dense": {"lr": "auto", "steps": 12},
-    "LinEAS sparse": {"lr": "auto", "steps": 16},
+    "LinEAS dense": {"scaling": "layer-mean", "lr": "auto", "steps": 12},
+    "LinEAS sparse": {"scaling": "layer-mean", "lr": "auto", "steps": 16},
 }
 LOCAL: dict[str, tuple[Callable[..., Any], str]] = {
     "mean": (baselines.mean, "mean"),

@@ -42,8 +42,10 @@ from lineas.inputs import frozen
 MARKS = "<!-- measured: python benchmarks/sparse_path_smollm2.py --write -->", "<!-- end -->"
 
 SENTENCES, TOKENS = 24, 16  # in each of the four sets; longest
-DENSE = {"steps": 12, "lr": 0.3, "patience": None}  # the demo's rate and steps, without its penalty
+# The demo's rate and steps, without its penalty.
+DENSE: dict[str, Any] = {"scaling": "layer-mean", "steps": 12, "lr": 0.3, "patience": None}
 PATH = {
+    "scaling": "layer-mean",
     "n_penalties": 12,
     "min_ratio": 1e-3,
     "l1_ratio": 1.0,
@@ -173,7 +175,11 @@ class Study:
         def compute() -> dict[str, Any]:
             data = self.sets(seed)
             settings = ObjectiveSettings(
-                layers=LAYERS, tokenizer=data["tokenizer"], max_length=data["max_length"], progress=False
+                layers=LAYERS,
+                tokenizer=data["tokenizer"],
+                max_length=data["max_length"],
+                scaling=DENSE["scaling"],
+                progress=False,
             )
             sets = read_sets(None, (data["source"], data["target"]), data["held_out"], settings)
             dense, penalties = self.dense(seed), self.path(seed)["penalties"]

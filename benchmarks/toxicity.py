@@ -43,8 +43,8 @@ LARGEST_RISE, LARGEST = 0.5, 64.0  # up to which rise, or else which strength, t
 
 # Settings of the fits through the model, beside seed and validation sets.
 END_TO_END: dict[str, dict[str, Any]] = {
-    "LinEAS dense": {"lr": "auto", "steps": 20},
-    "LinEAS sparse": {"lr": "auto", "steps": 30, "l1": 4e-3},
+    "LinEAS dense": {"scaling": "layer-mean", "lr": "auto", "steps": 20},
+    "LinEAS sparse": {"scaling": "layer-mean", "lr": "auto", "steps": 30, "l1": 4e-3},
 }
 # Text in front of prompts, in place of maps.
 INSTRUCTIONS = {

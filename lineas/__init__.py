@@ -15,12 +15,14 @@ from ._version import __version__ as __version__
 from .arrays import baselines
 from .arrays.activations import Activations
 from .arrays.closed_form import fit
+from .arrays.gate import fit_gate
 from .arrays.gaussian import GaussianMap, bures_map, covariance
 from .arrays.moments import Moments, moments
 from .arrays.sparse_path import sparse_path
 from .arrays.wasserstein import prox_sparse_group, wasserstein, wasserstein_grad
 from .maps.affine import AffineMap
 from .maps.files import load
+from .maps.gates import Gate, NeuronGate
 from .maps.path import SparsePath
 from .maps.steering import SteeringMaps
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .fitting.sparse_path import sparse_path_end_to_end
     from .hooks.attach import Handle, attached, detach
     from .hooks.collect import collect
+    from .hooks.fit_gates import fit_gates
     from .hooks.sites import Sites, sites
     from .hooks.tokens import Tokens
     from .notebook import plot
@@ -63,6 +66,7 @@ _LAZY = {
     "evaluate": ("evaluation.sweep", "evaluate", "torch"),
     "explore": ("notebook.explorer", "Explorer", "anywidget"),
     "fit_end_to_end": ("fitting.end_to_end", "fit_end_to_end", "torch"),
+    "fit_gates": ("hooks.fit_gates", "fit_gates", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
     "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
     "fit_sequence": ("fitting.sequence", "fit_sequence", "torch"),
@@ -81,9 +85,11 @@ __all__ = [
     "EndToEndPath",
     "Evaluation",
     "FitResult",
+    "Gate",
     "GaussianMap",
     "Handle",
     "Moments",
+    "NeuronGate",
     "SequenceHandle",
     "SequenceResult",
     "Sites",
@@ -100,6 +106,8 @@ __all__ = [
     "explore",
     "fit",
     "fit_end_to_end",
+    "fit_gate",
+    "fit_gates",
     "fit_incremental",
     "fit_jointly",
     "fit_sequence",

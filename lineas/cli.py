@@ -68,7 +68,17 @@ _END_TO_END: dict[str, dict[str, Any]] = {
     "lr": {"type": _rate, "metavar": "RATE", "help": "learning rate; auto finds it from the loss"},
     "l1": {"type": float, "help": "lasso penalty"},
     "group": {"type": float, "help": "group lasso penalty of each module"},
-    "scaling": {"help": "layer-mean, paper or reference"},
+    "scaling": {"help": "standardized, layer-mean, paper or reference"},
+    "slopes": {"nargs": "*", "metavar": "GLOB", "help": "modules with slopes (default: all); none: shifts alone"},
+    "shifts": {"nargs": "*", "metavar": "GLOB", "help": "modules with shifts (default: all); none: slopes alone"},
+    "keep": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "prompts on which the model is to stay as it is (default: the target, with --keep-weight or --max-kl)",
+    },
+    "keep_weight": {"type": float, "help": "weight of the divergence on them"},
+    "keep_loss": {"help": "kl or activations"},
+    "max_kl": {"type": float, "help": "budget of that divergence in nats, which finds the weight"},
     "optimizer": {"help": "sgd or adam"},
     "mini_batch": {"type": int, "help": "source prompts in a step (default: all)"},
     "patience": {"type": int, "help": "kept steps without a lower held-out loss that end the fit"},
@@ -300,13 +310,19 @@ def _fit(args: argparse.Namespace) -> int:
     for name in ("layers", "loss_layers"):  # a list may match what one glob must not
         if len(given.get(name, ())) == 1:
             given[name] = given[name][0]
+    for name in ("slopes", "shifts"):
+        if given.get(name) == []:
+            given[name] = False
     fraction = given.pop("held_out_fraction", None)
     if fraction is None and given.get("strengths", [1]) != [1]:
         raise ValueError("--strengths: there are no prompts to choose among them by without --held-out-fraction")
     (source, held_source), (target, held_target) = (_read_sets(path, fraction) for path in (args.source, args.target))
     if fraction is not None:
         given["held_out"] = (held_source, held_target)
-    files = {name: getattr(args, name) for name in ("source", "target", "checkpoint", "output") if getattr(args, name)}
+    if "keep" in given:
+        given["keep"] = _read_sets(args.keep, None)[0]
+    named = ("source", "target", "keep", "checkpoint", "output")
+    files = {name: getattr(args, name) for name in named if getattr(args, name)}
     for name, path in files.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")

@@ -77,6 +77,27 @@ def test_fit_end_to_end_equals_the_library(fit, folder, capsys):
     assert "held-out loss" in out and f"written to {path}" in out
 
 
+def test_fit_keeps_texts_as_they_are_and_fits_shifts_alone(fit, folder, tmp_path):
+    kept = tmp_path / "keep.txt"
+    kept.write_text("\n".join(models_zoo.texts(5, seed=9)) + "\n", encoding="utf-8")
+    code, path = fit("--steps", "2", "--slopes", "--keep", str(kept), "--keep-weight", "2", "--keep-loss", "kl")
+    assert code == 0
+    expected = lineas.fit_end_to_end(
+        models_zoo.llama(),
+        read(folder / "source.txt"),
+        read(folder / "target.txt"),
+        layers=NORMS,
+        tokenizer=models_zoo.tokenizer(),
+        steps=2,
+        slopes=False,
+        keep=read(kept),
+        keep_weight=2.0,
+        progress=False,
+    )
+    assert lineas.load(path) == expected.maps
+    assert all((one.weight == 1).all() for one in expected.maps.values())
+
+
 def test_fit_takes_prompts_in_parts(fit):
     code, path = fit("--steps", "2", "--batch-size", "2", "--mini-batch", "4")
     assert code == 0
@@ -266,6 +287,12 @@ def no_model(monkeypatch):
         (("--seed", "-1"), "--seed must be at least 0, got -1"),
         (("--strengths", "0.5", "1"), "--strengths: there are no prompts to choose among them by without --held-out"),
         (("--strengths", "nan", "--held-out-fraction", "0.5"), "--strengths must be finite, got nan"),
+        (("--keep-weight", "-1"), "--keep-weight must not be negative, got -1"),
+        (("--max-kl", "0"), "--max-kl must be above 0, got 0"),
+        (("--max-kl", "0.1", "--keep-weight", "1"), "--max-kl is for keep_weight='auto', got keep_weight=1"),
+        (("--keep-loss", "l2", "--max-kl", "0.1"), "--keep-loss must be one of 'kl', 'activations', got 'l2'"),
+        (("--slopes", "--shifts"), "--slopes and shifts are both False: nothing is left to be fitted"),
+        (("--max-kl", "0.1", "--method", "linear"), "--max-kl is for --method end-to-end only, got --method linear"),
     ],
 )
 def test_values_are_checked_before_the_model_is_loaded(fit, no_model, capsys, options, message):

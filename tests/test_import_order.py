@@ -40,6 +40,7 @@ LAZY = {
         "export.fold",
         "export.lora",
         "hooks.attach",
+        "hooks.gating",
         "maps.files",
         "maps.hub",
         "maps.vectors",

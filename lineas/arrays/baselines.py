@@ -19,6 +19,7 @@ from ..maps.steering import SteeringMaps
 from .activations import origin
 from .closed_form import fit
 from .samples import Samples, as_maps, paired_samples
+from .separability import roc_area
 
 __all__ = ["aura", "iti_c", "mean"]
 
@@ -176,19 +177,10 @@ def aura(source: Samples, target: Samples) -> AffineMap | SteeringMaps:
     """
 
     def dampen(u: NDArray, v: NDArray) -> tuple[NDArray, NDArray]:
-        area = _roc_area(u, v)
+        area = roc_area(u, v)
         return 1 - 2 * np.maximum(area - 0.5, 0), np.zeros_like(area)
 
     return _each(source, target, dampen, "aura")
-
-
-def _roc_area(positive: NDArray, negative: NDArray) -> NDArray:
-    """The share of pairs in which the positive row is larger, ties counted half (Mann and Whitney): [d], float64."""
-    # Twice the count of pairs is an integer, and exact.
-    doubled = np.empty(positive.shape[1])
-    for k, (above, below) in enumerate(zip(positive.T, np.sort(negative, axis=0).T, strict=True)):
-        doubled[k] = sum(np.searchsorted(below, above, side).sum() for side in ("left", "right"))
-    return doubled / (2 * len(positive) * len(negative))
 
 
 def _each(

@@ -90,6 +90,7 @@ def run(output: str | Path = "demo-output", *, steps: int = 12, seed: int = 0, q
         held_out=(negative[n : 2 * n], positive[n : 2 * n]),
         layers=LAYERS,
         tokenizer=tokenizer,
+        scaling="layer-mean",  # in which its figures are known
         l1=LASSO,
         lr=LEARNING_RATE,
         steps=steps,

@@ -18,6 +18,7 @@ from ..fitting.checkpoint import digest
 from ..hooks.modules import check_runs, model_name
 from ..hooks.settings import as_tokenizer, optional
 from ..inputs.frozen import frozen
+from ..maps.gates import gates_of
 from ..maps.metadata import Selection, check_tokens, spell_tokens
 from ..maps.steering import SteeringMaps
 from .continuations import GenerationSettings, Generator, try_judges
@@ -227,7 +228,7 @@ def calibrate(
         "measured": measured,
         **facts,
     }
-    noted = SteeringMaps(maps, {**metadata, "calibration": record})
+    noted = SteeringMaps(maps, {**metadata, "calibration": record}, gates_of(maps))
     return Calibration(noted, found.strength, found.range, asked, measured, found.tried)
 
 

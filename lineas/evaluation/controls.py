@@ -42,14 +42,14 @@ def random_maps(maps: SteeringMaps, seed: int = 0) -> SteeringMaps:
     Returns
     -------
     SteeringMaps
-        With the metadata of `maps` as their only part.
+        With the metadata of `maps` as their only part, and with their gates.
     """
     rng = np.random.default_rng(seed)
     found = {}
     for name, one in maps.items():
         order, sign = rng.permutation(one.d), rng.choice([-1, 1], one.d).astype(one.weight.dtype)
         found[name] = AffineMap(1 + sign * (one.weight - 1)[order], sign * one.bias[order])
-    return SteeringMaps(found, describe("random", seed=seed, parts=[maps.metadata]))
+    return SteeringMaps(found, describe("random", seed=seed, parts=[maps.metadata]), maps.gates)
 
 
 def name_controls(controls: Any, methods: Iterable[str], *, fitted: bool) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
 from ..inputs.frozen import frozen
 from ..inputs.prompts import read
+from ..maps.gates import refuse_gates
 from ..maps.metadata import as_strength
 from ..maps.steering import SteeringMaps
 from .bias_settings import Setting, check_conversion, find_bias_settings, switch_on, to_llama
@@ -101,6 +102,7 @@ def fold(
     UserWarning
         If the metadata name another model than this one, as `attach`.
     """
+    refuse_gates(maps, "fold")
     strength = as_strength(strength, getattr(maps, "metadata", {}))
     optional(as_tokenizer, tokenizer, "tokenizer")
     inplace, convert = as_flag(inplace, "inplace"), as_flag(convert, "convert")

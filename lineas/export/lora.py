@@ -17,6 +17,7 @@ from ..hooks.affine import parameters
 from ..hooks.modules import model_name
 from ..hooks.settings import optional
 from ..maps.files import write_atomically
+from ..maps.gates import refuse_gates
 from ..maps.metadata import as_strength
 from ..maps.steering import SteeringMaps
 from .fold import refuse
@@ -99,6 +100,7 @@ def to_peft_lora(
         raise ImportError('a LoRA adapter needs PEFT: pip install "lineas[peft]"') from error
     from safetensors.torch import save
 
+    refuse_gates(maps, "to_peft_lora")
     strength = as_strength(strength, getattr(maps, "metadata", {}))
     if bias is not None and not isinstance(bias, bool):
         raise TypeError(f"bias must be True, False or None, got {bias!r}")

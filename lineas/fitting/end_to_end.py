@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts, Sampler, join
+from ..maps.gates import arrays_of, facts_of
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
@@ -83,8 +84,7 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     """
     check_runs(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
-    result = fit_maps(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
-    return _with_those_below(result, model, settings)
+    return _fit_on_top_of(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
 
 @takes(JointSettings)
@@ -125,7 +125,7 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")
     held_out = pairs_of_tasks("held_out", settings.held_out, pairs)
     given = [(name, pair, held_out[name]) for name, pair in pairs.items()]
-    return _with_those_below(fit_maps(model, given, settings, "fit_jointly"), model, settings)
+    return _fit_on_top_of(model, given, settings, "fit_jointly")
 
 
 def pairs_by_name(argument: str, tasks: Any) -> dict[str, Pair]:
@@ -193,17 +193,29 @@ def prepare(
     return objective, fitted, held_out, facts
 
 
+def _fit_on_top_of(model: nn.Module, given: Sequence[NamedPairs], settings: FitSettings, caller: str) -> FitResult:
+    """`fit_maps` on top of the maps that settings name, if any, with maps that do both."""
+    if settings.on_top_of is None:
+        return fit_maps(model, given, settings, caller)
+    if settings.gates is not None or settings.on_top_of.gates:
+        raise ValueError("on_top_of: maps with gates are not composed with others; fit_sequence keeps them apart")
+    below = as_on_top_of(settings.on_top_of, model, settings.tokens)
+    result = fit_maps(model, given, settings, caller, [below])
+    return replace(result, maps=result.maps @ below)
+
+
 def fit_maps(
     model: nn.Module,
     given: Sequence[NamedPairs],
     settings: FitSettings,
     caller: str,
+    below: Sequence[SteeringMaps] = (),
     preserved: Sequence[NamedPairs] = (),
 ) -> FitResult:
-    """Fit the maps of all modules for all tasks.
+    """Fit the maps of all modules for all tasks, while those `below` are on, in this order.
 
-    The maps that are returned are those that were fitted, without those that they were fitted on top of. The targets of
-    `preserved` tasks are added to what is to stay as it is.
+    The maps that are returned are those that were fitted, without those below. The targets of `preserved` tasks are
+    added to what is to stay as it is.
     """
     tasks, others = ([read_sets(*task, settings) for task in some] for some in (given, preserved))
     preserves = settings.keep_weight != 0
@@ -211,12 +223,15 @@ def fit_maps(
     if settings.keep is not None:
         keep = join([read_prompts(settings.keep, "keep", settings), *(sets[1] for sets in others)])
     names = [name for name, *_ in given]
-    below = _those_below(model, settings)
-    with nullcontext() if below is None else below.attach(model, tokens=settings.tokens), frozen(model):
+    with ExitStack() as stack:
+        for one in below:
+            stack.enter_context(one.attach(model, tokens=settings.tokens))
+        stack.enter_context(frozen(model))
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
         maps = parameters_of(objective, settings)
-        if below is not None and settings.disjoint:
+        if settings.disjoint:
             leave_alone(maps, below)
+        objective.put_gates(settings.gates)
         if settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
         kept, held_out_kept = (
@@ -248,7 +263,10 @@ def fit_maps(
                 ),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
-                "digest of on_top_of": None if below is None else digest_of_maps(below),
+                "digest of on_top_of": digest_of_maps(below),
+                "digest of gates": digest(
+                    {name: [arrays_of(gate), facts_of(gate)] for name, gate in objective.gates.items()}
+                ),
             }
             # The targets are the second of the sets, and the held-out ones the fourth.
             fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
@@ -276,7 +294,9 @@ def fit_maps(
     course |= {name: getattr(history, name) for name in ("best_step", "best_strength", "stopped")}
     method = "end-to-end" if len(given) == 1 else "joint end-to-end"
     return FitResult(
-        maps=SteeringMaps(maps.snapshot(), describe(method, **facts, settings=settings.record(), history=course)),
+        maps=SteeringMaps(
+            maps.snapshot(), describe(method, **facts, settings=settings.record(), history=course), objective.gates
+        ),
         history=arrays,
         best_step=history.best_step,
         stopped=history.stopped,
@@ -288,17 +308,6 @@ def fit_maps(
         loss=loss,
         held_out_keep=history.best_keep,
     )
-
-
-def _those_below(model: nn.Module, settings: FitSettings) -> SteeringMaps | None:
-    """The maps that are on during the fit, if any, under the names that the fit gives to the modules."""
-    return None if settings.on_top_of is None else as_on_top_of(settings.on_top_of, model, settings.tokens)
-
-
-def _with_those_below(result: FitResult, model: nn.Module, settings: FitSettings) -> FitResult:
-    """The result with maps that do both, where they were fitted on top of others."""
-    below = _those_below(model, settings)
-    return result if below is None else replace(result, maps=result.maps @ below)
 
 
 def _preservations(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import double
-from ..hooks import outputs
+from ..hooks import gating, outputs
 from ..hooks.affine import affine, working_dtype
 from ..hooks.capture import Capture, warn_of_repeated
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
 from ..inputs.prompts import Sampler
+from ..maps.affine import AffineMap
+from ..maps.gates import AnyGate
+from ..maps.steering import SteeringMaps
 from .autograd import sort_columns, wasserstein
 from .settings import ObjectiveSettings
 
@@ -104,10 +107,23 @@ class Objective:
         self.dtype = torch.float64
         self.device = torch.device("cpu")
         self.seen: set[torch.dtype] = set()
+        self.gates: Mapping[str, AnyGate] = {}
+        self._sites: dict[str, AnyGate] = {}
         self._ordered = False
         self._moments: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
         self._sums: dict[str, Tensor] | None = None
         self.precisions: list[Tensor] | None = None
+
+    def put_gates(self, gates: Any) -> None:
+        """Let gates act from now on, as `SteeringMaps.gated` takes them; after the first target has run."""
+        identities = {name: AffineMap.identity(width) for name, width in self.widths.items()}
+        self.gates = SteeringMaps(identities, gates=gates).gates
+        self._sites = {gate.site or name: gate for name, gate in self.gates.items()}
+
+    @property
+    def steered(self) -> list[str]:
+        """The modules that maps are on or gates read."""
+        return list(dict.fromkeys([*self.map_names, *self._sites]))
 
     @property
     def tolerance(self) -> float:
@@ -182,12 +198,13 @@ class Objective:
 
     def _pooled(self, capture: Capture, batch: Batch, maps: Leaves | None) -> dict[str, Tensor]:
         """Pooled activations [n, d] for one batch: of the loss modules with maps on, without any of the mapped too."""
-        names = list(dict.fromkeys([*self.map_names, *self.loss_names]))
+        names = list(dict.fromkeys([*(self.map_names if maps is None else self.steered), *self.loss_names]))
         mapped, wanted = frozenset(self.map_names), frozenset(self.loss_names)
         if maps is None and self.settings.scaling == "standardized":
             wanted |= mapped
         choice = BatchTokens(self.model, batch, self.settings)
         pooled: dict[str, Tensor] = {}
+        steer = self.steerer(choice, maps)
         differentiated = torch.is_grad_enabled()
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
@@ -205,8 +222,7 @@ class Objective:
                     self._learn(name, tensor, tensor.shape[axis])
                     if self._sums is not None:
                         self._add(name, choice.rows(name, module, tensor, axis))
-                else:
-                    replaced = choice.only(name, module, tensor, affine(tensor, *maps[name], 1.0, axis))
+            replaced = steer(name, module, tensor)
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
                 pooled[name] = choice.pool(name, module, tensor, replaced)
             return replaced
@@ -246,6 +262,32 @@ class Objective:
         self.map_names.sort(key=order.index)
         self.loss_names.sort(key=order.index)
         self._ordered = True
+
+    def steerer(self, choice: BatchTokens, maps: Leaves | None) -> Callable[[str, nn.Module, Tensor], Tensor | None]:
+        """What maps and gates make of the output of a module in one forward pass; None where they leave it alone.
+
+        To be called at every output of the modules that maps are on and gates read.
+        """
+        values: dict[str, Tensor] = {}
+
+        def steer(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+            if maps is None or not (name in maps or name in self._sites):
+                return None
+            axis = outputs.channel_axis(module, tensor, name)
+            if name in self._sites:
+                values[name] = gating.values(self._sites[name], tensor, choice.real(name, tensor), axis)
+            if name not in maps:
+                return None
+            mapped = affine(tensor, *maps[name], 1.0, axis)
+            gate = self.gates.get(name)
+            if gate is not None:
+                site = gate.site or name
+                if site not in values:
+                    raise ValueError(f"gates: module {site!r} had not run before {name!r}, whose gate reads it")
+                mapped = gating.gated(tensor, mapped, values[site].to(tensor.device, tensor.dtype))
+            return choice.only(name, module, tensor, mapped)
+
+        return steer
 
     # --- the loss -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..hooks.modules import find
-from ..maps.affine import AffineMap
+from ..maps.gates import arrays_of, facts_of
 from ..maps.metadata import Selection, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import digest
@@ -40,26 +40,33 @@ def _spelled_tokens(metadata: Mapping[str, Any]) -> list[Any]:
     return [metadata.get("tokens") or "all"]
 
 
-def digest_of_maps(maps: SteeringMaps) -> str:
-    """A digest of the maps that a fit is on top of."""
-    return digest({name: [one.weight, one.bias] for name, one in maps.items()})
+def digest_of_maps(below: Sequence[SteeringMaps]) -> str | None:
+    """A digest of the maps that a fit is on top of; None where there are none."""
+    if not below:
+        return None
+    return digest([[{name: [one.weight, one.bias] for name, one in maps.items()}, _gates_of(maps)] for maps in below])
 
 
-def leave_alone(parameters: MapParameters, maps: Mapping[str, AffineMap]) -> None:
-    """Let neither slopes nor shifts move of the neurons that `maps` change.
+def _gates_of(maps: SteeringMaps) -> dict[str, Any]:
+    return {name: [arrays_of(gate), facts_of(gate)] for name, gate in maps.gates.items()}
+
+
+def leave_alone(parameters: MapParameters, below: Sequence[SteeringMaps]) -> None:
+    """Let neither slopes nor shifts move of the neurons that the maps `below` change.
 
     ValueError if no other neuron may move.
     """
-    free = [
-        (maps[name].weight == 1) & (maps[name].bias == 0) if name in maps else np.ones(width, bool)
-        for name, width in zip(parameters.names, parameters.sizes, strict=True)
-    ]
-    mask = torch.from_numpy(np.concatenate(free)).to(parameters.weight)
-    if not mask.any():
+    taken = np.zeros(int(parameters.offsets[-1]), bool)
+    for name, start, stop in zip(parameters.names, parameters.offsets[:-1], parameters.offsets[1:], strict=True):
+        for maps in below:
+            if name in maps:
+                taken[start:stop] |= (maps[name].weight != 1) | (maps[name].bias != 0)
+    if taken.all():
         raise ValueError(
-            f"disjoint leaves no neuron to fit: on_top_of maps all {len(mask)} of them; fit that with a larger l1 or "
+            f"disjoint leaves no neuron to fit: on_top_of maps all {len(taken)} of them; fit that with a larger l1 or "
             "group"
         )
+    free = torch.from_numpy(~taken).to(parameters.weight)
     weight, bias = parameters.free_weight, parameters.free_bias
-    parameters.free_weight = mask if weight is None else weight * mask
-    parameters.free_bias = mask if bias is None else bias * mask
+    parameters.free_weight = free if weight is None else weight * free
+    parameters.free_bias = free if bias is None else bias * free

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import outputs
-from ..hooks.affine import affine
 from ..hooks.capture import Capture
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
@@ -183,18 +182,17 @@ class Preservation:
         objective = self.objective
         choice = BatchTokens(objective.model, batch, self.settings)
         found: dict[str, Tensor] = {}
+        steer = objective.steerer(choice, maps)
         wanted = frozenset(() if self.kind == "kl" else objective.loss_names)
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
-            replaced = None
-            axis = outputs.channel_axis(module, tensor, name)
-            if maps is not None and name in maps:
-                replaced = choice.only(name, module, tensor, affine(tensor, *maps[name], 1.0, axis))
+            replaced = steer(name, module, tensor)
             if name in wanted and name not in found:
+                axis = outputs.channel_axis(module, tensor, name)
                 found[name] = choice.rows(name, module, tensor if replaced is None else replaced, axis)
             return replaced
 
-        names = list(dict.fromkeys([*objective.map_names, *wanted]))
+        names = list(dict.fromkeys([*objective.steered, *wanted]))
         if self.kind == "activations":
             capture.run(
                 objective.model, batch, names, on_output, last=objective.loss_names[-1], forward=self.settings.forward

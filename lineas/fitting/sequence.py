@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -19,7 +19,7 @@ from .end_to_end import Pair, fit_maps, pairs_by_name, pairs_of_tasks, read_sets
 from .on_top import as_on_top_of
 from .result import FitResult
 from .sequence_result import SequenceResult
-from .settings import FitSettings, SequenceSettings
+from .settings import SequenceSettings
 
 
 @takes(SequenceSettings)
@@ -50,24 +50,29 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
     Raises
     ------
     TypeError, OSError
-        As `fit_end_to_end`; TypeError as well if `tasks`, `held_out` or `init` does not map names to what they should.
+        As `fit_end_to_end`; TypeError as well if `tasks`, `held_out`, `init` or `gates` is no mapping of what it should
+        be.
     ValueError
-        As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, `held_out` has others, `init` has
-        one that `tasks` lacks, or earlier concepts leave no neuron to a later one that is to be disjoint. The message
-        names the task.
+        As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, `held_out` has others, `init` or
+        `gates` has one that `tasks` lacks, or earlier concepts leave no neuron to a later one that is to be disjoint.
+        The message names the task.
     """
     check_runs(model)
     pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")
     held_out = pairs_of_tasks("held_out", settings.held_out, pairs)
-    starts = _starts(settings.init, pairs)
+    starts, gates = (_by_task(argument, getattr(settings, argument), pairs) for argument in ("init", "gates"))
+    for name, maps in starts.items():
+        if not isinstance(maps, SteeringMaps):
+            raise TypeError(f"init[{name!r}] must be a SteeringMaps, got {type(maps).__name__}")
     for name, pair in pairs.items():  # so that what cannot be read is known before anything is fitted
         source, *_ = read_sets(name, pair, held_out[name], settings)
         if settings.mini_batch is not None:
             Sampler(source, settings.mini_batch, batch_size=settings.batch_size, seed=settings.seed)
-    if settings.checkpoint is not None:
-        os.makedirs(settings.checkpoint, exist_ok=True)
+    folder = settings.checkpoint
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
     on_top_of = settings.on_top_of
     if on_top_of is not None:
         on_top_of = as_on_top_of(on_top_of, model, settings.tokens)
@@ -75,11 +80,18 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
     results: dict[str, FitResult] = {}
     stopped = "finished"
     for name, pair in pairs.items():
-        before = SequenceResult(results, on_top_of).composed() if results else on_top_of
-        chosen = _settings_of(name, settings, held_out[name], starts.get(name), before)
+        below = [*([] if on_top_of is None else [on_top_of]), *(result.maps for result in results.values())]
+        chosen = replace(
+            settings,
+            held_out=held_out[name],
+            init=starts.get(name),
+            gates=gates.get(name),
+            disjoint=settings.disjoint and bool(below),  # the first concept has all neurons
+            checkpoint=None if folder is None else os.path.join(folder, quote(name, safe=" ") + ".safetensors"),
+        )
         try:
             earlier = [(other, pairs[other], held_out[other]) for other in results if settings.preserve]
-            found = fit_maps(model, [(name, pair, held_out[name])], chosen, "fit_sequence", earlier)
+            found = fit_maps(model, [(name, pair, held_out[name])], chosen, "fit_sequence", below, earlier)
         except KeyboardInterrupt:
             if not results:
                 raise
@@ -98,29 +110,18 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
     return SequenceResult(results, on_top_of, stopped)
 
 
-def _starts(init: Any, pairs: Mapping[str, Pair]) -> dict[str, SteeringMaps]:
-    """The maps to start from by task, of any of the tasks."""
-    starts = {} if init is None else dict(init)
-    for name, maps in starts.items():
+def _by_task(argument: str, given: Any, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+    """What is given for any of the tasks, by task."""
+    found = {} if given is None else given
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{argument} must be a dict by task, got {type(given).__name__}")
+    for name in found:
         if name not in pairs:
-            raise ValueError(f"init must have tasks of tasks only, {list(pairs)}: it has {name!r}")
-        if not isinstance(maps, SteeringMaps):
-            raise TypeError(f"init[{name!r}] must be a SteeringMaps, got {type(maps).__name__}")
-    return starts
-
-
-def _settings_of(
-    name: str, settings: SequenceSettings, held_out: Pair | None, init: SteeringMaps | None, before: SteeringMaps | None
-) -> FitSettings:
-    """The settings of the fit of one concept on top of the maps `before`."""
-    values = {field.name: getattr(settings, field.name) for field in fields(FitSettings)}
-    values |= {"held_out": held_out, "init": init, "on_top_of": before}
-    values["disjoint"] = settings.disjoint and before is not None
-    if settings.checkpoint is not None:
-        values["checkpoint"] = os.path.join(settings.checkpoint, quote(name, safe=" ") + ".safetensors")
-    return FitSettings(**values)
+            raise ValueError(f"{argument} must have tasks of tasks only, {list(pairs)}: it has {name!r}")
+    return dict(found)
 
 
 def _named(found: FitResult, name: str) -> FitResult:
     """A result whose maps' metadata name the task."""
-    return replace(found, maps=SteeringMaps(found.maps, {**found.maps.metadata, "task": name}))
+    maps = SteeringMaps(found.maps, {**found.maps.metadata, "task": name}, found.maps.gates)
+    return replace(found, maps=maps)

@@ -50,7 +50,8 @@ class SequenceResult(Record):
         """The maps of all concepts composed, in order: one set of maps that does at strength 1 what all do together.
 
         Their metadata name the concepts as "tasks", and have the metadata of each among "parts". At another strength
-        they are not what the concepts are at that strength, one after the other: see `composed`.
+        they are not what the concepts are at that strength, one after the other: see `composed`. ValueError where maps
+        have gates: those can only be attached.
         """
         return self.composed()
 
@@ -69,7 +70,7 @@ class SequenceResult(Record):
         TypeError
             If `strengths` is not a mapping, or one of them is no number.
         ValueError
-            If there is no such concept, or a strength is not finite.
+            If there is no such concept, a strength is not finite, or maps have gates.
         """
         given = self._given(strengths)
         found = {name: as_finite(strength, f"strengths[{name!r}]") for name, strength in given.items()}
@@ -81,7 +82,7 @@ class SequenceResult(Record):
             parts.insert(0, self.on_top_of)
         maps = reduce(lambda first, second: second @ first, parts)
         facts = {"tasks": list(self.results), "parts": [part.metadata for part in parts]}
-        return SteeringMaps(maps, describe("sequence", **facts))
+        return SteeringMaps(maps, describe("sequence", **facts), maps.gates)
 
     def attach(
         self, model: Any, strengths: Mapping[str, Strength] | None = None, *, tokens: Selection | None = None

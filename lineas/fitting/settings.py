@@ -98,6 +98,9 @@ class FitSettings(ObjectiveSettings):
     max_kl : float, optional
         The budget of ``keep_weight="auto"``, in nats a token. With `held_out`, no maps are returned that go beyond it
         on the held-out prompts.
+    gates : mapping of str to Gate or NeuronGate, or Gate, optional
+        Gates that are on while the maps are fitted, and stay on the maps that are returned: as
+        `SteeringMaps.gated` takes them. They are not changed.
     init : SteeringMaps, optional
         Where to start. Default: the identity.
     on_top_of : SteeringMaps, optional
@@ -154,6 +157,7 @@ class FitSettings(ObjectiveSettings):
     keep_weight: float | str | None = None
     keep_loss: str = "kl"
     max_kl: float | None = None
+    gates: Any = None
     init: Mapping[str, Any] | None = None
     on_top_of: SteeringMaps | None = None
     disjoint: bool = False
@@ -235,6 +239,8 @@ class SequenceSettings(FitSettings):
     ----------
     held_out : dict of str to (source, target), optional
         Two more sets for each concept, by whose loss its maps are chosen.
+    gates : dict of str to gates, optional
+        For any of the concepts, as of `fit_end_to_end`. Maps with gates cannot be composed, but attached in order.
     init : dict of str to SteeringMaps, optional
         Where to start, for any of the concepts. Default: the identity.
     on_top_of : SteeringMaps, optional

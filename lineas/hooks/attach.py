@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import as_flag
 from .._warn import warn
 from ..inputs.call import unwrap
 from ..maps.affine import AffineMap
+from ..maps.gates import gates_of
 from ..maps.metadata import Selection, as_strength, check_tokens, fitted_tokens, show_tokens
 from .forward_state import Tracker
+from .gating import SiteHook, sites_of
 from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
 from .modules import check_model, get_module, model_name, output_width
@@ -85,6 +87,7 @@ class Handle:
             MapHook(name, self._settings, tokens, self._tracker, likely_output(module, model), turned[name])
             for name, module in modules.items()
         ]
+        self._sites: dict[str, RemovableHandle] = {}  # of modules without a map that gates read
         self._removable: list[RemovableHandle] = []
         self._lock = threading.Lock()
         try:
@@ -94,6 +97,7 @@ class Handle:
             begin, end = (PassHook(self._tracker, what) for what in ("begin", "end"))
             self._removable.append(self._root.register_forward_pre_hook(begin, with_kwargs=True))
             self._removable.append(self._root.register_forward_hook(end, always_call=True))
+            self._prepare_gates(self._check_gates(maps))
             for module, hook in zip(modules.values(), self._hooks, strict=True):
                 self._removable.append(module.register_forward_hook(hook))
                 _put_recorders_last(module)
@@ -110,6 +114,36 @@ class Handle:
         elif isinstance(strength, StrengthArray):
             what = f"a strength of the shape {list(strength.values.shape)}" if strength.by_token else None
             self._follow(what, positions=strength.by_token)
+
+    def _check_gates(self, maps: Mapping[str, AffineMap]) -> dict[str, nn.Module]:
+        """The modules without a map that gates of `maps` read; ValueError where there is none, or of another width."""
+        found = {}
+        for site, gates in sites_of(gates_of(maps)).items():
+            module = get_module(self._root, site)
+            width = output_width(module)
+            for gate in gates:
+                if width is not None and width != gate.d:
+                    raise ValueError(f"{site}: the gate is for {gate.d} neurons, the module has {width}")
+            if site not in maps:
+                found[site] = module
+        means = any(gate.context == "mean" for gate in gates_of(maps).values())
+        if means and self._tracker.two_texts:
+            self._follow("a gate of context 'mean'")  # which is an error
+        return found
+
+    def _prepare_gates(self, sites: Mapping[str, nn.Module], maps: Mapping[str, AffineMap] | None = None) -> None:
+        """Put hooks on the modules without a map that gates read, and follow the passes where they ask for it."""
+        gates = gates_of(self._settings.latest.maps if maps is None else maps).values()
+        if any(gate.context == "mean" for gate in gates):
+            self._follow("a gate of context 'mean'")
+        elif any(gate.site is not None for gate in gates):
+            self._follow(None, positions=False)
+        for name, module in sites.items():
+            if name not in self._sites:
+                hook = SiteHook(name, self._settings, self._tracker)
+                hook.handle = self
+                self._sites[name] = module.register_forward_hook(hook)
+                self._removable.append(self._sites[name])
 
     def _follow(self, what: str | None, *, positions: bool = True) -> None:
         """Follow the model's passes, and their tokens if `positions`; `what` it is that needs a model with one text."""
@@ -146,6 +180,9 @@ class Handle:
                 raise TypeError(f"maps[{hook.name!r}] must be an AffineMap, got {type(new).__name__}")
             if new.d != hook.d:
                 raise ValueError(f"{hook.name}: the map must be for {hook.d} neurons as before, got {new.d}")
+        sites = self._check_gates(maps)
+        if self.attached:
+            self._prepare_gates(sites, maps)
         self._settings.set(maps=maps)
         for hook in self._hooks:
             hook.renew()
@@ -205,6 +242,34 @@ class Handle:
         with self._settings.in_context(given):
             yield self
 
+    @contextmanager
+    def recorded_gates(self) -> Iterator[dict[str, Tensor]]:
+        """In the block, keep what the gates of the latest pass were: for pictures, and to see whether they are right.
+
+        The dict has by module name [B, T] for a gate with one value a token, [B, T, d] for one of neurons, or whatever
+        the shape of the output is, where the model put it; it is filled anew at every pass, and stays after the block.
+        Passes that a compiled graph makes are not recorded where the gate is a part of the graph. Outside of such
+        blocks nothing is kept, and nothing is lost of a pass's time::
+
+            with handle.recorded_gates() as gates:
+                model(**tokenizer("a text", return_tensors="pt"))
+            gates["model.layers.3.input_layernorm"]
+
+        Raises
+        ------
+        RuntimeError
+            When the maps are off the model.
+        """
+        self._check_attached()
+        values: dict[str, Tensor] = {}
+        before, self._tracker.gate_values = self._tracker.gate_values, values
+        for hook in self._hooks:  # the few steps by which they go on as before record nothing
+            hook.renew()
+        try:
+            yield values
+        finally:
+            self._tracker.gate_values = before
+
     @property
     def attached(self) -> bool:
         return bool(self._removable)
@@ -213,6 +278,7 @@ class Handle:
         """Take the maps off the model. Does nothing where they are off already."""
         while self._removable:
             self._removable.pop().remove()
+        self._sites = {}
         self._tracker.forget()
 
     def _check_attached(self) -> None:
@@ -295,14 +361,14 @@ def _adopt(model: nn.Module, settings: Settings) -> None:
     """Make a handle for the hooks of a copied model, which have none."""
     handle = Handle.__new__(Handle)
     handle._root, handle._settings, handle._hooks, handle._removable = unwrap(model), settings, [], []
-    handle._lock = threading.Lock()
+    handle._lock, handle._sites = threading.Lock(), {}
     for module in model.modules():
         for hooks, extra in (
             (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
             (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         ):
             for key, hook in hooks.items():
-                if isinstance(hook, MapHook | PassHook) and hook.tracker.settings is settings:
+                if isinstance(hook, MapHook | PassHook | SiteHook) and hook.tracker.settings is settings:
                     handle._tracker = hook.tracker
                     removable = RemovableHandle(hooks, extra_dict=list(extra))
                     removable.id = key
@@ -310,6 +376,9 @@ def _adopt(model: nn.Module, settings: Settings) -> None:
                     if isinstance(hook, MapHook):
                         hook.handle = handle
                         handle._hooks.append(hook)
+                    if isinstance(hook, SiteHook):
+                        hook.handle = handle
+                        handle._sites[hook.name] = removable
 
 
 def _put_recorders_last(module: nn.Module) -> None:

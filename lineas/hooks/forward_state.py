@@ -9,6 +9,7 @@ generations may be interleaved and move between threads.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import threading
 import weakref
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from .._warn import warn
 from ..maps.metadata import Selection, show_tokens
 from .caches import CACHES, cache_of, columns, has_states, identity
+from .gating import GatePass
 from .strength import Schedule, Setting, Settings, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
 
@@ -65,6 +67,12 @@ class Pass:
         self._chosen: dict[Any, Tensor] = {}
         self._strengths: dict[Schedule, StrengthValue] = {}
         self.copied: dict[int, bool] = {}
+        self.gating: GatePass | None = None  # what gates know of it
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether layers that run now are likely to be run again on the way back, or are run again."""
+        return torch._C._current_graph_task_id() != -1 or (self.grad and _checkpointed())
 
     def end(self) -> None:
         """Let go of what the model was called with, a cache among it."""
@@ -137,8 +145,9 @@ class Pass:
         return self._strengths[schedule]
 
 
+_NUMBERS = itertools.count()
 # What a tracker has seen, and a copy of it has not.
-_SEEN = ("_local", "_latest", "_waiting", "_of_cache")
+_SEEN = ("gate_values", "number", "_local", "_latest", "_waiting", "_of_cache")
 
 
 class _Local(threading.local):
@@ -179,6 +188,8 @@ class Tracker:
 
     def forget(self) -> None:
         """Let go of all passes."""
+        self.gate_values: dict[str, Tensor] | None = None  # of the latest pass, where they are recorded
+        self.number = next(_NUMBERS)  # which tracker it is, for what is kept elsewhere
         self._local = _Local()
         self._latest: Pass | None = None
         self._waiting = 0  # checkpointed passes since layers were last run again
@@ -461,7 +472,7 @@ class Tracker:
         if torch._C._current_graph_task_id() == -1:
             local.last = self._latest = here
         if output is not None and here.sequence is not None and cache_of(here.named) is None:
-            self._learn_cache(here.sequence, output)
+            self._learn_cache(here, here.sequence, output)
         here.end()
 
     def _warn_of_idle(self) -> None:
@@ -475,7 +486,7 @@ class Tracker:
                 UserWarning,
             )
 
-    def _learn_cache(self, sequence: _Sequence, output: Any) -> None:
+    def _learn_cache(self, here: Pass, sequence: _Sequence, output: Any) -> None:
         """Where the model made the cache itself, later passes will bring it."""
         if isinstance(output, Mapping):
             found = cache_of(output)
@@ -484,6 +495,8 @@ class Tracker:
             found = next((entry for entry in entries if hasattr(entry, "get_seq_length")), None)
         if found is not None:
             self._bind(found, sequence)
+            if here.gating is not None and here.gating.sums is not None:
+                here.gating.sums.follow(found)
 
 
 # What runs a module and its hooks.

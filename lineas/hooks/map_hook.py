@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ..maps.affine import AffineMap, at_strength
+from ..maps.gates import NeuronGate, gates_of
 from ..maps.metadata import Selection, show_tokens
 from . import outputs
 from .affine import apply, blend, moved, parameters, working_dtype
 from .forward_state import Tracker
+from .gating import GateReader, gated, parts_of, sites_of, token_values
 from .strength import Schedule, Setting, Settings, StrengthArray
 
 # Parameters of a hook at strengths other than the latest, for threads that have their own.
@@ -37,6 +39,7 @@ class MapHook:
         self.tokens_first = tokens_first  # None: nothing tells
         self.d = settings.latest.maps[name].d
         self.handle: Any = None  # the Handle, for who has lost it
+        self.reader = GateReader(name, tracker)
         self.renew()
 
     def renew(self) -> None:
@@ -46,6 +49,11 @@ class MapHook:
         # By strength, device and dtype.
         self._parameters: dict[Any, tuple[AffineMap, Tensor, Tensor]] = {}
         self._last_call: tuple[Any, ...] | None = None
+        self._last_gated: tuple[Any, ...] | None = None
+        # What compiled graphs know of gates: that of this module, its numbers, whether other gates read the module.
+        gates = gates_of(self.settings.latest.maps)
+        self._gate, self._is_read = gates.get(self.name), self.name in sites_of(gates)
+        self._gate_parts = () if self._gate is None else parts_of(self._gate, *self.likely)
 
     # A handle speaks of the model it was made for, not of copies.
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +76,21 @@ class MapHook:
                 and output.device == device
             ):
                 return torch.addcmul(bias, output, weight)
+        last = self._last_gated
+        if last is not None and type(output) is Tensor:
+            before, dtype, device, axes, width, weight, bias, parts = last
+            shape = output.shape
+            if (
+                before is setting
+                and output.dtype is dtype
+                and len(shape) == axes
+                and shape[-1] == width
+                and output.device == device
+            ):
+                return gated(output, torch.addcmul(bias, output, weight), token_values(parts, output, -1))
         self.tracker.acted.add(self.name)
+        if setting.gates and (self.name in setting.gates or self.name in setting.sites):
+            return self._gated(module, output, setting)
         strength = setting.strength
         if self.tokens != "all" or not isinstance(strength, float):
             return self._in_general(module, output, setting)
@@ -85,11 +107,62 @@ class MapHook:
     def _compiled(self, module: nn.Module, output: Any) -> Any:
         """The map in a graph that holds for every strength that is a number: it is a tensor there, and no constant."""
         self._note()
+        gate, value = self._gate, None
+        if self._is_read or (gate is not None and (gate.site is not None or gate.context != "token")):
+            return self._gated_outside(module, output)
         settings, strength = self.settings, self.settings.scalar
         if self.tokens != "all" or strength is None or not settings.same_for_all:
+            if gate is not None:
+                return self._gated(module, output, settings.now())
             return self._in_general(module, output, settings.now())
         tensor, axis = self._activation(module, output)
+        if gate is not None:
+            wide = tensor.to(working_dtype(tensor.dtype))
+            parts = tuple(moved(part, wide.device, wide.dtype) for part in self._gate_parts)
+            value = token_values(parts, wide, axis)
+            mapped = blend(wide, *self._at_strength(tensor, settings.latest, 1.0), strength, axis)
+            return outputs.put(output, gated(wide, mapped, value).to(tensor.dtype))
         return outputs.put(output, blend(tensor, *self._at_strength(tensor, settings.latest, 1.0), strength, axis))
+
+    def _gated(self, module: nn.Module, output: Any, setting: Setting) -> Any:
+        """The map where its module has a gate, or is read by one of other modules."""
+        tensor, axis = self._activation(module, output)
+        for one in setting.sites.get(self.name, ()):
+            self.reader.read(one, module, tensor, axis)
+        gate, strength = setting.gates.get(self.name), setting.strength
+        if gate is None:
+            return self._in_general(module, output, setting)
+        recorded = self.tracker.gate_values
+        # Means need every token of a text, also those on which the maps do not act.
+        if isinstance(strength, float) and strength == 0 and gate.context == "token" and recorded is None:
+            return None
+        if gate.site is not None:
+            value = self.reader.shared(gate, tensor, axis)
+        else:
+            value = self.reader.value(gate, module, tensor, axis)
+        if recorded is not None:
+            recorded[self.name] = (value if isinstance(gate, NeuronGate) else value.squeeze(axis)).detach()
+        elif (
+            gate.site is None
+            and gate.context == "token"
+            and self.tokens == "all"
+            and isinstance(strength, float)
+            and axis == -1
+            and type(tensor) is Tensor
+            and tensor.ndim < 4
+            and working_dtype(tensor.dtype) == tensor.dtype
+            and not torch.compiler.is_compiling()
+        ):
+            parameters, size = self._at_strength(tensor, setting, strength), (tensor.ndim, tensor.shape[-1])
+            if type(parameters[0]) is Tensor:
+                parts = self.reader.parts(gate, tensor)
+                self._last_gated = (setting, tensor.dtype, tensor.device, *size, *parameters, parts)
+        return self._in_general(module, output, setting, value)
+
+    @torch.compiler.disable
+    def _gated_outside(self, module: nn.Module, output: Any) -> Any:
+        """The same outside of a compiled graph: what is kept of a text from pass to pass is not for graphs."""
+        return self._gated(module, output, self.tracker.setting())
 
     @torch.compiler.assume_constant_result  # which is to say that it runs while the graph is made, and not in it
     def _note(self) -> int:
@@ -123,8 +196,8 @@ class MapHook:
                 self._parameters[key] = found
         return found[1:]
 
-    def _in_general(self, module: nn.Module, output: Any, setting: Setting) -> Any:
-        """The map where tokens are selected, or the strength is no number."""
+    def _in_general(self, module: nn.Module, output: Any, setting: Setting, value: Tensor | None = None) -> Any:
+        """The map where tokens are selected, the strength is no number, or a gate has the `value`."""
         strength = setting.strength
         if isinstance(strength, float) and strength == 0:
             return None
@@ -140,15 +213,18 @@ class MapHook:
             strength = self.tracker.current(self.name).scheduled(strength)
             if isinstance(strength, float) and strength == 0:
                 return None
+        wide = tensor if value is None else tensor.to(working_dtype(tensor.dtype))
         if isinstance(strength, StrengthArray):
             self._check_rows(tensor, f"a strength of the shape {list(strength.values.shape)}")
             strengths = self._strengths(strength, module, tensor)
             acts = strengths != 0
             chosen = acts if chosen is None else chosen & acts
-            mapped = blend(tensor, *self._at_strength(tensor, setting, 1.0), strengths, axis)
+            mapped = blend(wide, *self._at_strength(tensor, setting, 1.0), strengths, axis)
         else:
             assert isinstance(strength, float)
-            mapped = apply(tensor, *self._at_strength(tensor, setting, strength), axis)
+            mapped = apply(wide, *self._at_strength(tensor, setting, strength), axis)
+        if value is not None:
+            mapped = gated(wide, mapped, value).to(tensor.dtype)
         # Not a product: what is not selected keeps its bits, a NaN among them.
         return outputs.put(output, mapped if chosen is None else torch.where(chosen, mapped, tensor))
 

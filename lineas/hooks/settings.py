@@ -20,7 +20,7 @@ from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
 # What metadata of maps have elsewhere, or cannot hold.
 _NOT_RECORDED = {
     *("layers", "loss_layers", "pooling", "tokens", "penalties", "n_penalties", "min_ratio"),
-    *("tokenizer", "forward", "progress", "held_out", "keep", "init", "on_top_of", "checkpoint"),
+    *("tokenizer", "forward", "progress", "held_out", "keep", "gates", "init", "on_top_of", "checkpoint"),
 }
 
 
@@ -165,7 +165,8 @@ def takes(settings: Callable[P, S]) -> _Taker[P, S]:
             for text in texts:
                 for entry in re.split(r"\n(?=\S)", text.partition("----------\n")[2].strip()):
                     described[entry.partition(" : ")[0]] = entry
-            entries = "\n".join(described.values())
+            fixed = {field.name for field in fields(cls) if not field.init}
+            entries = "\n".join(entry for name, entry in described.items() if name not in fixed)
             wrapper.__doc__ = inspect.cleandoc(function.__doc__).replace("**settings", entries, 1)
         return wrapper
 

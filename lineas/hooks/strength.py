@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from .._checks import as_finite
 from ..maps.affine import AffineMap
+from ..maps.gates import AnyGate, Gate, gates_of
 from ..maps.metadata import name_of
 from .affine import moved
+from .gating import sites_of
 from .tokens import Tokens
 
 Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
@@ -137,6 +140,16 @@ class Setting:
 
     strength: StrengthValue
     maps: Mapping[str, AffineMap]
+
+    @cached_property
+    def gates(self) -> Mapping[str, AnyGate]:
+        """The gates by module name."""
+        return gates_of(self.maps)
+
+    @cached_property
+    def sites(self) -> dict[str, list[Gate]]:
+        """The gates that read a module which they name, by its name."""
+        return sites_of(self.gates)
 
 
 class _Block:

@@ -170,6 +170,11 @@ class BatchTokens:
         mask, size = self.mask(name, module, shown), self.named.size_of(name, self.model)
         return pool_output(name, module, shown, mask, self.pooling, size)
 
+    def real(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What of the output [B, T, d] of a module is no padding: [B, T], nonzero where it is a token; None for all."""
+        mask = self.named.mask_of(name, self.model)
+        return mask if mask is not None and tensor.ndim == 3 and mask.shape == tensor.shape[:2] else None
+
     def rows(self, name: str, module: nn.Module, tensor: Tensor, axis: int) -> Tensor:
         """The selected tokens [N, d] of the output of a module, or all places of one without tokens."""
         if tensor.ndim == 3 and axis == -1:

@@ -9,9 +9,10 @@ sha256    checksum of the arrays and the rest of the header; files of old versio
 ========= =================================================================================
 
 and, each as JSON, the entries of its format. Maps have "modules", the module names in execution order (safetensors
-keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module>.bias``. A `Record` has "fields", where
-a tensor's name stands for each of its arrays. Entries stand in alphabetical order: what is saved twice gives the same
-bytes.
+keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module>.bias``. Those with gates have "gates"
+as well: the gates without their tensors, ``gate <number>.<part>``, and by module the number of its gate. A `Record` has
+"fields", where a tensor's name stands for each of its arrays. Entries stand in alphabetical order: what is saved twice
+gives the same bytes.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import secrets
 from collections.abc import Mapping
 from importlib import import_module
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,10 +44,16 @@ class Format(NamedTuple):
     reader: tuple[str, str] | None
     version: int = 1
     oldest: int = 1  # version that is still read
+    optional: Mapping[str, type] = MappingProxyType({})  # entries that need not be there
 
 
 FORMATS = {
-    "lineas": Format("steering maps", {"modules": list, "metadata": dict}, ("maps.steering", "SteeringMaps")),
+    "lineas": Format(
+        "steering maps",
+        {"modules": list, "metadata": dict},
+        ("maps.steering", "SteeringMaps"),
+        optional={"gates": dict},
+    ),
     "lineas sparse path": Format("a sparse path", {"fields": dict}, ("maps.path", "SparsePath")),
     "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
     "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
@@ -150,7 +158,8 @@ def read(path: str | PathLike[str], *formats: str, framework: str = "np") -> tup
                     f"{path} has version {version} of the format; this lineas reads versions {known.oldest} to "
                     f"{known.version}{advice}"
                 )
-            entries = {key: _parse(path, header, key, kind) for key, kind in known.entries.items()}
+            kinds = {**known.entries, **{key: kind for key, kind in known.optional.items() if key in header}}
+            entries = {key: _parse(path, header, key, kind) for key, kind in kinds.items()}
             for name in file.keys():
                 try:
                     tensors[name] = file.get_tensor(name)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .._lazy import lazy_method
 from .affine import AffineMap
+from .gates import AnyGate, arrays_of, facts_of, made_of
 from .steering import SteeringMaps, each_module
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _put(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
         for module, one in value.items():
             _add(tensors, _at(name, f"{module}.weight"), one.weight)
             _add(tensors, _at(name, f"{module}.bias"), one.bias)
-        return {"modules": list(value), "metadata": value.metadata}
+        return {"modules": list(value), "metadata": value.metadata, **_put_gates(value, name, tensors)}
     if kind is dict:
         return {key: _put(one, inner, _at(name, key), tensors) for key, one in value.items()}
     if kind in (list, tuple):
@@ -138,7 +139,7 @@ def _take(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
     if _is_record(kind):
         return _take_fields(kind, value, name, tensors)
     if kind is SteeringMaps:
-        return _maps(value.get("modules"), value.get("metadata"), name, tensors)
+        return _maps(value.get("modules"), value.get("metadata"), value.get("gates"), name, tensors)
     if kind is dict:
         return {key: _take(one, inner, _at(name, key), tensors) for key, one in value.items()}
     if kind in (list, tuple):
@@ -168,7 +169,54 @@ def _pop(tensors: dict[str, NDArray], name: str) -> NDArray:
     return tensors.pop(name)
 
 
-def _maps(modules: Any, metadata: Any, name: str, tensors: dict[str, NDArray]) -> SteeringMaps:
+def _put_gates(maps: SteeringMaps, name: str, tensors: dict[str, NDArray]) -> dict[str, Any]:
+    """The entry of maps with gates: each once, and which of them a module has; their arrays go to `tensors`."""
+    if not maps.gates:
+        return {}
+    different: list[AnyGate] = []
+    number = {}
+    for module, gate in maps.gates.items():
+        found = next((k for k, other in enumerate(different) if other is gate), None)
+        if found is None:
+            found = len(different)
+            different.append(gate)
+            for part, x in arrays_of(gate).items():
+                key = _gate_tensor(name, found, part)
+                if key in tensors:
+                    raise ValueError(f"cannot save gates beside a module whose tensor is called {key!r}: rename it")
+                tensors[key] = x.astype(np.uint8) if x.dtype == bool else x
+        number[module] = found
+    return {"gates": {"of": number, "gates": [facts_of(gate) for gate in different]}}
+
+
+def _gate_tensor(name: str, number: int, part: str) -> str:
+    return _at(name, f"gate {number}.{part}")  # no module of torch has a space in its name
+
+
+def _take_gates(entry: Any, name: str, tensors: dict[str, NDArray]) -> dict[str, AnyGate]:
+    """The gates of an entry of `_put_gates`, by module."""
+    if entry is None:
+        return {}
+    number, facts = (entry.get(key) if isinstance(entry, dict) else None for key in ("of", "gates"))
+    if not isinstance(number, dict) or not isinstance(facts, list):
+        raise ValueError("'gates' in the header must be an object with 'of', an object, and 'gates', a list")
+    gates = []
+    for k, one in enumerate(facts):
+        start = _gate_tensor(name, k, "")
+        arrays = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+        if "closed" in arrays:
+            closed = arrays["closed"]
+            if closed.dtype != np.uint8 or (closed > 1).any():
+                raise ValueError(f"tensor {start + 'closed'!r} must be uint8 of 0 and 1")
+            arrays["closed"] = closed.astype(bool)
+        gates.append(made_of(one, arrays))
+    for module, k in number.items():
+        if type(k) is not int or not 0 <= k < len(gates):
+            raise ValueError(f"'gates' in the header: module {module!r} has gate {k!r:.20} of {len(gates)}")
+    return {module: gates[k] for module, k in number.items()}
+
+
+def _maps(modules: Any, metadata: Any, gates: Any, name: str, tensors: dict[str, NDArray]) -> SteeringMaps:
     sound = isinstance(modules, list) and all(isinstance(module, str) and module for module in modules)
     if not sound or len(set(modules)) != len(modules):
         raise ValueError("'modules' in the header must be different names that are not empty")
@@ -177,4 +225,4 @@ def _maps(modules: Any, metadata: Any, name: str, tensors: dict[str, NDArray]) -
         bias, weight = (_pop(tensors, _at(name, f"{module}.{part}")) for part in ("bias", "weight"))
         return AffineMap(weight, bias)
 
-    return SteeringMaps(each_module(modules, take), metadata)
+    return SteeringMaps(each_module(modules, take), metadata, _take_gates(gates, name, tensors))

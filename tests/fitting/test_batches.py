@@ -31,6 +31,7 @@ def llama():
 def posed(model, source, target, layers, **settings):
     """An objective, its task, and maps near the identity."""
     mini_batch = settings.pop("mini_batch", None)
+    settings = {"scaling": "layer-mean", **settings}
     settings = ObjectiveSettings(layers=layers, tokenizer=zoo.tokenizer(), seed=3, progress=False, **settings)
     sets = read_sets(None, (source, target), None, settings)
     objective, tasks, _, _ = prepare(model, [sets], settings, mini_batch)
@@ -52,7 +53,7 @@ def naive_gradient(model, *data, **settings):
     """The gradient by one backward pass, with the graphs of all batches kept."""
     with frozen.frozen(model), Capture() as capture:
         objective, (task,), maps = posed(model, *data, **settings)
-        parts = [objective._pooled(capture, batch, maps) for batch in task.batches]
+        parts = [objective._at_losses(capture, batch, maps) for batch in task.batches]
         total, terms = objective._compare(task, _join(parts))
         weights, biases = zip(*maps.values(), strict=True)
         return total.item(), terms, torch.cat(torch.autograd.grad(total, [*weights, *biases]))
@@ -116,7 +117,7 @@ def test_both_passes_draw_the_same_random_numbers():
             if function is gradient:
                 objective.gradient(tasks, maps)
             else:
-                [objective._pooled(Capture(), batch, maps) for batch in tasks[0].batches]
+                [objective._at_losses(Capture(), batch, maps) for batch in tasks[0].batches]
             after.append(torch.rand(1))
     assert after[0] == after[1]
 

@@ -152,7 +152,16 @@ def test_image_model_fit_equals_the_naive_one(map_names, loss_names):
     model = zoo.cnn().double()
     source, target = zoo.images(6, seed=1).double(), zoo.images(8, seed=2).double() + 0.3
     result = fit_end_to_end(
-        model, source, target, layers=map_names, loss_layers=loss_names, lr=0.05, steps=5, l1=0.01, **QUIET
+        model,
+        source,
+        target,
+        layers=map_names,
+        loss_layers=loss_names,
+        scaling="layer-mean",
+        lr=0.05,
+        steps=5,
+        l1=0.01,
+        **QUIET,
     )
     losses, maps = naive_fit(
         model, source, target, map_names, loss_names, [lambda x: x.flatten(2).mean(dim=2) if x.ndim == 4 else x] * 2,
@@ -178,7 +187,15 @@ def test_other_poolings_equal_the_naive_fit(pooling):
         }[pooling]
 
     result = fit_end_to_end(
-        model, source, target, layers=zoo.NORMS["llama"], pooling=pooling, lr=0.01, steps=4, **QUIET
+        model,
+        source,
+        target,
+        layers=zoo.NORMS["llama"],
+        pooling=pooling,
+        scaling="layer-mean",
+        lr=0.01,
+        steps=4,
+        **QUIET,
     )
     losses, maps = naive_fit(
         model, positions(source), positions(target), names, names,
@@ -368,7 +385,9 @@ def test_a_module_called_twice_is_mapped_twice_and_its_first_call_pooled():
     torch.manual_seed(0)
     model = Twice().double()
     u, v = torch.randn(5, 3).double(), torch.randn(5, 3).double()
-    result = fit_end_to_end(model, u, v, layers="layer", loss_layers=["layer", "head"], lr=0.1, steps=1, **QUIET)
+    result = fit_end_to_end(
+        model, u, v, layers="layer", loss_layers=["layer", "head"], scaling="layer-mean", lr=0.1, steps=1, **QUIET
+    )
     weight, bias = torch.ones(3).double().requires_grad_(), torch.zeros(3).double().requires_grad_()
 
     def through(x):
@@ -485,6 +504,7 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
             "patience": 5, "strengths": [1.0], "seed": 3,
             "max_length": None, "batch_size": None, "mini_batch": None,
             "l1": 0.1, "group": 0.0, "l1_bias": 0.1, "group_bias": 0.2,
+            "slopes": True, "shifts": True, "keep_weight": 0.0, "keep_loss": "kl", "max_kl": None,
         },
     }  # fmt: skip
     result.maps.save(tmp_path / "maps.safetensors")

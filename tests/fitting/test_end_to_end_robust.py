@@ -195,7 +195,11 @@ def test_the_model_is_left_as_it_was(fit):
 
 BAD = [
     (dict(pooling="median"), ValueError, "pooling must be one of 'mean', 'min', 'max', 'last', 'all', got 'median'"),
-    (dict(scaling="sum"), ValueError, "scaling must be one of 'layer-mean', 'paper', 'reference', got 'sum'"),
+    (
+        dict(scaling="sum"),
+        ValueError,
+        "scaling must be one of 'standardized', 'layer-mean', 'paper', 'reference', got 'sum'",
+    ),
     (dict(optimizer="lbfgs"), ValueError, "optimizer must be one of 'sgd', 'adam', got 'lbfgs'"),
     (dict(l1=-1), ValueError, "l1 must not be negative, got -1"),
     (dict(group=-0.5), ValueError, "group must not be negative, got -0.5"),

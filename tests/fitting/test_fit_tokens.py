@@ -136,6 +136,7 @@ def test_the_last_module_of_an_incremental_fit_comes_to_the_target_at_the_tokens
 def test_the_loss_of_an_end_to_end_fit_is_that_of_the_selected_tokens_with_maps_on_them_alone(tokens, part, batch_size):
     model, source, target = zoo.llama(), zoo.texts(6, seed=1), zoo.texts(6, seed=2)
     settings = {"layers": LAYERS, "tokenizer": zoo.tokenizer(), "tokens": tokens, "batch_size": batch_size, **QUIET}
+    settings["scaling"] = "layer-mean"
     first = lineas.fit_end_to_end(model, source, target, steps=2, lr=0.05, **settings)
     # The history has the loss before each step: one more fit from these maps tells theirs.
     found = lineas.fit_end_to_end(model, source, target, steps=1, lr=0.05, init=first.maps, **settings)

@@ -41,7 +41,9 @@ def llama():
 @pytest.fixture
 def fit(llama):
     return lambda model=llama, **settings: short_fit(
-        model, *SETS, **{"layers": SITE, "lr": "auto", "steps": 6, "patience": None, **settings}
+        model,
+        *SETS,
+        **{"layers": SITE, "scaling": "standardized", "lr": "auto", "steps": 6, "patience": None, **settings},
     )
 
 
@@ -82,9 +84,9 @@ def naive_change(model, keep, leaves, precisions):
         found = {False: [], True: []}
         for on in (False, True):
 
-            def hook(module, args, out, w, b, on=on):
-                found[on].append(w * out + b if on else out)
-                return found[on][-1]
+            def hook(module, args, out, w, b, on=on, seen=found[on]):
+                seen.append(w * out + b if on else out)
+                return seen[-1]
 
             hooks = [
                 model.get_submodule(name).register_forward_hook(lambda *a, w=w, b=b, f=hook: f(*a, w, b))
@@ -226,7 +228,7 @@ def test_a_model_of_images_preserves_activations():
     kept = [
         lineas.fit_end_to_end(model, source, target, layers=["0", "2"], keep_loss="activations", keep_weight=weight,
                               steps=8, progress=False).history["keep"][-1]
-        for weight in (1e-9, 1.0)
+        for weight in (1e-9, 10.0)
     ]  # fmt: skip
     assert 0 < kept[1] < kept[0] / 2
     with pytest.raises(ValueError, match=r"target: keep_loss='kl' needs a model that gives logits .* gives Tensor"):

@@ -28,7 +28,14 @@ def path(llama):
     def make(model=llama, source=None, target=None, **settings):
         source = prompts(6, 1) if source is None else source
         target = prompts(6, 2) if target is None else target
-        settings = {"layers": zoo.NORMS["llama"], "lr": LR, "l1_ratio": 0.5, "refit_support": 1.0, **QUIET, **settings}
+        common = {
+            "layers": zoo.NORMS["llama"],
+            "scaling": "layer-mean",
+            "lr": LR,
+            "l1_ratio": 0.5,
+            "refit_support": 1.0,
+        }
+        settings = {**common, **QUIET, **settings}
         if "penalties" not in settings:
             settings.setdefault("n_penalties", 6)
         return sparse_path_end_to_end(model, source, target, **settings)
@@ -313,7 +320,11 @@ BAD = [
     (dict(refit_support=1.5), ValueError, "refit_support must be from 0 to 1, got 1.5"),
     (dict(lr=0), ValueError, "lr must be above 0, got 0"),
     (dict(seed=-1), ValueError, "seed must be at least 0, got -1"),
-    (dict(scaling="eq4"), ValueError, "scaling must be one of 'layer-mean', 'paper', 'reference', got 'eq4'"),
+    (
+        dict(scaling="eq4"),
+        ValueError,
+        "scaling must be one of 'standardized', 'layer-mean', 'paper', 'reference', got 'eq4'",
+    ),
     (dict(pooling="median"), ValueError, "pooling must be one of"),
     (dict(layers="model.layer.*"), ValueError, "layers: no module matches 'model.layer.*'"),
     (dict(target=prompts(1, 1)), ValueError, "target must give at least 2 samples after pooling, got 1"),

@@ -58,11 +58,11 @@ def rows(batch, start, stop):
 
 
 def short_fit(model, source=None, target=None, **settings):
-    """Fit a tiny Llama on six random prompts a side, in a few steps, unless told otherwise."""
+    """Fit a tiny Llama on six random prompts a side, in a few steps and in the activations' own units."""
     source = prompts(6, 1) if source is None else source
     target = prompts(6, 2) if target is None else target
-    settings = {"layers": zoo.NORMS["llama"], "lr": 0.02, "steps": 4, **QUIET, **settings}
-    return fit_end_to_end(model, source, target, **settings)
+    defaults = {"layers": zoo.NORMS["llama"], "scaling": "layer-mean", "lr": 0.02, "steps": 4, **QUIET}
+    return fit_end_to_end(model, source, target, **{**defaults, **settings})
 
 
 def named(value):
