@@ -1,15 +1,19 @@
-"""Two concepts at once on SmolLM2-135M: maps fitted jointly beside maps that were fitted one by one and composed.
+"""Two concepts at once on SmolLM2-135M, at equal price: maps fitted one by one, in sequence and jointly.
 
 Concept A goes from negative to positive sentences (the demo's), concept B from sentences about anything but food to
 sentences about food (benchmarks/data). For each seed the sentences are shuffled and split into 24 + 24 to fit and
-24 + 24 to hold out, for each concept. Two continuations of each of 48 neutral prompts are judged by others' word lists:
-A is reached where VADER's compound score is at least 0.05, the threshold of its authors, B where the text has a word of
-the category "eating" of Empath (Fast, Chen and Bernstein 2016). Random numbers are the same for all maps.
+24 + 24 to hold out, for each concept. The strength of every row is the one at which the loss on 32 neutral texts has
+risen by a given amount; the rise that is reported is that on 32 others. Two continuations of each of 48 neutral prompts
+are judged by others' word lists: A is reached where VADER's compound score is at least 0.05, the threshold of its
+authors, B where the text has a word of the category "eating" of Empath (Fast, Chen and Bernstein 2016). Random numbers
+are the same for all maps.
 
-    python benchmarks/two_concepts.py [--write] [--seeds 0 1] [--strengths 1 1.5 2] [--threads 2] [--bf16]
+    python benchmarks/two_concepts.py [--write] [--seeds 0 1] [--rises 0.3 0.5] [--threads 2] [--bf16]
+    python benchmarks/two_concepts.py --select [--rows ...]
 
-With --write the table goes into docs/two-concepts.md. What is finished is kept in build/two-concepts, so that a run
-that was cut off goes on where it was; remove that folder for a run of its own.
+With --write the tables go into docs/two-concepts.md. With --select everything is measured with another seed and on
+other prompts, by which settings were chosen. What is finished is kept in build/two-concepts, so that a run that was cut
+off goes on where it was; remove that folder for a run of its own.
 """
 
 from __future__ import annotations
@@ -18,14 +22,15 @@ import argparse
 import re
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from _machine import cpu_name
 from _packages import member
 from _sampling import bootstrap_interval, continuations, text_losses
-from _study import ROOT, Kept, set_up, spell, write_between
+from _study import ROOT, Kept, digest, set_up, write_between
+from _toxicity_results import strength_at
 from numpy.typing import NDArray
 from sparse_path_smollm2 import MORE_PROMPTS
 
@@ -35,7 +40,7 @@ from lineas.demo import sentences
 from lineas.demo.model import load_smollm2
 from lineas.demo.run import LAYERS
 from lineas.fitting.end_to_end import prepare, read_sets
-from lineas.fitting.parameters import MapParameters
+from lineas.fitting.parameters import parameters_of
 from lineas.fitting.settings import ObjectiveSettings
 from lineas.hooks.modules import resolve
 from lineas.inputs import frozen
@@ -44,14 +49,69 @@ MARKS = "<!-- measured: python benchmarks/two_concepts.py --write -->", "<!-- en
 SENTENCES, MAX_LENGTH = 24, 16  # in each of the eight sets; tokens of the longest
 FIT: dict[str, Any] = {"layers": LAYERS, "steps": 12, "patience": None}
 SAMPLES, NEW_TOKENS = 2, 20
-NAMES = {
-    "none": "none",
-    "A": "A alone",
-    "B": "B alone",
-    "B@A": "naive: B after A",
-    "A@B": "naive: A after B",
-    "B|A": "B fitted with A on, after A",
-    "joint": "joint fit",
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # at which the loss is tried
+LARGEST_RISE = 0.5  # up to which it is
+SELECTION_SEED = 10
+SELECTION_PROMPTS = """\
+When I got home last night
+The new neighbours upstairs
+On the train to the city
+My brother called and said
+The old house at the corner
+After the long meeting we
+Last summer we decided to
+The teacher walked in and
+In the small town where I live
+The book that I am reading
+During the flight to the south
+My first week at the office
+The walls of the old school
+Yesterday evening my friends and I
+The people at the market
+Before the guests arrived we
+The dog next door always
+Our visit to the museum was
+The next morning the children
+While we waited for the bus
+The phone call from the bank
+At the end of the street
+The concert on Friday was
+My uncle always tells us""".splitlines()
+
+
+class Row(NamedTuple):
+    """A row of the tables: what it is called, and which maps act, in order: of which fits, and of which concepts."""
+
+    label: str
+    parts: tuple[tuple[str, str], ...] = ()
+
+
+# Fits by name: the order of the concepts, or "joint", and settings beside FIT.
+KEPT: dict[str, Any] = {"max_kl": 0.1}
+FITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AB": ("AB", {}),
+    "B": ("B", {}),
+    "BA": ("BA", {}),
+    "disjoint": ("AB", {"l1": 0.02, "disjoint": True}),
+    "joint": ("joint", {}),
+    "kept AB": ("AB", KEPT),
+    "kept B": ("B", KEPT),
+    "preserved": ("AB", {**KEPT, "preserve": True}),
+}
+ROWS = {
+    "none": Row("none"),
+    "A": Row("A alone", (("AB", "A"),)),
+    "B": Row("B alone", (("B", "B"),)),
+    "naive": Row("naive: B after A", (("AB", "A"), ("B", "B"))),
+    "sequence": Row("`fit_sequence`, A and then B", (("AB", "A"), ("AB", "B"))),
+    "reversed": Row("`fit_sequence`, B and then A", (("BA", "B"), ("BA", "A"))),
+    "disjoint": Row("`fit_sequence`, disjoint", (("disjoint", "A"), ("disjoint", "B"))),
+    "joint": Row("`fit_jointly`", (("joint", "AB"),)),
+    "kept A": Row("A alone, `max_kl`", (("kept AB", "A"),)),
+    "kept B": Row("B alone, `max_kl`", (("kept B", "B"),)),
+    "kept naive": Row("naive, `max_kl`", (("kept AB", "A"), ("kept B", "B"))),
+    "kept sequence": Row("`fit_sequence`, `max_kl`", (("kept AB", "A"), ("kept AB", "B"))),
+    "preserved": Row("`fit_sequence`, `max_kl`, `preserve`", (("preserved", "A"), ("preserved", "B"))),
 }
 
 kept = Kept("two-concepts")
@@ -76,11 +136,15 @@ def about_food(text: str) -> bool:
 class Study:
     """The model, the data, and everything that is kept on disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, select: bool = False) -> None:
         self.model, self.tokenizer = load_smollm2()
         self.model.set_attn_implementation("eager")  # faster than torch's fused attention for prompts this short
-        self.prompts = [*sentences("neutral_prompts.txt"), *MORE_PROMPTS]
-        self.neutral = sentences("neutral_text.txt")[:32]
+        self.name = "select" if select else "report"
+        self.prompts = SELECTION_PROMPTS if select else [*sentences("neutral_prompts.txt"), *MORE_PROMPTS]
+        neutral = sentences("neutral_text.txt")
+        self.neutral, self.calibration = neutral[:32], neutral[32:64]
+        if select:
+            self.neutral = self.calibration
         data = ROOT / "benchmarks" / "data"
         food, other = ((data / f"{name}.txt").read_text("utf-8").splitlines() for name in ("food", "not_food"))
         self.concepts = {"A": (sentences("negative.txt"), sentences("positive.txt")), "B": (other, food)}
@@ -95,60 +159,92 @@ class Study:
             found[name] = (source[fit], target[fit]), (source[held], target[held])
         return found
 
-    def _fitted(self, name: str, seed: int) -> dict[str, Any]:
-        sets = self.sets(seed)
-        how = {**FIT, "tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "seed": seed}
-        if name == "joint":
-            found = lineas.fit_jointly(
-                self.model,
-                {concept: fitted for concept, (fitted, _) in sets.items()},
-                held_out={concept: held for concept, (_, held) in sets.items()},
-                **how,
-            )
-        else:
-            fitted, held = sets[name[0]]
-            with self.maps(name[2:], seed).attach(self.model) if "|" in name else nullcontext():
-                found = lineas.fit_end_to_end(self.model, *fitted, held_out=held, **how)
-        if found.stopped == "interrupted":
-            raise SystemExit("interrupted")
-        flat = {k: np.concatenate([getattr(m, k) for m in found.maps.values()]) for k in ("weight", "bias")}
-        return {**flat, "passes": found.passes + found.held_out_passes, "best_step": found.best_step}
-
     def fitted(self, name: str, seed: int) -> dict[str, NDArray]:
-        """Slopes and shifts of fitted maps ("B|A" without A itself), and what the fit cost."""
-        return kept(f"fit-{name}-{seed}", lambda: self._fitted(name, seed))
+        """Slopes and shifts of every concept of a fit, [D], what each cost and its held-out divergence."""
+        order, settings = FITS[name]
 
-    def maps(self, name: str, seed: int) -> SteeringMaps:
-        """The maps of a row of the table: "B@A" is B after A, and so is "B|A", with B fitted while A was on."""
-        if "@" in name:
-            second, first = name.split("@")
-            return self.maps(second, seed) @ self.maps(first, seed)
-        found, names = self.fitted(name, seed), resolve(self.model, LAYERS)
-        pairs = zip(np.split(found["weight"], len(names)), np.split(found["bias"], len(names)), strict=True)
-        maps = SteeringMaps({module: AffineMap(*pair) for module, pair in zip(names, pairs, strict=True)})
-        return maps @ self.maps(name[2:], seed) if "|" in name else maps
+        def compute() -> dict[str, Any]:
+            sets = self.sets(seed)
+            concepts = "AB" if order == "joint" else order
+            tasks, held_out = ({concept: sets[concept][k] for concept in concepts} for k in (0, 1))
+            how = {**FIT, "tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "seed": seed, **settings}
+            if order == "joint":
+                results = {"AB": lineas.fit_jointly(self.model, tasks, held_out=held_out, **how)}
+            elif len(order) == 1:
+                how |= {"held_out": held_out[order]}
+                results = {order: lineas.fit_end_to_end(self.model, *tasks[order], **how)}
+            else:
+                results = lineas.fit_sequence(self.model, tasks, held_out=held_out, **how).results
+            wanted = {"AB"} if order == "joint" else set(order)
+            if results.keys() != wanted or any(result.stopped == "interrupted" for result in results.values()):
+                raise SystemExit("interrupted")
+            found: dict[str, Any] = {}
+            for concept, result in results.items():
+                for part in ("weight", "bias"):
+                    found[f"{concept} {part}"] = np.concatenate([getattr(m, part) for m in result.maps.values()])
+                found[f"{concept} passes"] = result.passes + result.held_out_passes
+                found[f"{concept} support"] = result.maps.support
+                found[f"{concept} keep"] = np.nan if result.held_out_keep is None else result.held_out_keep
+            return found
 
-    def held_out(self, seed: int) -> dict[str, NDArray]:
-        """Held-out losses of both concepts, [2], under the maps of each row at strength 1."""
+        key = digest([SENTENCES, MAX_LENGTH, FIT["steps"], order, settings])
+        return kept(f"fit-{name.replace(' ', '-')}-{key}-{seed}", compute)
+
+    def maps(self, row: str, seed: int) -> SteeringMaps | None:
+        """The maps of a row, composed; None for none."""
+        names, composed = resolve(self.model, LAYERS), None
+        for fit, concept in ROWS[row].parts:
+            found = self.fitted(fit, seed)
+            parts = (np.split(found[f"{concept} {part}"], len(names)) for part in ("weight", "bias"))
+            maps = SteeringMaps(
+                {module: AffineMap(*pair) for module, pair in zip(names, zip(*parts, strict=True), strict=True)}
+            )
+            composed = maps if composed is None else maps @ composed
+        return composed
+
+    def held_out(self, row: str, seed: int) -> NDArray:
+        """Held-out losses of both concepts, [2], under the maps of a row at strength 1."""
 
         def compute() -> dict[str, Any]:
             settings = ObjectiveSettings(layers=LAYERS, tokenizer=self.tokenizer, max_length=MAX_LENGTH, progress=False)
             sets = [read_sets(concept, *pairs, settings) for concept, pairs in self.sets(seed).items()]
-            rows = {name: None if name == "none" else self.maps(name, seed) for name in NAMES}
-            losses = {}
             with frozen.frozen(self.model):
                 objective, _, held_out, _ = prepare(self.model, sets, settings)
-                for name, maps in rows.items():
-                    flat = MapParameters(objective.widths, objective.dtype, objective.device)
-                    if maps is not None:
-                        flat.load(maps)
-                    losses[name] = objective.loss(held_out, flat.leaves())[1].mean(dim=1).tolist()
-            return losses
+                parameters = parameters_of(objective, settings)
+                maps = self.maps(row, seed)
+                if maps is not None:
+                    parameters.load(maps)
+                return {"loss": objective.loss(held_out, parameters.leaves())[1].mean(dim=1).tolist()}
 
-        return kept(f"held-out-{seed}", compute)
+        return kept(f"held-out-{self._key(row, seed)}", compute)["loss"]
 
-    def effect(self, name: str, strength: float, seed: int) -> dict[str, NDArray]:
-        """Whether A and B are reached, bool [prompts, samples] each, and the loss on neutral text, with maps on."""
+    def _key(self, row: str, seed: int) -> str:
+        fits = [(FITS[fit], concept) for fit, concept in ROWS[row].parts]
+        return f"{row.replace(' ', '-')}-{digest([SENTENCES, MAX_LENGTH, FIT['steps'], fits])}-{seed}"
+
+    def _loss(self, texts: list[str]) -> float:
+        sums, counts = text_losses(self.model, self.tokenizer, texts)
+        return float(sums.sum() / counts.sum())
+
+    def strength(self, row: str, rise: float, seed: int) -> float:
+        """The strength at which the loss on the calibration texts has risen by `rise`."""
+
+        def compute() -> dict[str, Any]:
+            maps, rises = self.maps(row, seed), [0.0]
+            assert maps is not None
+            before = self._loss(self.calibration)
+            for strength in STRENGTHS[1:]:
+                if rises[-1] >= LARGEST_RISE:
+                    break
+                with maps.attach(self.model, strength=strength):
+                    rises.append(self._loss(self.calibration) - before)
+            return {"rises": rises}
+
+        rises = kept(f"price-{self._key(row, seed)}", compute)["rises"]
+        return strength_at(np.array(STRENGTHS[: len(rises)]), rises, rise)
+
+    def effect(self, row: str, rise: float, seed: int) -> dict[str, NDArray]:
+        """Whether A and B are reached, bool [prompts, samples] each, the loss on neutral text and the strength."""
 
         def compute() -> dict[str, Any]:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -157,121 +253,131 @@ class Study:
             shape = len(self.prompts), SAMPLES
             uniforms = np.random.default_rng(seed).random((shape[0] * SAMPLES, NEW_TOKENS))
             repeated = [prompt for prompt in self.prompts for _ in range(SAMPLES)]
-            on = nullcontext() if name == "none" else self.maps(name, seed).attach(self.model, strength=strength)
-            with on:
+            maps = self.maps(row, seed)
+            strength = 0.0 if maps is None else self.strength(row, rise, seed)
+            with nullcontext() if maps is None else maps.attach(self.model, strength=strength):
                 texts = continuations(self.model, self.tokenizer, repeated, uniforms)
-                sums, counts = text_losses(self.model, self.tokenizer, self.neutral)
+                loss = self._loss(self.neutral)
             return {
                 "A": np.array([judge.polarity_scores(text)["compound"] >= 0.05 for text in texts]).reshape(shape),
                 "B": np.array([about_food(text) for text in texts]).reshape(shape),
-                "loss": sums.sum() / counts.sum(),
+                "loss": loss,
+                "strength": strength,
                 "texts": np.array(texts),
             }
 
-        return kept(f"effect-{name}-{strength:g}-{seed}", compute)
+        at = "" if row == "none" else f"-{rise:g}"
+        return kept(f"{self.name}-{self._key(row, seed)}{at}", compute)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 class Results:
-    """Success by prompt, [P], means over samples and seeds; A, B and "both" of every row and strength."""
+    """Success by prompt, [P], means over samples and seeds; A, B and "both" of every row and rise of the loss."""
 
-    def __init__(self, study: Study, seeds: list[int], strengths: list[float]) -> None:
-        self.strengths = strengths
-        self.held_out = {name: np.mean([study.held_out(seed)[name] for seed in seeds], axis=0) for name in NAMES}
+    def __init__(self, study: Study, seeds: list[int], rises: list[float], rows: list[str]) -> None:
+        self.rises, self.rows = rises, rows
+        self.held_out = {row: np.mean([study.held_out(row, seed) for seed in seeds], axis=0) for row in rows}
         self.success: dict[tuple[str, float], dict[str, NDArray]] = {}
         self.price: dict[tuple[str, float], float] = {}
-        self.passes = {
-            name: np.mean([study.fitted(name, seed)["passes"] for seed in seeds]) for name in ("A", "B", "B|A", "joint")
-        }
-        for strength in strengths:
-            for name in NAMES:
-                found = [study.effect(name, 0.0 if name == "none" else strength, seed) for seed in seeds]
+        self.strength: dict[tuple[str, float], float] = {}
+        before = np.mean([study.effect("none", 0.0, seed)["loss"] for seed in seeds])
+        for rise in rises:
+            for row in rows:
+                found = [study.effect(row, rise, seed) for seed in seeds]
                 reached = {concept: np.array([one[concept] for one in found]) for concept in "AB"}
                 reached["both"] = reached["A"] & reached["B"]
-                self.success[name, strength] = {key: hits.mean(axis=(0, 2)) for key, hits in reached.items()}
-                self.price[name, strength] = float(np.mean([one["loss"] for one in found]))
+                self.success[row, rise] = {key: hits.mean(axis=(0, 2)) for key, hits in reached.items()}
+                self.price[row, rise] = float(np.mean([one["loss"] for one in found]) - before)
+                self.strength[row, rise] = float(np.mean([one["strength"] for one in found]))
 
-    def share(self, name: str, strength: float, concept: str) -> str:
+    def share(self, row: str, rise: float, concept: str) -> str:
         """A share of the continuations and its interval."""
-        values = self.success[name, strength][concept]
+        values = self.success[row, rise][concept]
         low, high = bootstrap_interval(values, seed=0)
         return f"{values.mean():.0%} [{low:.0%}, {high:.0%}]"
 
-    def difference(self, name: str, strength: float) -> tuple[float, float, float]:
-        """Joint success of the joint fit less that of a row, prompt by prompt, with its interval."""
-        values = self.success["joint", strength]["both"] - self.success[name, strength]["both"]
-        return float(values.mean()), *bootstrap_interval(values, seed=0)
+    def ratio(self, row: str, rise: float) -> tuple[float, float, float]:
+        """Joint success of a row divided by that of the naive composition, and its interval over prompts."""
+        ours, naive = (self.success[name, rise]["both"] for name in (row, "naive"))
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(0, len(ours), size=(2000, len(ours)))
+        below = naive[drawn].mean(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = np.nanpercentile(ours[drawn].mean(axis=1) / below, [2.5, 97.5])
+            return float(ours.mean() / naive.mean()), float(low), float(high)
 
     def table(self) -> list[str]:
         lines = [
             "| maps | held-out loss of A | of B | their mean |",
             "| --- | ---: | ---: | ---: |",
         ]
-        for name, label in NAMES.items():
-            a, b = self.held_out[name]
-            lines.append(f"| {label} | {a:.4f} | {b:.4f} | {(a + b) / 2:.4f} |")
-        lines += [
-            "",
-            "| strength | maps | A reached | B reached | both | joint fit less this, both | loss on neutral text |",
-            "| ---: | --- | --- | --- | --- | --- | ---: |",
-        ]
-        for strength in self.strengths:
-            for name, label in NAMES.items():
-                if name == "none" and strength != self.strengths[0]:
-                    continue
-                shares = " | ".join(self.share(name, strength, concept) for concept in ("A", "B", "both"))
-                less = "" if name in ("none", "joint") else spell(self.difference(name, strength))
-                shown = "" if name == "none" else f"{strength:g}"
-                lines.append(f"| {shown} | {label} | {shares} | {less} | {self.price[name, strength]:.3f} |")
+        for row in self.rows:
+            a, b = self.held_out[row]
+            lines.append(f"| {ROWS[row].label} | {a:.4f} | {b:.4f} | {(a + b) / 2:.4f} |")
+        for rise in self.rises:
+            lines += [
+                "",
+                f"At strengths where the loss on neutral text rises by {rise:g} nats a token:",
+                "",
+                "| maps | strength | A reached | B reached | both | times naive | rise on other text |",
+                "| --- | ---: | --- | --- | --- | --- | ---: |",
+            ]
+            for row in self.rows:
+                shares = " | ".join(self.share(row, rise, concept) for concept in ("A", "B", "both"))
+                strength = "" if row == "none" else f"{self.strength[row, rise]:.2f}"
+                times = ""
+                if row not in ("none", "naive") and "naive" in self.rows:
+                    times = "{:.2f} [{:.2f}, {:.2f}]".format(*self.ratio(row, rise))
+                lines.append(f"| {ROWS[row].label} | {strength} | {shares} | {times} | {self.price[row, rise]:+.3f} |")
         return lines
 
     def reading(self) -> list[str]:
         """What the tables say, in sentences that follow from their numbers."""
-        means = {name: float(losses.mean()) for name, losses in self.held_out.items()}
-        best = min(means, key=lambda name: means[name])
-        lines = [
-            f"- Held-out loss, mean of both concepts: {means['none']:.3f} without maps, {means['B@A']:.3f} and "
-            f"{means['A@B']:.3f} with the naive compositions, {means['B|A']:.3f} with B fitted on top of A, "
-            f"{means['joint']:.3f} with the joint fit. The least is that of: {NAMES[best]}."
-        ]
-        for strength in self.strengths:
-            verdicts = []
-            for name in ("B@A", "A@B", "B|A"):
-                middle, low, high = self.difference(name, strength)
-                word = "more than" if low > 0 else "less than" if high < 0 else "not told apart from"
-                price = self.price["joint", strength] - self.price[name, strength]
-                verdicts.append(f"{word} {NAMES[name]} ({100 * middle:+.0f} points, price {price:+.3f} nats)")
-            both = self.success["joint", strength]["both"].mean()
-            lines.append(
-                f"- At strength {strength:g} the joint fit reaches both concepts in {both:.0%} of the continuations: "
-                + ", ".join(verdicts)
-                + "."
-            )
-        a, b, top, joint = (self.passes[name] for name in ("A", "B", "B|A", "joint"))
-        lines.append(
-            f"- Model passes: {a + b:.0f} for two separate fits, {a + top:.0f} for A and then B on top of it, "
-            f"{joint:.0f} for the joint fit."
-        )
+        lines = []
+        for rise in self.rises:
+            both = {row: float(self.success[row, rise]["both"].mean()) for row in self.rows}
+            pairs = [row for row in self.rows if row not in ("none", "A", "B", "kept A", "kept B")]
+            best = max(pairs, key=lambda row: both[row])
+            line = f"- At a rise of {rise:g} nats the most continuations with both, {both[best]:.0%}, are those of: "
+            line += f"{ROWS[best].label}"
+            if "naive" in self.rows and best != "naive":
+                times, low, high = self.ratio(best, rise)
+                line += f"; {times:.2f} times [{low:.2f}, {high:.2f}] the {both['naive']:.0%} of the naive composition"
+            lines.append(line + ".")
+            for a, b, words in (("A", "B", "Spent"), ("kept A", "kept B", "With `max_kl`, spent")):
+                if a in self.rows and b in self.rows:
+                    first, second = (float(self.success[a, rise]["A"].mean()), float(self.success[b, rise]["B"].mean()))
+                    lines.append(
+                        f"- {words} on one concept alone, that rise reaches A in {first:.0%} and B in {second:.0%}: "
+                        f"both in {first * second:.0%}, if they were independent and each had the whole of it."
+                    )
         return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/two-concepts.md")
+    parser.add_argument("--select", action="store_true", help="another seed and other prompts, to choose settings by")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default 0 1")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 1.5, 2.0], help="default 1 1.5 2")
+    parser.add_argument("--rises", type=float, nargs="+", default=[0.3, 0.5], help="in nats; default 0.3 0.5")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     parser.add_argument("--bf16", action="store_true", help="round the factors of matrix products to bfloat16: faster")
     args = parser.parse_args()
+    if args.write and (args.select or args.rows != list(ROWS)):
+        parser.error("--write goes with all rows and without --select")
+    if not all(0 < rise <= LARGEST_RISE for rise in args.rises):
+        parser.error(f"--rises must be above 0 and at most {LARGEST_RISE:g}")
     set_up(args.threads, args.bf16)
 
-    study = Study()
-    results = Results(study, args.seeds, args.strengths)
+    study = Study(select=args.select)
+    seeds = [SELECTION_SEED] if args.select else args.seeds
+    results = Results(study, seeds, args.rises, args.rows)
     machine = (
         f"{cpu_name()}, torch {torch.__version__}, float32{', products of bfloat16 factors' if args.bf16 else ''}; "
-        f"seeds {', '.join(map(str, args.seeds))}, {len(study.prompts)} prompts, {SAMPLES} continuations of "
+        f"seeds {', '.join(map(str, seeds))}, {len(study.prompts)} prompts, {SAMPLES} continuations of "
         f"{NEW_TOKENS} tokens each."
     )
     lines = [machine, "", *results.table(), "", *results.reading()]

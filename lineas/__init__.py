@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .fitting.end_to_end import fit_end_to_end, fit_jointly
     from .fitting.incremental import fit_incremental
     from .fitting.result import EndToEndPath, FitResult
+    from .fitting.sequence import fit_sequence
+    from .fitting.sequence_result import SequenceHandle, SequenceResult
     from .fitting.sparse_path import sparse_path_end_to_end
     from .hooks.attach import Handle, attached, detach
     from .hooks.collect import collect
@@ -55,6 +57,8 @@ _LAZY = {
     "Evaluation": ("evaluation.result", "Evaluation", "torch"),
     "FitResult": ("fitting.result", "FitResult", "torch"),
     "Handle": ("hooks.attach", "Handle", "torch"),
+    "SequenceHandle": ("fitting.sequence_result", "SequenceHandle", "torch"),
+    "SequenceResult": ("fitting.sequence_result", "SequenceResult", "torch"),
     "Sites": ("hooks.sites", "Sites", "torch"),
     "Tokens": ("hooks.tokens", "Tokens", "torch"),
     "attached": ("hooks.attach", "attached", "torch"),
@@ -66,6 +70,7 @@ _LAZY = {
     "fit_gates": ("hooks.fit_gates", "fit_gates", "torch"),
     "fit_incremental": ("fitting.incremental", "fit_incremental", "torch"),
     "fit_jointly": ("fitting.end_to_end", "fit_jointly", "torch"),
+    "fit_sequence": ("fitting.sequence", "fit_sequence", "torch"),
     "judges": ("evaluation.judges", None, "numpy"),
     "plot": ("notebook.plot", None, "matplotlib"),
     "plot_gate": ("notebook.tokens", "plot_gate", "matplotlib"),
@@ -87,6 +92,8 @@ __all__ = [
     "Handle",
     "Moments",
     "NeuronGate",
+    "SequenceHandle",
+    "SequenceResult",
     "Sites",
     "SparsePath",
     "SteeringMaps",
@@ -105,6 +112,7 @@ __all__ = [
     "fit_gates",
     "fit_incremental",
     "fit_jointly",
+    "fit_sequence",
     "get_num_threads",
     "judges",
     "load",

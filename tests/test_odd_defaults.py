@@ -88,6 +88,11 @@ def jointly(given):
     return lineas.fit_jointly(given.model, tasks, **SHORT).maps
 
 
+def in_sequence(given):
+    tasks = {"a": (TEXTS[1], TEXTS[2]), "b": (TEXTS[3], TEXTS[4])}
+    return lineas.fit_sequence(given.model, tasks, **SHORT, l1=0.3, disjoint=True, max_kl=0.1, preserve=True).maps
+
+
 def attached(given, strength, **settings):
     with torch.no_grad(), given.maps.attach(given.model, **settings) as handle:
         handle.strength = strength
@@ -232,6 +237,7 @@ STEPS = {
     "fit through checkpoints of layers": lambda given: end_to_end(given, given.checkpointed),
     "fit with a checkpoint": checkpoint,
     "fit jointly": jointly,
+    "fit in sequence": in_sequence,
     "sparse path": path_end_to_end,
     "strengths by row": lambda given: attached(given, [0.5, 0.0, 2.0]),
     "strengths by token": lambda given: attached(given, [[0.5, 1.0], [0.0, 0.0], [2.0, 1.0]], tokens=slice(0, None)),

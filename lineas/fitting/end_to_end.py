@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +27,7 @@ from .checkpoint import Checkpoint, digest, digest_of_weights
 from .initial import start
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
+from .on_top import as_on_top_of, digest_of_maps, leave_alone
 from .parameters import ProximalOptimizer, parameters_of
 from .preservation import KeepWeight, Preservation
 from .result import FitResult
@@ -36,6 +39,8 @@ DIVERGED = 10
 
 Pair: TypeAlias = tuple[Any, Any]
 """Source and target, as users give them."""
+NamedPairs: TypeAlias = tuple[str | None, Pair, Pair | None]
+"""A task: its name, or None for an only one; source and target; held-out source and target, or None."""
 Sets: TypeAlias = list[Prompts]
 """Source and target of a task and, where there are any, its held-out source and target."""
 
@@ -80,7 +85,7 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     """
     check_runs(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
-    return _fit(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
+    return _fit_on_top_of(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
 
 @takes(JointSettings)
@@ -116,27 +121,34 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
         message names the task.
     """
     check_runs(model)
-    pairs = _pairs("tasks", tasks)
+    pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")
-    held_out: Mapping[str, Pair | None] = dict.fromkeys(pairs)
-    if settings.held_out is not None:
-        held_out = _pairs("held_out", settings.held_out)
-        for name in [*pairs, *held_out]:
-            if name not in held_out or name not in pairs:
-                side = "lacks" if name in pairs else "has"
-                raise ValueError(f"held_out must have the tasks of tasks, {list(pairs)}: it {side} {name!r}")
-    return _fit(model, [(name, pair, held_out[name]) for name, pair in pairs.items()], settings, "fit_jointly")
+    held_out = pairs_of_tasks("held_out", settings.held_out, pairs)
+    given = [(name, pair, held_out[name]) for name, pair in pairs.items()]
+    return _fit_on_top_of(model, given, settings, "fit_jointly")
 
 
-def _pairs(argument: str, tasks: Any) -> dict[str, Pair]:
-    """Pairs (source, target) by name."""
+def pairs_by_name(argument: str, tasks: Any) -> dict[str, Pair]:
+    """Pairs (source, target) by name; TypeError or ValueError, which names the entry, where they are none."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"{argument} must map names to pairs (source, target), got {type(tasks).__name__}")
     for name in tasks:
         if not isinstance(name, str):
             raise TypeError(f"{argument} must have names as keys, got {name!r}")
     return {name: as_pair(pair, f"{argument}[{name!r}]") for name, pair in tasks.items()}
+
+
+def pairs_of_tasks(argument: str, given: Any, tasks: Mapping[str, Pair]) -> Mapping[str, Pair | None]:
+    """Pairs for each of the tasks, or None for each; ValueError where there are others or not all."""
+    if given is None:
+        return dict.fromkeys(tasks)
+    pairs = pairs_by_name(argument, given)
+    for name in [*tasks, *pairs]:
+        if name not in pairs or name not in tasks:
+            side = "lacks" if name in tasks else "has"
+            raise ValueError(f"{argument} must have the tasks of tasks, {list(tasks)}: it {side} {name!r}")
+    return pairs
 
 
 # --- what fits start from ---------------------------------------------------------------------------------------------
@@ -182,23 +194,52 @@ def prepare(
     return objective, fitted, held_out, facts
 
 
-def _fit(
-    model: nn.Module, given: list[tuple[str | None, Pair, Pair | None]], settings: FitSettings, caller: str
+def _fit_on_top_of(model: nn.Module, given: Sequence[NamedPairs], settings: FitSettings, caller: str) -> FitResult:
+    """`fit_maps` on top of the maps that settings name, if any, with maps that do both."""
+    if settings.on_top_of is None:
+        return fit_maps(model, given, settings, caller)
+    if settings.gates is not None or settings.on_top_of.gates:
+        raise ValueError("on_top_of: maps with gates are not composed with others; fit_sequence keeps them apart")
+    below = as_on_top_of(settings.on_top_of, model, settings.tokens)
+    result = fit_maps(model, given, settings, caller, [below])
+    return replace(result, maps=result.maps @ below)
+
+
+def fit_maps(
+    model: nn.Module,
+    given: Sequence[NamedPairs],
+    settings: FitSettings,
+    caller: str,
+    below: Sequence[SteeringMaps] = (),
+    preserved: Sequence[NamedPairs] = (),
 ) -> FitResult:
-    """Fit the maps of all modules for all tasks: name, source and target, held-out source and target or None."""
-    tasks = [read_sets(*task, settings) for task in given]
+    """Fit the maps of all modules for all tasks, while those `below` are on, in this order.
+
+    The maps that are returned are those that were fitted, without those below. The targets of `preserved` tasks are
+    added to what is to stay as it is.
+    """
+    tasks, others = ([read_sets(*task, settings) for task in some] for some in (given, preserved))
     preserves = settings.keep_weight != 0
-    keep = None if settings.keep is None else read_prompts(settings.keep, "keep", settings)
+    keep = None
+    if settings.keep is not None:
+        keep = join([read_prompts(settings.keep, "keep", settings), *(sets[1] for sets in others)])
     names = [name for name, *_ in given]
-    with frozen(model):
+    with ExitStack() as stack:
+        for one in below:
+            stack.enter_context(one.attach(model, tokens=settings.tokens))
+        stack.enter_context(frozen(model))
         objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
         maps = parameters_of(objective, settings)
+        if settings.disjoint:
+            leave_alone(maps, below)
         objective.put_gates(settings.gates)
         if isinstance(settings.init, str):
             facts |= start(model, tasks, objective, held_out, maps, settings)
         elif settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
-        kept, held_out_kept = _preservations(objective, tasks, keep, settings) if preserves else (None, None)
+        kept, held_out_kept = (
+            _preservations(objective, [*tasks, *others], keep, settings) if preserves else (None, None)
+        )
         weight = settings.keep_weight
         keep_weight = KeepWeight(0.0 if weight is None or isinstance(weight, str) else weight, settings.max_kl)
         steps: Steps
@@ -221,9 +262,12 @@ def _fit(
                 "dtypes of the activations": sorted(map(str, objective.seen)),
                 "tasks": names,
                 "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
-                "digest of keep": digest(None if keep is None else keep.contents()),
+                "digest of keep": digest(
+                    None if keep is None else keep.contents(), [one.contents() for sets in others for one in sets]
+                ),
                 "digest of the model's weights": digest_of_weights(model),
                 "digest of init": digest(maps.weight, maps.bias),
+                "digest of on_top_of": digest_of_maps(below),
                 "digest of gates": digest(
                     {name: [arrays_of(gate), facts_of(gate)] for name, gate in objective.gates.items()}
                 ),

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from .._checks import as_choice, as_falling, as_finite, as_int, as_not_negative, as_positive, as_share
+from .._checks import as_choice, as_falling, as_finite, as_flag, as_int, as_not_negative, as_positive, as_share
 from ..arrays.closed_form import METHODS
 from ..arrays.shrinkage import as_shrinkage
 from ..hooks.settings import RunSettings, optional
 from ..maps.metadata import Layers
+from ..maps.steering import SteeringMaps
 
 SCALINGS = ("standardized", "layer-mean", "paper", "reference")
 OPTIMIZERS = ("sgd", "adam")
@@ -117,6 +118,14 @@ class FitSettings(ObjectiveSettings):
         held-out loss of the result is at most that of each of them. Metadata say which it was ("init", method and
         strength) and all losses ("init_losses", pairs of strength and loss by method; strength 0 is the identity).
         For several tasks maps are fitted to each, and their mean is taken.
+    on_top_of : SteeringMaps, optional
+        Maps that are on the model during the whole fit, at strength 1, for source, target and held-out prompts alike.
+        The maps that are returned do both, ``new @ on_top_of``: a second concept is fitted to a model that has the
+        first. See `lineas.fit_sequence`.
+    disjoint : bool, default False
+        With `on_top_of`: leave the neurons alone that those maps change, slopes and shifts. What is fitted is the
+        identity there, so that no neuron serves both. Sparse maps leave neurons free: fit `on_top_of` with `l1` or
+        `group`.
     strengths : list of float, default (1.0,)
         Strengths at which the maps are tried on the held-out sets at every step; the best of them is kept, and the maps
         are returned so that strength 1 is that one. The steps go on from strength 1. Fits to few prompts go too far, as
@@ -165,6 +174,8 @@ class FitSettings(ObjectiveSettings):
     max_kl: float | None = None
     gates: Any = None
     init: Mapping[str, Any] | str | None = None
+    on_top_of: SteeringMaps | None = None
+    disjoint: bool = False
     strengths: Sequence[float] = (1.0,)
     mini_batch: int | None = None
     l1: float = 0.0
@@ -191,6 +202,7 @@ class FitSettings(ObjectiveSettings):
                 raise ValueError("init='best': there are no held_out sets to choose by")
         elif self.init is not None and not isinstance(self.init, Mapping):
             raise TypeError(f"init must be a SteeringMaps or a string, got {type(self.init).__name__}")
+        self._check_on_top_of()
         l1, group = as_not_negative(self.l1, "l1"), as_not_negative(self.group, "group")
         self._set(
             strengths=_strengths(self.strengths, self.held_out),
@@ -209,6 +221,12 @@ class FitSettings(ObjectiveSettings):
             raise ValueError(f"lr must be a number for optimizer {self.optimizer!r}: 'auto' is for 'sgd'")
         if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
             raise TypeError(f"checkpoint must be a path, got {type(self.checkpoint).__name__}")
+
+    def _check_on_top_of(self) -> None:
+        if self.on_top_of is not None and not isinstance(self.on_top_of, SteeringMaps):
+            raise TypeError(f"on_top_of must be a SteeringMaps, got {type(self.on_top_of).__name__}")
+        if as_flag(self.disjoint, "disjoint") and self.on_top_of is None:
+            raise ValueError("disjoint must be False without on_top_of: there are no maps to leave the neurons of")
 
     @property
     def penalties(self) -> tuple[float, float, float, float]:
@@ -230,6 +248,45 @@ class JointSettings(FitSettings):
     held_out : dict of str to (source, target), optional
         Two more sets for each task, by whose mean loss the best maps are chosen.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSettings(FitSettings):
+    """Settings of `lineas.fit_sequence`.
+
+    Parameters
+    ----------
+    held_out : dict of str to (source, target), optional
+        Two more sets for each concept, by whose loss its maps are chosen.
+    gates : dict of str to gates, optional
+        For any of the concepts, as of `fit_end_to_end`. Maps with gates cannot be composed, but attached in order.
+    init : dict of str to SteeringMaps, optional
+        Where to start, for any of the concepts. Default: the identity.
+    on_top_of : SteeringMaps, optional
+        Maps that are on the model during all fits. They are part of the maps that are returned, before all others.
+    disjoint : bool, default False
+        Leave the neurons alone that earlier concepts change, slopes and shifts, and those of `on_top_of`: no neuron
+        serves two concepts. It takes `l1` or `group`, since maps that are not sparse leave no neuron.
+    preserve : bool, default False
+        Add the targets of earlier concepts to the prompts on which the model is to stay as it is (`keep`), with those
+        concepts on: a later concept is not to undo them there. It takes `keep_weight` or `max_kl`.
+    checkpoint : path, optional
+        Folder to keep the fits in, a file for each concept, made if it is not there. Where there are files, the fits go
+        on from them, as that of `fit_end_to_end` does from its own.
+    """
+
+    preserve: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if as_flag(self.preserve, "preserve") and self.keep_weight == 0:
+            raise ValueError("preserve must be False without a weight: give keep_weight= or max_kl=")
+
+    def _check_on_top_of(self) -> None:
+        if as_flag(self.disjoint, "disjoint") and not self.l1 and not self.group:
+            raise ValueError("disjoint must be False unless l1 or group is above 0: other maps leave no neuron")
+        if self.on_top_of is not None and not isinstance(self.on_top_of, SteeringMaps):
+            raise TypeError(f"on_top_of must be a SteeringMaps, got {type(self.on_top_of).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
 # What metadata of maps have elsewhere, or cannot hold.
 _NOT_RECORDED = {
     *("layers", "loss_layers", "pooling", "tokens", "penalties", "n_penalties", "min_ratio"),
-    *("tokenizer", "forward", "progress", "held_out", "keep", "gates", "init", "checkpoint"),
+    *("tokenizer", "forward", "progress", "held_out", "keep", "gates", "init", "on_top_of", "checkpoint"),
 }
 
 

@@ -57,6 +57,9 @@ FORMATS = {
     "lineas sparse path": Format("a sparse path", {"fields": dict}, ("maps.path", "SparsePath")),
     "lineas end-to-end path": Format("a sparse path", {"fields": dict}, ("fitting.result", "EndToEndPath")),
     "lineas fit": Format("the result of a fit", {"fields": dict}, ("fitting.result", "FitResult")),
+    "lineas sequence of fits": Format(
+        "a sequence of fits", {"fields": dict}, ("fitting.sequence_result", "SequenceResult")
+    ),
     "lineas evaluation": Format("an evaluation", {"fields": dict}, ("evaluation.result", "Evaluation")),
     "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
     "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=3, oldest=3),
@@ -240,7 +243,7 @@ def load(
 
     Returns
     -------
-    SteeringMaps, SparsePath, EndToEndPath, FitResult, Evaluation or GaussianMap
+    SteeringMaps, SparsePath, EndToEndPath, FitResult, SequenceResult, Evaluation or GaussianMap
         Equal to what was saved, metadata included.
 
     Raises

@@ -22,9 +22,9 @@ class Record:
     """Base of dataclasses that hold what a fit found.
 
     A subclass is ``@dataclass(frozen=True, eq=False)`` and names its format, one of `lineas.maps.files.FORMATS`. Its
-    fields may be arrays, `SteeringMaps`, numbers and text, lists, tuples and dicts of these, and what is annotated as
-    Any and JSON can hold; all but the arrays' dtypes is checked when a file is read. Two records are equal if their
-    fields are, but for those that are made with ``compare=False``.
+    fields may be arrays, `SteeringMaps`, other records, numbers and text, lists, tuples and dicts of these, and what is
+    annotated as Any and JSON can hold; all but the arrays' dtypes is checked when a file is read. Two records are equal
+    if their fields are, but for those that are made with ``compare=False``.
     """
 
     FORMAT: ClassVar[str]
@@ -61,9 +61,7 @@ def to_tensors(value: SteeringMaps | Record) -> tuple[dict[str, NDArray], dict[s
     tensors: dict[str, NDArray] = {}
     if isinstance(value, SteeringMaps):
         return tensors, _put(value, SteeringMaps, "", tensors)
-    hints = get_type_hints(type(value))
-    names = [field.name for field in _fields(type(value))]
-    return tensors, {"fields": {name: _put(getattr(value, name), hints[name], name, tensors) for name in names}}
+    return tensors, {"fields": _put_fields(value, "", tensors)}
 
 
 def from_tensors(cls: type, tensors: dict[str, NDArray], entries: dict[str, Any]) -> Any:
@@ -75,14 +73,25 @@ def from_tensors(cls: type, tensors: dict[str, NDArray], entries: dict[str, Any]
     if cls is SteeringMaps:
         found = _take(entries, SteeringMaps, "", tensors)
     else:
-        hints, names = get_type_hints(cls), [field.name for field in _fields(cls)]
-        for name in entries["fields"]:
-            if name not in names:
-                raise ValueError(f"the header has the unknown field {name!r}")
-        found = cls(**{name: _take(value, hints[name], name, tensors) for name, value in entries["fields"].items()})
+        found = _take_fields(cls, entries["fields"], "", tensors)
     if tensors:
         raise ValueError(f"it has the unexpected tensor {min(tensors)!r}")
     return found
+
+
+def _put_fields(value: Record, name: str, tensors: dict[str, NDArray]) -> dict[str, Any]:
+    """The fields of a record as `_put` has them, its arrays under names that begin with `name`."""
+    hints, names = get_type_hints(type(value)), [field.name for field in _fields(type(value))]
+    return {field: _put(getattr(value, field), hints[field], _at(name, field), tensors) for field in names}
+
+
+def _take_fields(cls: Any, entries: dict[str, Any], name: str, tensors: dict[str, NDArray]) -> Any:
+    """The record that `_put_fields` took apart."""
+    hints, names = get_type_hints(cls), [field.name for field in _fields(cls)]
+    for field in entries:
+        if field not in names:
+            raise ValueError(f"the header has the unknown field {_at(name, field)!r}")
+    return cls(**{field: _take(one, hints[field], _at(name, field), tensors) for field, one in entries.items()})
 
 
 def _kind(hint: Any) -> tuple[Any, Any]:
@@ -100,11 +109,13 @@ def _put(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
     if value is None or kind is Any:
         return value
     if kind is np.ndarray:
-        tensors[name] = value
-        return name
+        return _add(tensors, name, value)
+    if _is_record(kind):
+        return _put_fields(value, name, tensors)
     if kind is SteeringMaps:
         for module, one in value.items():
-            tensors |= {_at(name, f"{module}.weight"): one.weight, _at(name, f"{module}.bias"): one.bias}
+            _add(tensors, _at(name, f"{module}.weight"), one.weight)
+            _add(tensors, _at(name, f"{module}.bias"), one.bias)
         return {"modules": list(value), "metadata": value.metadata, **_put_gates(value, name, tensors)}
     if kind is dict:
         return {key: _put(one, inner, _at(name, key), tensors) for key, one in value.items()}
@@ -119,10 +130,14 @@ def _take(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
     if kind is Any or (value is None and NoneType in get_args(hint)):
         return value
     json = {np.ndarray: str, SteeringMaps: dict, tuple: list, float: float | int}.get(kind, kind)
+    if _is_record(kind):
+        json = dict
     if not isinstance(value, json) or isinstance(value, bool) is not (kind is bool):
         raise ValueError(f"{name!r} in the header must be of type {kind.__name__}, got {str(value)[:40]!r}")
     if kind is np.ndarray:
         return _pop(tensors, name)
+    if _is_record(kind):
+        return _take_fields(kind, value, name, tensors)
     if kind is SteeringMaps:
         return _maps(value.get("modules"), value.get("metadata"), value.get("gates"), name, tensors)
     if kind is dict:
@@ -130,6 +145,18 @@ def _take(value: Any, hint: Any, name: str, tensors: dict[str, NDArray]) -> Any:
     if kind in (list, tuple):
         return kind(_take(one, inner, _at(name, k), tensors) for k, one in enumerate(value))
     return kind(value)
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Record)
+
+
+def _add(tensors: dict[str, NDArray], name: str, value: NDArray) -> str:
+    """Put an array under a name, and return the name; ValueError where another one has it, as "a" in "b.c" may."""
+    if name in tensors:
+        raise ValueError(f"cannot save two arrays under the name {name!r}: rename one of the entries")
+    tensors[name] = value
+    return name
 
 
 def _at(name: str, part: Any) -> str:

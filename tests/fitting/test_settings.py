@@ -11,13 +11,14 @@ import torch
 from fits import QUIET, prompts
 
 import lineas
-from lineas.fitting.settings import FitSettings, IncrementalSettings, JointSettings, PathSettings
+from lineas.fitting.settings import FitSettings, IncrementalSettings, JointSettings, PathSettings, SequenceSettings
 from lineas.hooks.settings import RunSettings, takes
 
 CALLS = {
     lineas.collect: RunSettings,
     lineas.fit_end_to_end: FitSettings,
     lineas.fit_jointly: JointSettings,
+    lineas.fit_sequence: SequenceSettings,
     lineas.fit_incremental: IncrementalSettings,
     lineas.sparse_path_end_to_end: PathSettings,
 }
@@ -50,12 +51,13 @@ def test_every_setting_is_described_once():
         (lineas.fit_end_to_end, "(source, target)"),
         (lineas.sparse_path_end_to_end, "(source, target)"),
         (lineas.fit_jointly, "dict of str to (source, target)"),
+        (lineas.fit_sequence, "dict of str to (source, target)"),
     ],
 )
 def test_the_held_out_sets_are_described_as_each_function_takes_them(function, kind):
     described = inspect.getdoc(function)
     assert f"\nheld_out : {kind}, optional\n" in described
-    assert ("by task" in described or "each task" in described) == ("dict" in kind)
+    assert any(words in described for words in ("each task", "each concept")) == ("dict" in kind)
     assert ("mini-batches, and of torch" in described) == (function is not lineas.sparse_path_end_to_end)
 
 
@@ -91,7 +93,17 @@ def test_metadata_keep_the_settings():
     ).maps
     kept = maps.metadata["settings"]
     elsewhere = {"layers", "loss_layers", "pooling", "tokens"}
-    unknown_to_json = {"tokenizer", "forward", "progress", "held_out", "keep", "gates", "init", "checkpoint"}
+    unknown_to_json = {
+        "tokenizer",
+        "forward",
+        "progress",
+        "held_out",
+        "keep",
+        "gates",
+        "init",
+        "on_top_of",
+        "checkpoint",
+    }
     assert set(kept) == {field.name for field in fields(FitSettings)} - elsewhere - unknown_to_json
     assert (kept["l1"], kept["l1_bias"], kept["lr"], kept["betas"]) == (0.5, 0.5, "auto", [0.9, 0.999])
 
