@@ -10,6 +10,7 @@ import argparse
 import time
 
 import numpy as np
+import torch
 from _machine import describe, set_threads
 from _study import ROOT, write_between
 
@@ -88,14 +89,12 @@ def _others(model, tokenizer, gates: dict[str, AnyGate], texts: tuple[list[str],
     for side in texts:
         found: dict[str, list[np.ndarray]] = {name: [] for name in gates}
         for batch in (read([text], "text", tokenizer=tokenizer).first() for text in side):
-            Capture().run(
-                model,
-                batch,
-                list(gates),
-                lambda name, module, tensor, found=found: found[name].append(
-                    gates[name].values(tensor.detach().numpy())[0]
-                ),
-            )
+
+            def note(name, module, tensor, found=found) -> None:
+                found[name].append(gates[name].values(tensor.numpy())[0])
+
+            with torch.no_grad():
+                Capture().run(model, batch, list(gates), note)
         sides.append(found)
     areas = []
     for name, gate in gates.items():

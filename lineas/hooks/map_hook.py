@@ -57,7 +57,7 @@ class MapHook:
 
     # A handle speaks of the model it was made for, not of copies.
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"handle": None}
+        return vars(self) | {"handle": None, "_last_call": None, "_last_gated": None}
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():

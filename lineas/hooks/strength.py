@@ -151,6 +151,10 @@ class Setting:
         """The gates that read a module which they name, by its name."""
         return sites_of(self.gates)
 
+    # Without what is kept of the gates, which the maps hold.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"strength": self.strength, "maps": self.maps}
+
 
 class _Block:
     """Another strength, in the contexts that have it, for as long as its with-block is open."""
