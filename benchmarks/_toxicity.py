@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 CATEGORIES = ("flirtation", "identity_attack", "insult", "profanity", "severe_toxicity", "sexually_explicit", "threat")
 LENGTHS = 20, 120  # characters of a comment: a sentence or two, at most about 32 tokens
+LONGER = 200  # characters of a comment where those do not suffice
 JUDGES = ("BiLSTM", "profanity-check")
 
 
@@ -63,28 +64,44 @@ def _short(texts: Sequence[str]) -> list[str]:
     return [text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]]
 
 
-def insults_sets(seed: int) -> dict[str, tuple[list[str], list[str]]]:
-    """Insults and clean comments, drawn by `seed`, of 20 to 120 characters.
+def insults_sets(seed: int, size: int = 32) -> dict[str, tuple[list[str], list[str]]]:
+    """Insults and clean comments, drawn by `seed`, of 20 to 120 characters as long as there are such.
 
     Returns
     -------
     dict
-        "fit" (32 insults, 32 clean), "validation" (32, 32) and "test" (64, 64), each a pair of lists. They have no
-        comment in common; "test" comes from the test file, the other two from the training file.
+        "fit" (`size` insults, `size` clean), "validation" (as many, but at most 32) and "test" (64, 64), each a pair of
+        lists. They have no comment in common; "test" comes from the test file, the other two from the training file.
+        Smaller fits are part of larger ones, and "test" is the same for all. Where the training file has no more short
+        comments (above 499 insults), those of the test file follow that are not in "test", and then longer ones of both
+        files, of up to 200 characters. ValueError where there are not as many.
     """
     rng = np.random.default_rng(seed)
 
-    def draw(part: str, count: int) -> dict[str, list[str]]:
-        drawn = {}
+    def draw(part: str, count: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        drawn, rest = {}, {}
         for label, texts in comments(part).items():
             short = _short(texts)
-            drawn[label] = [short[i] for i in rng.permutation(len(short))[:count]]
-        return drawn
+            shuffled = [short[i] for i in rng.permutation(len(short))]
+            drawn[label], rest[label] = shuffled[:count], shuffled[count:]
+        return drawn, rest
 
-    train, test = draw("train", 64), draw("test", 64)
+    train, more = draw("train", 64)
+    test, rest = draw("test", 64)
+    fit, validation = [], []
+    for label in ("insult", "clean"):
+        longer = [
+            text for part in ("train", "test") for text in comments(part)[label] if LENGTHS[1] < len(text) <= LONGER
+        ]
+        longer = [longer[i] for i in rng.permutation(len(longer))]
+        pool = [*train[label][:32], *more[label], *rest[label], *longer]
+        if size > len(pool):
+            raise ValueError(f"size must be at most the {len(pool)} comments that are {label}, got {size}")
+        fit.append(pool[:size])
+        validation.append(train[label][32 : 32 + min(size, 32)])
     return {
-        "fit": (train["insult"][:32], train["clean"][:32]),
-        "validation": (train["insult"][32:], train["clean"][32:]),
+        "fit": (fit[0], fit[1]),
+        "validation": (validation[0], validation[1]),
         "test": (test["insult"], test["clean"]),
     }
 

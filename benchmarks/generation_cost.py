@@ -1,5 +1,7 @@
 """What attached maps cost when text is generated: SmolLM2-135M, maps at 30 norms, against the same model without them.
 
+With gates as well: one for each norm, one for all, and one for each neuron.
+
 The cases take turns: every round runs the same pass once a case, in rotating order, and a ratio is that of one round.
 CPU time of the thread, so that a busy machine counts less; one thread. ``--write`` puts the table into
 docs/benchmarks.md.
@@ -31,7 +33,10 @@ MARKS = "<!-- measured: python benchmarks/generation_cost.py --write -->", "<!--
 BAR = 1.03
 NONE, AGAIN = "no maps", "no maps, again"
 
-Hooks = list[OrderedDict[int, Callable]]
+Hooks = list[tuple[OrderedDict[int, Callable], ...]]
+# Where a module has its hooks, and what they are called with.
+DICTS = ("_forward_hooks", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+GATES = "gates that read a token", "gates that read means", "one gate, which reads means", "gates of neurons"
 
 
 def random_maps(names: list[str], width: int, support: float) -> lineas.SteeringMaps:
@@ -45,6 +50,25 @@ def random_maps(names: list[str], width: int, support: float) -> lineas.Steering
             np.where(chosen, weight, 1).astype(np.float32), np.where(chosen, bias, 0).astype(np.float32)
         )
     return lineas.SteeringMaps(maps)
+
+
+def random_gates(maps: lineas.SteeringMaps, width: int) -> dict[str, lineas.SteeringMaps]:
+    """The maps with gates of every kind, by what they are called in the table."""
+    rng = np.random.default_rng(1)
+
+    def scalar(context: str) -> lineas.Gate:
+        return lineas.Gate((0.1 * rng.standard_normal(width)).astype(np.float32), 0.0, context=context)
+
+    def neurons() -> lineas.NeuronGate:
+        return lineas.NeuronGate(*(0.1 * rng.standard_normal((3, width))).astype(np.float32))
+
+    kinds = (
+        {name: scalar("token") for name in maps},
+        {name: scalar("mean") for name in maps},
+        scalar("mean").at(next(iter(maps))),
+        {name: neurons() for name in maps},
+    )
+    return {f"maps, dense, {name}": maps.gated(gates) for name, gates in zip(GATES, kinds, strict=True)}
 
 
 class OnSupport:
@@ -75,18 +99,19 @@ def nothing(module: nn.Module, args: object, output: Tensor) -> None:
 
 
 class Switch:
-    """Puts ready hooks on modules and takes them off, which attaching anew would not do in no time."""
+    """Puts ready hooks on a model and its modules and takes them off: attaching anew would take time."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.cases: dict[str, Hooks] = {NONE: self._taken(), AGAIN: self._taken()}
 
     def _taken(self) -> Hooks:
-        return [OrderedDict(module._forward_hooks) for module in self.modules]
+        return [tuple(OrderedDict(getattr(module, name)) for name in DICTS) for module in self.modules]
 
     def add(self, case: str, hooks: list[Callable]) -> None:
         """Remember plain hooks, one a module."""
-        handles = [module.register_forward_hook(hook) for module, hook in zip(self.modules, hooks, strict=True)]
+        mapped = self.modules[1:]  # the first is the model
+        handles = [module.register_forward_hook(hook) for module, hook in zip(mapped, hooks, strict=True)]
         self.cases[case] = self._taken()
         for handle in handles:
             handle.remove()
@@ -98,9 +123,10 @@ class Switch:
 
     def put(self, case: str) -> None:
         """Let only the hooks of a case be on."""
-        for module, hooks in zip(self.modules, self.cases[case], strict=True):
-            module._forward_hooks.clear()
-            module._forward_hooks.update(hooks)
+        for module, taken in zip(self.modules, self.cases[case], strict=True):
+            for name, hooks in zip(DICTS, taken, strict=True):
+                getattr(module, name).clear()
+                getattr(module, name).update(hooks)
 
 
 def measure(switch: Switch, cases: list[str], once: Callable[[], object], rounds: int) -> dict[str, list[float]]:
@@ -146,12 +172,15 @@ def rows(what: str, times: Mapping[str, list[float]]) -> list[str]:
     return lines
 
 
-def decode(model: PreTrainedModel, batch: int, length: int) -> Callable[[], object]:
+def decode(model: PreTrainedModel, switch: Switch, batch: int, length: int) -> Callable[[], object]:
     """One greedy token for each of `batch` rows, behind `length` in the cache, which then are as many again."""
     ids = torch.randint(1000, 40000, (batch, length), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache()
     with torch.inference_mode():
-        token = model(ids, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        for case in switch.cases:  # so that every gate has seen what is in the cache
+            cache.crop(-cache.get_seq_length())
+            switch.put(case)
+            token = model(ids, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
     def once() -> None:
         with torch.inference_mode():
@@ -182,21 +211,24 @@ def main() -> None:
     model, _ = load_smollm2()
     names = modules.resolve(model, LAYERS)
     width = model.config.hidden_size
-    switch = Switch([model.get_submodule(name) for name in names])
+    switch = Switch([model, *(model.get_submodule(name) for name in names)])
     dense, tenth, hundredth = (random_maps(names, width, share) for share in (1.0, 0.1, 0.01))
     switch.add("an empty hook", [nothing] * len(names))
     switch.add("torch.addcmul alone", [Dense(one) for one in dense.values()])
     switch.add_maps("maps, dense", model, dense)
     switch.add_maps("maps, 10 % of the neurons", model, tenth)
     switch.add_maps("maps, 1 % of the neurons", model, hundredth)
+    gated = random_gates(dense, width)
+    for case, maps in gated.items():
+        switch.add_maps(case, model, maps)
     switch.add("gathered, 10 %", [OnSupport(one) for one in tenth.values()])
     switch.add("gathered, 1 %", [OnSupport(one) for one in hundredth.values()])
     every = list(switch.cases)
-    few = [NONE, AGAIN, "maps, dense"]
+    few = [NONE, AGAIN, "maps, dense", *gated]
     prompts = max(args.rounds // 15, 5)
     plan = {
-        "a token": (every, decode(model, 1, 64), args.rounds),
-        "a token in each of 8 rows": (few, decode(model, 8, 64), args.rounds // 3),
+        "a token": (every, decode(model, switch, 1, 64), args.rounds),
+        "a token in each of 8 rows": (few, decode(model, switch, 8, 64), args.rounds // 3),
         "a prompt of 512 tokens": (few, prefill(model, 1, 512), prompts),
         "8 prompts of 512 tokens": (few, prefill(model, 8, 512), 3),
     }

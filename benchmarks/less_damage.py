@@ -48,15 +48,17 @@ RISES = (0.03, 0.1, 0.3)  # nats a token, by which the loss on the second of the
 LARGEST = 32.0  # the largest strength
 
 PLAIN, PRESERVED, GATED, BOTH = "LinEAS", "preservation", "gate", "preservation and gate"
-STANDARD = "LinEAS, standardized"
+UNITS = "LinEAS in the neurons' own units"
 # Settings of the fits, beside seed and held-out sets, chosen on the prompts after those that are reported.
 FITS: dict[str, dict[str, Any]] = {
-    PLAIN: {"scaling": "layer-mean"},
-    STANDARD: {},
-    PRESERVED: {"scaling": "layer-mean", "keep_weight": 1.0},
+    PLAIN: {},
+    UNITS: {"scaling": "layer-mean"},
+    PRESERVED: {"max_kl": 0.03},
 }
-GATES: dict[str, tuple[str, dict[str, Any]]] = {GATED: (PLAIN, {}), BOTH: (PRESERVED, {})}
-METHODS = (*FITS, *GATES)
+# One gate for all maps from its module on: the maps before it are taken off.
+GATE: dict[str, Any] = {"context": "mean", "open_on_target": 0.3}
+GATES = {GATED: PLAIN, BOTH: PRESERVED}
+METHODS = (PLAIN, GATED, UNITS, PRESERVED, BOTH)
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,24 @@ class Model:
     load: Callable[[], tuple[Any, Any]]
     layers: list[str]
     tokens: Any
+    gate: str  # the module that the gate reads
 
 
 MODELS = {
     "smollm2": Model(
-        "SmolLM2-135M-Instruct", demo_model.load_smollm2, ["model.layers.*.post_attention_layernorm"], "all"
+        "SmolLM2-135M-Instruct",
+        demo_model.load_smollm2,
+        ["model.layers.*.post_attention_layernorm"],
+        "all",
+        "model.layers.4.post_attention_layernorm",
     ),
     # Without <bos>, whose activations are many times as large as those of words.
     "gemma3": Model(
-        "Gemma 3 270M", demo_model.load_gemma3, ["model.layers.*.pre_feedforward_layernorm"], slice(1, None)
+        "Gemma 3 270M",
+        demo_model.load_gemma3,
+        ["model.layers.*.pre_feedforward_layernorm"],
+        slice(1, None),
+        "model.layers.3.pre_feedforward_layernorm",
     ),
 }
 
@@ -111,17 +122,12 @@ class Study:
 
     def maps(self, method: str, seed: int) -> SteeringMaps:
         """The maps of a method, fitted or out of the cache."""
-        if method in GATES:
-            base, settings = GATES[method]
-            return self._file(method, [GATES[method], FITS[base]], seed, lambda: self._gated(base, settings, seed))
-        return self._file(method, FITS[method], seed, lambda: self._fit(FITS[method], seed))
-
-    def _file(self, method: str, settings: Any, seed: int, make: Callable[[], SteeringMaps]) -> SteeringMaps:
-        file = self.kept.folder / f"{self.name}-{_slug(method)}-{digest(settings)}-{seed}.safetensors"
+        file = self.kept.folder / f"{self.name}-{_slug(method)}-{digest(self._settings(method))}-{seed}.safetensors"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             begun = time.monotonic()
-            make().save(file)
+            maps = self._gated(GATES[method], seed) if method in GATES else self._fit(FITS[method], seed)
+            maps.save(file)
             print(f"  {file.name}: {time.monotonic() - begun:.0f} s", flush=True)
         return lineas.load(file)
 
@@ -140,10 +146,16 @@ class Study:
             raise SystemExit(result.stopped)
         return result.maps
 
-    def _gated(self, base: str, settings: dict[str, Any], seed: int) -> SteeringMaps:
-        sets = insults_sets(seed)
-        gates = lineas.fit_gates(self.model, *sets["fit"], **self.reading, **settings)
-        return self.maps(base, seed).gated(gates)
+    def _gated(self, base: str, seed: int) -> SteeringMaps:
+        sets, maps = insults_sets(seed), self.maps(base, seed)
+        gate = lineas.fit_gates(self.model, *sets["fit"], site=self.given.gate, progress=False, **GATE, **self.reading)
+        names = list(maps)
+        return maps.select(names[names.index(self.given.gate) :]).gated(gate)
+
+    def _settings(self, method: str | None) -> Any:
+        if method in GATES:
+            return [GATE, self.given.gate, FITS[GATES[method]]]
+        return {} if method is None else FITS[method]
 
     def rises(self, method: str, seed: int) -> tuple[NDArray, NDArray]:
         """Strengths, from 1/4 on each half as large again, and the rises on the calibration texts."""
@@ -166,10 +178,9 @@ class Study:
         sums, counts = text_losses(self.model, self.tokenizer, texts)
         return float(sums.sum() / counts.sum())
 
-    def _key(self, method: str, seed: int) -> str:
-        settings = [GATES[method], FITS[GATES[method][0]]] if method in GATES else FITS.get(method, {})
+    def _key(self, method: str | None, seed: int) -> str:
         protocol = [MAX_LENGTH, PER_CATEGORY, NEW_TOKENS, CLEAN, CALIBRATION]
-        return f"{self.name}-{_slug(method)}-{digest([settings, protocol])}-{seed}"
+        return f"{self.name}-{_slug(method or 'none')}-{digest([self._settings(method), protocol])}-{seed}"
 
     def point(self, method: str | None, seed: int, rise: float) -> Point:
         """What a method gives at a rise of the loss; the unsteered model without one."""
@@ -181,7 +192,7 @@ class Study:
             with self.maps(method, seed).attach(self.model, strength=strength):
                 return {**self._judge(seed), "strength": strength}
 
-        found = self.kept(f"{self._key(method or 'none', seed)}-{rise:g}", compute)
+        found = self.kept(f"{self._key(method, seed)}-{rise:g}", compute)
         return Point.of(found)
 
     def _judge(self, seed: int) -> dict[str, Any]:
@@ -202,7 +213,7 @@ class Study:
 
 
 def _slug(method: str) -> str:
-    return method.replace(",", "").replace(" ", "-")
+    return method.replace("'", "").replace(" ", "-")
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .hooks.tokens import Tokens
     from .notebook import plot
     from .notebook.explorer import Explorer as explore
+    from .notebook.tokens import plot_gate
 
 # Name: the module of lineas it is in, its name there, and the package without which it is not.
 _LAZY = {
@@ -72,6 +73,7 @@ _LAZY = {
     "fit_sequence": ("fitting.sequence", "fit_sequence", "torch"),
     "judges": ("evaluation.judges", None, "numpy"),
     "plot": ("notebook.plot", None, "matplotlib"),
+    "plot_gate": ("notebook.tokens", "plot_gate", "matplotlib"),
     "sites": ("hooks.sites", "sites", "torch"),
     "sparse_path_end_to_end": ("fitting.sparse_path", "sparse_path_end_to_end", "torch"),
 }
@@ -116,6 +118,7 @@ __all__ = [
     "load",
     "moments",
     "plot",
+    "plot_gate",
     "prox_sparse_group",
     "set_num_threads",
     "sites",

@@ -241,7 +241,7 @@ static inline void VNAME(store_maps)(const VNAME(fit_sums) * sums, const fit_rou
         const int u = sums->exponent_u[l], v = sums->exponent_v[l];
         double slope = 1;
         if (method != LNS_MEAN && fit_varies(sums->variance_u[l], sums->mean_u[l], rounding)) {
-            slope = method == LNS_GAUSSIAN ? sqrt(sums->variance_v[l] / sums->variance_u[l])
+            slope = method == LNS_GAUSSIAN ? sqrt(sums->variance_v[l]) / sqrt(sums->variance_u[l])
                                            : sums->covariance[l] / sums->variance_u[l];
             slope = VNAME(scale)(slope, v - u);
         }

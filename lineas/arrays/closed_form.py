@@ -14,6 +14,7 @@ from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .activations import origin
 from .samples import Pair, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
+from .shrinkage import as_shrinkage, shrunk
 
 METHODS = ("mean", "gaussian", "linear")
 
@@ -24,6 +25,7 @@ class _Settings(TypedDict, total=False):
     method: str
     l1: float
     group: float
+    shrinkage: float | str | None
     source_weights: Weights
     target_weights: Weights
 
@@ -45,6 +47,7 @@ def fit(
     method: str = "linear",
     l1: float = 0.0,
     group: float = 0.0,
+    shrinkage: float | str | None = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
 ) -> AffineMap | SteeringMaps:
@@ -66,6 +69,11 @@ def fit(
         Penalties of the linear map: ``l1 (|w - 1|_1 + |b|_1) + group sqrt(d) (||w - 1||_2 + ||b||_2)`` for each module
         of d neurons, added to the sum over its neurons of the squared 2-Wasserstein distance. Zeros are exact and
         w >= 0: one point of `lineas.sparse_path`.
+    shrinkage : None, "auto" or float, default None
+        How much of the map is held back, since with few rows means and spreads differ by chance as well. A number from
+        0 (nothing) to 1 (the identity): the map at strength 1 - `shrinkage`. "auto": two factors, of the change
+        of the means and of the slopes less 1, in closed form from the variances of the samples (James and Stein 1961;
+        see Notes). Not together with penalties.
     source_weights, target_weights : array_like or Mapping, optional
         Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
         positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance. A row of
@@ -83,7 +91,18 @@ def fit(
     Constant up to rounding means a variance of at most ``n e var + (n e mean)^2 + (s mean)^2`` with e = 2^-52: what
     scikit-learn expects of sums of n rows in float64, and values one step of their type apart, s = 2^-23 for float32,
     2^-52 for float64, 2^-10 for float16 and 2^-7 for bfloat16. A source that is converted, since its target is float64
-    and it is not, counts as float64. Samples may have any scale; l1 and group are for samples whose squares are in the
+    and it is not, counts as float64.
+
+    With ``shrinkage="auto"`` a map takes z to ``mean(u) + c (mean(v) - mean(u)) + (1 + k (w - 1)) (z - mean(u))``. For
+    one module ``c = max(0, 1 - sum(var(u) / n + var(v) / m) / sum((mean(v) - mean(u))^2))``, sums over its neurons: the
+    factor with the lowest expected squared distance from the target's means, numerator and denominator estimated
+    without bias however neurons are correlated. ``k = max(0, 1 - sum(var(u) s) / sum(var(u) (w - 1)^2))`` is the same
+    for the slopes, of which ``s = w^2 / 4 ((K(u) - 1) / (n - 1) + (K(v) - 1) / (m - 1))`` is the sampling variance
+    (delta method, for distributions of one shape) and K the mean kurtosis of the neurons. Of several modules the
+    medians of c and k are taken. With weights n and m are Kish's effective numbers of rows. As n and m grow, c and k
+    go to 1. docs/sample-sizes.md has what it gains.
+
+    Samples may have any scale; l1 and group are for samples whose squares are in the
     range of float64.
 
     Raises
@@ -92,7 +111,8 @@ def fit(
         If a dtype is another one, or one of `source` and `target` is a mapping and the other is not.
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
-        column are named), `method` is unknown, a penalty is negative, not finite, or not for `method`, or both are
+        column are named), `method` is unknown, a penalty is negative, not finite, or not for `method`, `shrinkage` is
+        out of range, comes with penalties, or is "auto" where a side has a single row with a weight, or both are
         `Activations` of different models, tokens or poolings.
 
     Examples
@@ -106,6 +126,9 @@ def fit(
     l1, group = as_not_negative(l1, "l1"), as_not_negative(group, "group")
     if (l1 or group) and method != "linear":
         raise ValueError(f"l1 and group are penalties of method 'linear', got method {method!r}")
+    shrinkage = as_shrinkage(shrinkage)
+    if (l1 or group) and shrinkage is not None:
+        raise ValueError(f"shrinkage is for maps without penalties, got l1={l1:g} and group={group:g}")
     pairs = paired_samples(source, target, source_weights, target_weights)
     metadata = describe(method, **origin({"source": source, "target": target}))
     if l1 or group:
@@ -114,7 +137,11 @@ def fit(
     def kernel(us: list, vs: list, u_masses: list, v_masses: list, *names_and_threads: Any) -> Iterable[Any]:
         return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
 
-    return as_maps(pairs, by_working_type(pairs, kernel), metadata)
+    found = by_working_type(pairs, kernel)
+    if shrinkage is not None:
+        found = shrunk(pairs, found, shrinkage)
+        metadata |= {"shrinkage": shrinkage}
+    return as_maps(pairs, found, metadata)
 
 
 def _fit_sparse(pairs: Mapping[Any, Pair], l1: float, group: float) -> dict[Any, tuple[NDArray, NDArray]]:

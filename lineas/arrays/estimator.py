@@ -37,6 +37,8 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         As in `lineas.fit`.
     l1, group : float, default 0.0
         Penalties of the sparse fit, as in `lineas.fit`; 0 for none.
+    shrinkage : None, "auto" or float, default None
+        How much of the map is held back, as in `lineas.fit`.
     strength : float, default 1.0
         Strength at which `transform` applies the map: 0 is off, 1 the map.
     source : label, optional
@@ -70,12 +72,14 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         method: str = "linear",
         l1: float = 0.0,
         group: float = 0.0,
+        shrinkage: float | str | None = None,
         strength: float = 1.0,
         source: Any = None,
     ) -> None:
         self.method = method
         self.l1 = l1
         self.group = group
+        self.shrinkage = shrinkage
         self.strength = strength
         self.source = source
 
@@ -124,7 +128,14 @@ class AffineTransport(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise ValueError(f"each label of y must have at least 2 rows, got {counts.min()} of {few!r}")
         (u, u_mass), (v, v_mass) = self._split(rows, labels, classes, sample_weight)
         self.map_: AffineMap = fit(
-            u, v, method=self.method, l1=self.l1, group=self.group, source_weights=u_mass, target_weights=v_mass
+            u,
+            v,
+            method=self.method,
+            l1=self.l1,
+            group=self.group,
+            shrinkage=self.shrinkage,
+            source_weights=u_mass,
+            target_weights=v_mass,
         )
         self.classes_: NDArray = classes
         self.weight_: NDArray = self.map_.weight

@@ -19,7 +19,7 @@ Texts = ArrayLike | Sequence[ArrayLike]
 """Activations [n, d] of tokens, or a list of arrays [T, d], one a text."""
 
 KINDS = ("scalar", "neuron")
-RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)
+RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 """Penalties that are tried. The activations of tokens are many, and their neurons correlated: strong ones win."""
 _SHARPNESS = 3.0
 _BLOCK = 4096  # neurons whose posteriors are worked out at a time
@@ -41,8 +41,9 @@ class GateSettings:
         Let a scalar gate read so many principal components of the standardised activations only (DSAS takes 5).
         Default: all neurons.
     ridge : float, optional
-        The penalty ridge / 2 |weight|^2 of a scalar gate beside the mean loss, for standardised activations.
-        Default: of 10, 1, 0.1, 0.01 and 0.001 the one with the largest cross-validated area under the ROC curve.
+        The penalty ridge / 2 |weight|^2 of a scalar gate beside the mean loss over tokens, for standardised
+        activations. Default: of 100, 10, 1, 0.1, 0.01 and 0.001 the one with the largest cross-validated area under
+        the ROC curve.
     open_on_target : float, optional
         The share of target tokens on which a scalar gate may be open, g >= 0.5: the logit is shifted to its quantile
         1 - open_on_target there, and divided by its standard deviation there. Default: calibrated, so that g is the
@@ -100,10 +101,17 @@ class GateSettings:
 
 
 class Rows(NamedTuple):
-    """What a gate reads of one side, [n, d], and how many rows each text has."""
+    """The tokens of one side [n, d], how many each text has, and what a gate reads at each of them [n, d]."""
 
     x: NDArray
     sizes: list[int]
+    read: NDArray
+
+    @classmethod
+    def of(cls, texts: Sequence[NDArray], read: Sequence[NDArray] | None = None) -> Rows:
+        """The rows of texts, of which a gate reads the tokens themselves unless it is said what."""
+        x = np.concatenate(texts)
+        return cls(x, [len(text) for text in texts], x if read is None else np.concatenate(read))
 
 
 def fit_gate(
@@ -133,7 +141,9 @@ def fit_gate(
     source, target : array_like, list of array_like, or Mapping of either
         Activations of tokens, float16, bfloat16, float32, float64 or integers: [n, d], or a list of arrays [T, d], one
         a text. With a list whole texts are held out in the cross-validation; the rows of one array count as texts of
-        one token each. Context "mean" needs lists. Mappings from module name to these give a gate for each.
+        one token each. Where both sides have as many texts, the texts k of both are held out together: they may be a
+        pair, and differ in little but their side. Context "mean" needs lists. Mappings from module name to these give a
+        gate for each.
     kind : {"scalar", "neuron"}, default "scalar"
         "scalar": one number for each token; "neuron": one for each token and neuron.
     context : {"token", "mean"}, default "token"
@@ -143,8 +153,9 @@ def fit_gate(
         Let a scalar gate read so many principal components of the standardised activations only (DSAS takes 5).
         Default: all neurons.
     ridge : float, optional
-        The penalty ridge / 2 |weight|^2 of a scalar gate beside the mean loss, for standardised activations.
-        Default: of 10, 1, 0.1, 0.01 and 0.001 the one with the largest cross-validated area under the ROC curve.
+        The penalty ridge / 2 |weight|^2 of a scalar gate beside the mean loss over tokens, for standardised
+        activations. Default: of 100, 10, 1, 0.1, 0.01 and 0.001 the one with the largest cross-validated area under
+        the ROC curve.
     open_on_target : float, optional
         The share of target tokens on which a scalar gate may be open, g >= 0.5: the logit is shifted to its quantile
         1 - open_on_target there, and divided by its standard deviation there. Default: calibrated, so that g is the
@@ -225,12 +236,11 @@ def read_texts(given: Any, name: str, settings: GateSettings) -> Rows:
         widths = {x.shape[1] for x in texts}
         if len(widths) > 1:
             raise ValueError(f"{name}: all texts must have the same number of columns, got {sorted(widths)}")
-        read = [causal_means(x) for x in texts] if settings.context == "mean" else texts
-        return Rows(np.concatenate(read), [len(x) for x in read])
+        return Rows.of(texts, [causal_means(x) for x in texts] if settings.context == "mean" else None)
     if settings.context == "mean":
         raise ValueError(f"{name} must be a list of arrays [tokens, d], one a text, for context='mean'")
     x = _finite(widen(as_sample(given, name)), name)
-    return Rows(x, [1] * len(x))
+    return Rows(x, [1] * len(x), x)
 
 
 def _finite(x: NDArray, name: str) -> NDArray:
@@ -256,31 +266,46 @@ def fit_rows(source: Rows, target: Rows, settings: GateSettings, module: str | N
         if len(side.sizes) < 2:
             raise ValueError(f"{name}{at} must hold at least 2 texts, of which some are held out, got 1")
     dtype = np.result_type(source.x, target.x)
-    ours, theirs = (Rows(side.x.astype(np.float64, copy=False), side.sizes) for side in (source, target))
+    ours, theirs = (
+        Rows(side.x.astype(np.float64, copy=False), side.sizes, side.read.astype(np.float64, copy=False))
+        for side in (source, target)
+    )
     rng = np.random.default_rng(settings.seed)
     count = min(settings.folds, len(ours.sizes), len(theirs.sizes))
-    folds = tuple(np.repeat(group_folds(side.sizes, count, rng), side.sizes) for side in (ours, theirs))
+    if len(ours.sizes) == len(theirs.sizes):  # they may be pairs, of which one would tell the other's side
+        both = group_folds([n + m for n, m in zip(ours.sizes, theirs.sizes, strict=True)], count, rng)
+        texts = both, both
+    else:
+        texts = group_folds(ours.sizes, count, rng), group_folds(theirs.sizes, count, rng)
+    folds = tuple(np.repeat(fold, side.sizes) for fold, side in zip(texts, (ours, theirs), strict=True))
     if settings.kind == "neuron":
         return _neurons(ours.x, theirs.x, folds, count, settings, dtype, at)
-    return _scalar(ours.x, theirs.x, folds, count, settings, dtype)
+    return _scalar(ours, theirs, folds, count, settings, dtype)
 
 
 # --- scalar -----------------------------------------------------------------------------------------------------------
 
 
-def _scalar(
-    source: NDArray, target: NDArray, folds: tuple, count: int, settings: GateSettings, dtype: np.dtype
-) -> Gate:
+def _scalar(source: Rows, target: Rows, folds: tuple, count: int, settings: GateSettings, dtype: np.dtype) -> Gate:
+    """A regression of tokens, judged and calibrated by what the gate reads, which may be means of them.
+
+    The logit is linear: that of a mean is the mean of logits. Means of the first tokens of a text say little, and a
+    regression of means is led by them: it tells texts apart less well than one of tokens.
+    """
     # Standardised and turned once, with the rows that folds hold out: that looks at no row's side.
-    mean, directions, parts = _turned(source, target, settings.components)
+    mean, directions, parts = _turned(source.x, target.x, settings.components)
+    read = parts if settings.context == "token" else [(side.read - mean) @ directions for side in (source, target)]
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     found = [np.empty((len(ridges), len(side))) for side in parts]
+    areas = np.zeros(len(ridges))
     for k in range(count):
-        kept, held_out = ([side[(fold == k) == out] for side, fold in zip(parts, folds, strict=True)] for out in (0, 1))
+        kept = [side[fold != k] for side, fold in zip(parts, folds, strict=True)]
+        held_out = [fold == k for fold in folds]
         for r, (turned, bias) in enumerate(_regressions(kept[0], kept[1], ridges)):
-            for logits, fold, rows in zip(found, folds, held_out, strict=True):
-                logits[r, fold == k] = rows @ turned + bias
-    areas = roc_area(found[0].T, found[1].T)
+            for logits, rows, out in zip(found, read, held_out, strict=True):
+                logits[r, out] = rows[out] @ turned + bias
+        # Fold by fold: the regressions of several have biases of their own.
+        areas += roc_area(*(logits[:, out].T for logits, out in zip(found, held_out, strict=True))) / count
     best = int(areas.argmax())  # the strongest of those that are as good
     ours, theirs = found[0][best], found[1][best]
     ((turned, bias),) = _regressions(parts[0], parts[1], ridges[best : best + 1])

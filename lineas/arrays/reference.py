@@ -280,6 +280,33 @@ def fit_local(
     return weight, (mean_v - weight.astype(np.float64) * mean_u).astype(dtype)
 
 
+def shrinkage_factors(
+    source: NDArray, target: NDArray, weight: NDArray, source_mass: NDArray | None = None,
+    target_mass: NDArray | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """What `shrinkage.factors` keeps of the shift and of the slopes `weight` [d], neuron by neuron."""
+    chance, effective, means, variances = [], [], [], []
+    for x, mass in ((source, source_mass), (target, target_mass)):
+        p = _shares(len(x), mass)
+        rows = 1 / np.sum(p**2)
+        mean, variance, kurtosis = np.empty(x.shape[1]), np.empty(x.shape[1]), np.empty(x.shape[1])
+        for j, column in enumerate(x.T.astype(np.float64)):
+            mean[j] = np.sum(p * column)
+            second, fourth = (np.sum(p * (column - mean[j]) ** power) for power in (2, 4))
+            variance[j] = second * rows / (rows - 1)
+            excess = fourth / second**2 - 3
+            kurtosis[j] = 3 + (rows - 1) / ((rows - 2) * (rows - 3)) * ((rows + 1) * excess + 6)
+        means.append(mean)
+        variances.append(variance)
+        effective.append(rows)
+        chance.append((np.mean(kurtosis) - 1) / (4 * (rows - 1)))
+    shift = np.sum((means[1] - means[0]) ** 2)
+    of_shift = 1 - np.sum(variances[0] / effective[0] + variances[1] / effective[1]) / shift
+    slopes = np.sum(variances[0] * (weight - 1) ** 2)
+    of_slope = 1 - sum(chance) * np.sum(variances[0] * weight**2) / slopes if slopes else 1.0
+    return float(max(0.0, of_shift)), float(max(0.0, of_slope))
+
+
 def sparse_loss(moments: NDArray, weight: NDArray, bias: NDArray) -> float:
     """Sum over neurons of squared W2 at slopes >= 0 and shifts [d], from moments [5, d]."""
     mean_u, mean_v, var_u, cov, var_v = moments

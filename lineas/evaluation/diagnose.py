@@ -25,6 +25,7 @@ from ..hooks.tokens import check_fit_tokens
 from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts
 from ..maps.affine import AffineMap
+from ..maps.gates import AnyGate
 from ..maps.metadata import Layers, Selection, fitted_tokens, spell_tokens
 from ..maps.steering import SteeringMaps
 from . import sample_statistics as statistics
@@ -144,7 +145,10 @@ def diagnose(
         raise ValueError("these maps are on the model already, which is to be compared without them: handle.remove()")
     with maps.attach(model, 0.0, tokens=settings.tokens):
         pass  # an error where the model has no such modules
+    # What a gate makes of rows without their texts, and without other modules, cannot be told.
+    alone = [name for name in maps if name not in maps.gates or _by_itself(maps.gates[name])]
     own = {find(model, name)[0]: affine for name, affine in maps.items()}
+    each = {find(model, name)[0]: _one(maps, name) for name in alone}
     compared = _compared(maps, model, layers)
     seconds: dict[str, float] = {}
     with _timed("collect", seconds):
@@ -168,7 +172,7 @@ def diagnose(
     with _timed(STABILITY, seconds):
         checks.append(_stability(plain, own, seed, details))
     with _timed(DAMAGE, seconds):
-        checks += _damage(aside, own, strength, details)
+        checks += _damage(aside, each, strength, details)
     facts = {
         "strength": strength,
         "pooling": pooling,
@@ -388,8 +392,24 @@ def _stability(
     return Check(STABILITY, found.between, verdict, f"{why}; {what}.")
 
 
+def _by_itself(gate: AnyGate) -> bool:
+    """Whether a gate needs one row of its own module alone."""
+    return gate.site is None and gate.context == "token"
+
+
+def _one(maps: SteeringMaps, name: str) -> Callable[[NDArray, float], NDArray]:
+    """The map of one module with its gate, as a function of rows and a strength."""
+    if name not in maps.gates:
+        return maps[name].transform
+    one = SteeringMaps({name: maps[name]}, gates={name: maps.gates[name]})
+    return lambda z, strength: one.transform({name: z}, strength)[name]
+
+
 def _damage(
-    neutral: dict[bool, dict[str, NDArray]], own: dict[str, AffineMap], strength: float, details: dict[str, NDArray]
+    neutral: dict[bool, dict[str, NDArray]],
+    each: dict[str, Callable[[NDArray, float], NDArray]],
+    strength: float,
+    details: dict[str, NDArray],
 ) -> list[Check]:
     if not neutral:
         why = "there are no neutral texts: pass neutral=, texts that the maps are not meant for."
@@ -397,8 +417,8 @@ def _damage(
     before, after = neutral[False], neutral[True]
     together = {name: statistics.damage(z, after[name] - z) for name, z in before.items()}
     alone = {
-        name: statistics.damage(before[name], one.transform(before[name], strength) - before[name])
-        for name, one in own.items()
+        name: statistics.damage(before[name], transform(before[name], strength) - before[name])
+        for name, transform in each.items()
     }
     for prefix, found in (("", together), ("own_", alone)):
         for kind in _DAMAGES:

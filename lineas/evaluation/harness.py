@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import operator
 import os
 import sys
@@ -37,6 +38,7 @@ from ..hooks.attach import Handle
 from ..hooks.modules import check_model
 from ..hooks.tokens import Tokens, check_fit_tokens, needs_prompt_length, select
 from ..maps.files import load
+from ..maps.gates import arrays_of, facts_of
 from ..maps.metadata import Selection, check_tokens, fitted_tokens, show_tokens, spell_tokens
 from ..maps.steering import SteeringMaps
 
@@ -340,6 +342,11 @@ def _checksum(maps: SteeringMaps) -> str:
     for name, one in maps.items():
         for part in (one.weight, one.bias):
             found.update(f"{name} {part.dtype} {len(part)} ".encode())
+            found.update(np.ascontiguousarray(part).tobytes())
+    for name, gate in maps.gates.items():
+        found.update(f"{name} gate {json.dumps(facts_of(gate))} ".encode())
+        for key, part in arrays_of(gate).items():
+            found.update(f"{key} {part.dtype} {len(part)} ".encode())
             found.update(np.ascontiguousarray(part).tobytes())
     return found.hexdigest()
 

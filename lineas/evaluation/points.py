@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._checks import as_finite
@@ -16,6 +15,8 @@ from ..fitting.result import FitResult
 from ..hooks.attach import attach
 from ..hooks.tokens import Tokens, needs_prompt_length, select
 from ..maps.affine import AffineMap
+from ..maps.gates import arrays_of as arrays_in
+from ..maps.gates import facts_of, gates_of
 from ..maps.metadata import Selection, fitted_tokens, name_of, spell_tokens
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
@@ -59,13 +60,17 @@ class Point:
         if self.by_prompt and prompt_length is not None:
             tokens = _told(tokens, prompt_length)
         # Without metadata: whether they fit this model was said when the points were made.
-        with attach(dict(self.maps), model, self.strength, tokens=tokens):
+        with attach(SteeringMaps(self.maps, gates=self.maps.gates), model, self.strength, tokens=tokens):
             yield
 
 
-def arrays_of(maps: Mapping[str, AffineMap]) -> dict[str, list[NDArray]]:
-    """Slopes and shifts by module."""
-    return {name: [one.weight, one.bias] for name, one in maps.items()}
+def arrays_of(maps: Mapping[str, AffineMap]) -> dict[str, list[Any]]:
+    """Slopes and shifts by module, and what gates do."""
+    gates = gates_of(maps)
+    return {
+        name: [one.weight, one.bias, *([arrays_in(gates[name]), facts_of(gates[name])] if name in gates else [])]
+        for name, one in maps.items()
+    }
 
 
 def _told(tokens: Selection, prompt_length: Tensor) -> Selection:

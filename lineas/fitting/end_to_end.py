@@ -24,6 +24,7 @@ from ..maps.gates import arrays_of, facts_of
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
+from .initial import start
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
 from .on_top import as_on_top_of, digest_of_maps, leave_alone
@@ -232,7 +233,9 @@ def fit_maps(
         if settings.disjoint:
             leave_alone(maps, below)
         objective.put_gates(settings.gates)
-        if settings.init is not None:
+        if isinstance(settings.init, str):
+            facts |= start(model, tasks, objective, held_out, maps, settings)
+        elif settings.init is not None:
             maps.load({find(model, name)[0]: affine for name, affine in settings.init.items()})
         kept, held_out_kept = (
             _preservations(objective, [*tasks, *others], keep, settings) if preserves else (None, None)
@@ -246,6 +249,7 @@ def fit_maps(
             stepper = ProximalOptimizer(maps, settings.penalties, settings.optimizer, settings.betas)
             steps = ScheduledSteps(objective, fitted, stepper, settings.lr, settings.steps, kept, keep_weight)
         history, checkpoint = History(maps, preserves=preserves), None
+        history.held_out_passes = len(held_out) * sum(map(len, facts.get("init_losses", {}).values()))
         penalty = penalty_of(maps, settings.penalties, maps.sizes)
         if settings.checkpoint is not None:
             identity = {

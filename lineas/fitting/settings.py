@@ -11,6 +11,7 @@ import numpy as np
 
 from .._checks import as_choice, as_falling, as_finite, as_flag, as_int, as_not_negative, as_positive, as_share
 from ..arrays.closed_form import METHODS
+from ..arrays.shrinkage import as_shrinkage
 from ..hooks.settings import RunSettings, optional
 from ..maps.metadata import Layers
 from ..maps.steering import SteeringMaps
@@ -18,6 +19,7 @@ from ..maps.steering import SteeringMaps
 SCALINGS = ("standardized", "layer-mean", "paper", "reference")
 OPTIMIZERS = ("sgd", "adam")
 KEEP_LOSSES = ("kl", "activations")
+INITS = ("mean", "gaussian", "linear", "iti-c", "linear-incremental", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,18 @@ class IncrementalSettings(RunSettings):
     ----------
     method : {"linear", "gaussian", "mean"}, default "linear"
         As in `lineas.fit`.
+    shrinkage : None, "auto" or float, default None
+        As in `lineas.fit`; "auto" of each module by itself, by what difference the shrunk maps of the earlier ones
+        have left.
     """
 
     method: str = "linear"
+    shrinkage: float | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         as_choice(self.method, "method", METHODS)
+        self._set(shrinkage=as_shrinkage(self.shrinkage))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +108,16 @@ class FitSettings(ObjectiveSettings):
     gates : mapping of str to Gate or NeuronGate, or Gate, optional
         Gates that are on while the maps are fitted, and stay on the maps that are returned: as
         `SteeringMaps.gated` takes them. They are not changed.
-    init : SteeringMaps, optional
-        Where to start. Default: the identity.
+    init : SteeringMaps or str, optional
+        Where to start. Default: the identity. "mean", "gaussian" and "linear": the closed-form maps of `lineas.fit`,
+        shrunk by ``shrinkage="auto"``, from the activations of source and target at the mapped modules;
+        "linear-incremental": those of `lineas.fit_incremental`, shrunk alike; "iti-c": the shifts of
+        `lineas.baselines.iti_c`, which needs scikit-learn. With `held_out`, "best" tries the identity and each of them
+        ("iti-c" where scikit-learn is installed) on the held-out sets, at strengths of 0.25, 0.5, 0.75 and 1 until one
+        is worse than the one before, and starts from the best. That counts as step 0, so with 1 among `strengths` the
+        held-out loss of the result is at most that of each of them. Metadata say which it was ("init", method and
+        strength) and all losses ("init_losses", pairs of strength and loss by method; strength 0 is the identity).
+        For several tasks maps are fitted to each, and their mean is taken.
     on_top_of : SteeringMaps, optional
         Maps that are on the model during the whole fit, at strength 1, for source, target and held-out prompts alike.
         The maps that are returned do both, ``new @ on_top_of``: a second concept is fitted to a model that has the
@@ -158,7 +173,7 @@ class FitSettings(ObjectiveSettings):
     keep_loss: str = "kl"
     max_kl: float | None = None
     gates: Any = None
-    init: Mapping[str, Any] | None = None
+    init: Mapping[str, Any] | str | None = None
     on_top_of: SteeringMaps | None = None
     disjoint: bool = False
     strengths: Sequence[float] = (1.0,)
@@ -181,8 +196,12 @@ class FitSettings(ObjectiveSettings):
             max_kl=optional(as_positive, self.max_kl, "max_kl"),
         )
         self._set(keep_weight=_keep_weight(self))
-        if self.init is not None and not isinstance(self.init, Mapping):
-            raise TypeError(f"init must be a SteeringMaps, got {type(self.init).__name__}")
+        if isinstance(self.init, str):
+            as_choice(self.init, "init", INITS)
+            if self.init == "best" and self.held_out is None:
+                raise ValueError("init='best': there are no held_out sets to choose by")
+        elif self.init is not None and not isinstance(self.init, Mapping):
+            raise TypeError(f"init must be a SteeringMaps or a string, got {type(self.init).__name__}")
         self._check_on_top_of()
         l1, group = as_not_negative(self.l1, "l1"), as_not_negative(self.group, "group")
         self._set(

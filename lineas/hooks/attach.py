@@ -136,7 +136,8 @@ class Handle:
         gates = gates_of(self._settings.latest.maps if maps is None else maps).values()
         if any(gate.context == "mean" for gate in gates):
             self._follow("a gate of context 'mean'")
-        elif any(gate.site is not None for gate in gates):
+        if any(gate.site is not None for gate in gates):
+            self._tracker.needs_passes = True
             self._follow(None, positions=False)
         for name, module in sites.items():
             if name not in self._sites:

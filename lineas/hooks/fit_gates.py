@@ -126,9 +126,9 @@ def _early(model: nn.Module, prompts: Prompts, layers: list[str], settings: RunS
 
 
 def _collect(model: nn.Module, prompts: Prompts, names: Sequence[str], settings: FitGatesSettings) -> dict[str, Rows]:
-    """What gates read of the selected tokens of every text, by module in execution order."""
+    """The selected tokens of every text and what gates read there, by module in execution order."""
     capture = Capture()
-    found: dict[str, list[NDArray]] = {}
+    found: dict[str, list[tuple[NDArray, NDArray]]] = {}
     means = settings.context == "mean"
     batches = prompts.parts(settings.batch_size)
     for batch in tqdm(batches, "collect", disable=not settings.progress or len(batches) == 1):
@@ -145,13 +145,15 @@ def _collect(model: nn.Module, prompts: Prompts, names: Sequence[str], settings:
     warn_of_repeated(capture.repeated)
     rows = {}
     for name, texts in found.items():
-        kept = [text for text in texts if len(text)]
-        rows[name] = Rows(np.concatenate(kept), [len(text) for text in kept])
+        kept = [text for text in texts if len(text[0])]
+        rows[name] = Rows.of([x for x, _ in kept], [read for _, read in kept] if means else None)
     return rows
 
 
-def _texts(name: str, module: nn.Module, tensor: Tensor, selected: BatchTokens, means: bool) -> list[NDArray]:
-    """What a gate reads of each text of a batch: the selected tokens [T, d] of every row of an output."""
+def _texts(
+    name: str, module: nn.Module, tensor: Tensor, selected: BatchTokens, means: bool
+) -> list[tuple[NDArray, NDArray]]:
+    """The selected tokens [T, d] of every row of an output, and what a gate reads there: these or means of tokens."""
     shown = selected._batch_first(name, module, tensor)
     mask = selected.mask(name, module, shown)
     size = selected.named.size_of(name, selected.model)
@@ -164,10 +166,12 @@ def _texts(name: str, module: nn.Module, tensor: Tensor, selected: BatchTokens, 
         )
     array = to_numpy(outputs.to_tokens(module, shown, name))
     if mask is None or shown.ndim != 3:
-        return [causal_means(row) if means else row for row in array]
+        return [(row, causal_means(row) if means else row) for row in array]
     chosen = mask.cpu().numpy() != 0
     real = selected.named.mask_of(name, selected.model)
     present = np.ones_like(chosen) if real is None else real.cpu().numpy() != 0
-    if not means:
-        return [row[keep] for row, keep in zip(array, chosen, strict=True)]
-    return [causal_means(row[here])[keep[here]] for row, here, keep in zip(array, present, chosen, strict=True)]
+    found = []
+    for row, here, keep in zip(array, present, chosen, strict=True):
+        tokens = row[keep]
+        found.append((tokens, causal_means(row[here])[keep[here]] if means else tokens))
+    return found

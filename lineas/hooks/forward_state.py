@@ -25,6 +25,7 @@ from .._warn import warn
 from ..maps.metadata import Selection, show_tokens
 from .caches import CACHES, cache_of, columns, has_states, identity
 from .gating import GatePass
+from .learned_tokens import prompt_learner, virtual_tokens
 from .strength import Schedule, Setting, Settings, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
 
@@ -167,12 +168,12 @@ class Tracker:
     """Follows the forward passes of a model, each in its thread.
 
     Where it `follows` them it notes what they bring, and with `needs_positions` works out where the tokens stand; else
-    it knows their settings alone.
+    it knows their settings alone. With `needs_passes` it must know of those of compiled models, too.
     """
 
     def __init__(self, root: nn.Module, settings: Settings, model: nn.Module) -> None:
-        self.wrapper = _prompt_learner(model)
-        self.follows = self.needs_positions = False
+        self.wrapper = prompt_learner(model)
+        self.follows = self.needs_positions = self.needs_passes = False
         self.acted: set[str] = set()  # modules whose hooks have run
         self._whole = False  # a pass has come to its end
         # Not the module itself: a copy of a part of the model must not bring the whole.
@@ -213,6 +214,11 @@ class Tracker:
         if setting is not None:
             self.leave_behind()
         return local.setting or self.settings.now()
+
+    @property
+    def passing(self) -> Pass | None:
+        """The pass that this thread is in, if it is in one that is followed; for who has asked for its `setting`."""
+        return self._local.current
 
     def leave_behind(self) -> None:
         """Let go of the pass of this thread that was left by an exception for which torch calls no hooks: Ctrl-C."""
@@ -322,7 +328,7 @@ class Tracker:
                 "maps on from the first pass of a text, or give an attention_mask of all its tokens"
             )
         assert isinstance(past, int)
-        virtual = 0 if self.wrapper is None else _virtual_tokens(self.wrapper)
+        virtual = 0 if self.wrapper is None else virtual_tokens(self.wrapper)
         if virtual and mask is None:
             mask = torch.ones((rows, past + length), dtype=torch.int64, device=text.device)
         begins = here.begins or sequence.step < 0  # what began before it was followed begins now
@@ -520,26 +526,6 @@ def _runs(number: int, model: int) -> bool:
             return id(frame.f_locals["self"]) == model
         frame = frame.f_back
     return False
-
-
-def _prompt_learner(model: nn.Module) -> nn.Module | None:
-    """The wrapper of PEFT in or around a model, if it puts learned tokens before the text."""
-    for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        if isinstance(configs, Mapping) and hasattr(module, "active_peft_config"):
-            return module if any(getattr(one, "is_prompt_learning", False) for one in configs.values()) else None
-    return None
-
-
-def _virtual_tokens(wrapper: nn.Module) -> int:
-    """How many learned tokens PEFT puts before the text of this pass."""
-    config: Any = wrapper.active_peft_config
-    switched_off = (
-        getattr(wrapper.forward, "__self__", wrapper) is not wrapper
-    )  # disable_adapter sets that of the model
-    if switched_off or not getattr(config, "is_prompt_learning", False):
-        return 0
-    return int(config.num_virtual_tokens)
 
 
 def _alike(rows: Tensor, groups: int) -> bool:

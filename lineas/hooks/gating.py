@@ -182,6 +182,11 @@ class GateSums:
     def __init__(self) -> None:
         self._of: dict[tuple[int, str, int], _Columns] = {}
 
+    def of(self, number: int, name: str, gate: AnyGate) -> _Columns | None:
+        """The columns of a gate, if it is known."""
+        found = self._of.get((number, name, id(gate)))
+        return found if found is not None and found.gate is gate else None
+
     def before(self, key: tuple[int, str, int], gate: Gate, columns: int, rows: int) -> Tensor | None:
         """The sums [B] of the first so many columns; None where they are not known."""
         found = self._of.get(key)
@@ -357,6 +362,36 @@ class GateReader:
         if gating.sums is not None:
             gating.sums.put(key, gate, here.past, sums)
         return mean_values(parts, sums, counts)
+
+    def again(self, gate: AnyGate, parts: Parts, tensor: Tensor) -> Tensor | None:
+        """The values for another output like the last one, mostly one token later, in as few steps as can be.
+
+        None where that is not all: `value` and `shared` then know what to do, or to say.
+        """
+        if gate.site is None and gate.context == "token":
+            return token_values(parts, tensor, -1)
+        here = self.tracker.passing
+        gating = None if here is None else here.gating
+        if gating is None or here.grad or torch.is_grad_enabled():
+            return None
+        if gate.site is not None:
+            value = gating.shared.get(id(gate))
+            size = tensor.shape[-1]
+            fits = value is not None and value.ndim == tensor.ndim and value.numel() * size == tensor.numel()
+            return value if fits and value.dtype is tensor.dtype and value.device == tensor.device else None
+        found = None if gating.sums is None else gating.sums.of(self.tracker.number, self.name, gate)
+        if found is None or found.columns != here.past or (tensor.shape[0], tensor.shape[1]) != here.shape:
+            return None
+        padding, counts = gating.counted(here, self.name, tensor.device, tensor.dtype)
+        if padding is not None or tensor.shape[1] != 1 or not found.columns:
+            return None
+        last = found.pieces[-1]
+        if last.shape[0] != tensor.shape[0] or last.device != tensor.device:
+            return None
+        sums = linear(tensor, parts[0]).squeeze(-1)
+        sums += last[:, -1:]
+        found.put(sums)
+        return torch.addcdiv(parts[1], sums, counts).sigmoid_().unsqueeze(-1)
 
     def _before(
         self, here: Any, sums: GateSums | None, key: tuple[int, str, int], gate: Gate, tensor: Tensor

@@ -78,7 +78,7 @@ class MapHook:
                 return torch.addcmul(bias, output, weight)
         last = self._last_gated
         if last is not None and type(output) is Tensor:
-            before, dtype, device, axes, width, weight, bias, parts = last
+            before, dtype, device, axes, width, weight, bias, gate, parts = last
             shape = output.shape
             if (
                 before is setting
@@ -87,7 +87,9 @@ class MapHook:
                 and shape[-1] == width
                 and output.device == device
             ):
-                return gated(output, torch.addcmul(bias, output, weight), token_values(parts, output, -1))
+                value = self.reader.again(gate, parts, output)
+                if value is not None:
+                    return gated(output, torch.addcmul(bias, output, weight), value)
         self.tracker.acted.add(self.name)
         if setting.gates and (self.name in setting.gates or self.name in setting.sites):
             return self._gated(module, output, setting)
@@ -143,10 +145,10 @@ class MapHook:
         if recorded is not None:
             recorded[self.name] = (value if isinstance(gate, NeuronGate) else value.squeeze(axis)).detach()
         elif (
-            gate.site is None
-            and gate.context == "token"
+            self.name not in setting.sites
             and self.tokens == "all"
             and isinstance(strength, float)
+            and strength != 0
             and axis == -1
             and type(tensor) is Tensor
             and tensor.ndim < 4
@@ -156,7 +158,7 @@ class MapHook:
             parameters, size = self._at_strength(tensor, setting, strength), (tensor.ndim, tensor.shape[-1])
             if type(parameters[0]) is Tensor:
                 parts = self.reader.parts(gate, tensor)
-                self._last_gated = (setting, tensor.dtype, tensor.device, *size, *parameters, parts)
+                self._last_gated = (setting, tensor.dtype, tensor.device, *size, *parameters, gate, parts)
         return self._in_general(module, output, setting, value)
 
     @torch.compiler.disable
@@ -271,7 +273,8 @@ class PassHook:
         self.tracker, self.what = tracker, what
 
     def __call__(self, module: nn.Module, args: Any, given: Any) -> None:
-        if self.tracker.needs_positions or not torch.compiler.is_compiling():  # a graph is broken only where it must be
+        tracker = self.tracker  # a graph is broken only where it must be
+        if tracker.needs_positions or tracker.needs_passes or not torch.compiler.is_compiling():
             self._tell(module, args, given)
 
     @torch.compiler.disable

@@ -386,7 +386,7 @@ def facts_of(gate: AnyGate) -> dict[str, Any]:
 
 def made_of(facts: Any, arrays: Mapping[str, NDArray]) -> AnyGate:
     """The gate of `facts_of` and `arrays_of`, checked; TypeError or ValueError where they do not hold together."""
-    if not isinstance(facts, dict) or facts.get("kind") not in _ARRAYS or not isinstance(facts.get("kind"), str):
+    if not isinstance(facts, dict) or not isinstance(facts.get("kind"), str) or facts["kind"] not in _ARRAYS:
         raise ValueError(f"a gate in the header must be an object with 'kind' 'scalar' or 'neuron', got {facts!r:.60}")
     facts = dict(facts)
     kind = facts.pop("kind")

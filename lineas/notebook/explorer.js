@@ -287,6 +287,7 @@ function texts(root, model, id) {
   };
   const unsteered = panel("", "Unsteered");
   const steered = panel("lx-steered", "Steered");
+  const gate = html(box, "p", { class: "lx-gate" });
   const status = html(box, "div", { class: "lx-status", role: "status" });
 
   // With all that is shown: messages about sliders may still wait their turn.
@@ -329,6 +330,14 @@ function texts(root, model, id) {
     for (const [{ words }, said] of [[unsteered, before], [steered, after]]) {
       words.replaceChildren(said.slice(0, same));
       if (same < said.length) html(words, "mark", {}, said.slice(same));
+    }
+    // Where the maps have gates: the tokens of the prompt, the more coloured the further the gate is open.
+    const tokens = text.gate ?? [];
+    gate.replaceChildren(tokens.length ? "Gate: " : "");
+    for (const [token, value] of tokens) {
+      const percent = Math.round(100 * value);
+      const style = `background: color-mix(in srgb, var(--lx-orange) ${Math.round(0.7 * percent)}%, transparent)`;
+      html(gate, "span", { style, title: `open by ${percent} %` }, token);
     }
     root.dataset.text = text.state;
   }

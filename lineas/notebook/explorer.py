@@ -21,10 +21,12 @@ from .._checks import as_int, as_positive
 from ..fitting.result import FitResult
 from ..hooks.settings import as_tokenizer
 from ..maps.affine import AffineMap
+from ..maps.gates import gates_of
 from ..maps.metadata import as_strength, calibrated_strength
 from ..maps.path import SparsePath
 from ..maps.steering import SteeringMaps
 from .plot import BLUE, GREY, ORANGE, _matplotlib, _name_ticks, _short_names
+from .tokens import gate_of_tokens
 
 try:
     import anywidget
@@ -51,7 +53,8 @@ class Explorer(anywidget.AnyWidget):
     """Explore maps in a notebook: sliders for sparsity and strength, with pictures and text that follow.
 
     A Jupyter widget: it shows the loss along the path, which modules and neurons are changed at the chosen point, and
-    the most changed neurons; with a model, its text without the maps and with them. The maps are on the model from the
+    the most changed neurons; with a model, its text without the maps and with them, and where the maps have gates, how
+    far these are open on every token of the prompt. The maps are on the model from the
     start, at what the sliders say, until ``close()`` or the end of a with-block, also after an error: whatever else
     runs the model is steered, too. A model has one explorer at a time: a second one takes the maps of the first off.
 
@@ -317,8 +320,17 @@ class Explorer(anywidget.AnyWidget):
         except BaseException as error:
             self._text_data = {"state": "error", "message": f"{type(error).__name__}: {error}"}
             raise
-        self._text_data = {"state": "done", "unsteered": unsteered, "steered": steered, **chosen}
+        made = {"unsteered": unsteered, "steered": steered, "gate": self._gate_data()}
+        self._text_data = {"state": "done", **made, **chosen}
         return unsteered, steered
+
+    def _gate_data(self) -> list[tuple[str, float]]:
+        """The tokens of the prompt with how far the gates are open there; none where the maps have no gates."""
+        if not gates_of(self.maps) or self._tokenizer is None or not self.prompt:
+            return []
+        assert self._handle is not None
+        tokens, values = gate_of_tokens(self._handle, self._model, self.prompt, self._tokenizer)
+        return list(zip(tokens, values.tolist(), strict=True))
 
     def _continue(self, prompt: str) -> str:
         """The greedy continuation of a prompt."""

@@ -109,10 +109,21 @@ def test_a_clone_has_the_settings_but_no_map():
     X, y = make_samples()
     transport = AffineTransport(method="mean", strength=0.5, source="calm").fit(X, y)
     copy = clone(transport)
-    wanted = {"method": "mean", "l1": 0.0, "group": 0.0, "strength": 0.5, "source": "calm"}
+    wanted = {"method": "mean", "l1": 0.0, "group": 0.0, "shrinkage": None, "strength": 0.5, "source": "calm"}
     assert copy.get_params() == wanted
     with pytest.raises(NotFittedError):
         copy.transform(X)
+
+
+def test_shrinkage_is_that_of_fit():
+    X, y = make_samples()
+    calm = y == "calm"
+    for shrinkage in ("auto", 0.25):
+        transport = AffineTransport(source="calm", shrinkage=shrinkage).fit(X, y)
+        assert transport.map_ == lineas.fit(X[calm], X[~calm], shrinkage=shrinkage)
+        assert transport.map_ != AffineTransport(source="calm").fit(X, y).map_
+    with pytest.raises(ValueError, match=r"^shrinkage must be from 0 to 1, got 2$"):
+        AffineTransport(shrinkage=2.0).fit(X, y)
 
 
 def test_a_pipeline():

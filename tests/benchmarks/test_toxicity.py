@@ -121,6 +121,18 @@ def test_sets_have_no_comment_in_common(monkeypatch):
     assert len(set(texts)) == len(texts) == 256
     assert all(text.startswith("test" if key == "test" else "train") for key in sets for text in sets[key][0])
     assert sets == _toxicity.insults_sets(3) != _toxicity.insults_sets(4)
+    # small sets are part of large ones, which take what the test set leaves and, after that, longer comments
+    small, large = _toxicity.insults_sets(3, 8), _toxicity.insults_sets(3, 90 - 32 + 90 - 64)
+    for side in (0, 1):
+        assert small["fit"][side] == sets["fit"][side][:8] == large["fit"][side][:8]
+        assert sets["fit"][side] == large["fit"][side][:32]
+        assert small["validation"][side] == sets["validation"][side][:8]
+        assert large["validation"][side] == sets["validation"][side]
+        drawn = [*large["fit"][side], *large["validation"][side], *large["test"][side]]
+        assert len(set(drawn)) == len(drawn) == 180
+    assert small["test"] == sets["test"] == large["test"]
+    with pytest.raises(ValueError, match=r"^size must be at most the 84 comments that are insult, got 85$"):
+        _toxicity.insults_sets(3, 85)
     clean = _toxicity.clean_texts("train", 99, 0, without=sets["fit"][1])
     assert len(clean) == 90 - 32 and not {*clean} & {*sets["fit"][1]}
 

@@ -226,7 +226,7 @@ BAD = [
     (dict(held_out=(prompts(4, 1), prompts(1, 1))), ValueError, "held_out target must give at least 2 samples"),
     (dict(held_out=(prompts(1, 1), prompts(4, 1))), ValueError, "held_out source must give at least 2 samples"),
     (dict(held_out=(prompts(4, 1), [])), ValueError, "held_out target is empty"),
-    (dict(init=[1]), TypeError, "init must be a SteeringMaps, got list"),
+    (dict(init=[1]), TypeError, "init must be a SteeringMaps or a string, got list"),
     (
         dict(init=SteeringMaps({"model.norm": AffineMap(np.ones(16), np.zeros(16))})),
         ValueError,

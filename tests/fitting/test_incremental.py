@@ -23,7 +23,7 @@ def batches(texts, size):
     ]
 
 
-def naive_walk(model, source, target, layers, method, **settings):
+def naive_walk(model, source, target, layers, method, shrinkage=None, **settings):
     """One pass a module: collect under the maps so far, fit the next one."""
     wanted = lineas.collect(model, target, layers=layers, **settings)
     maps = {}
@@ -33,7 +33,7 @@ def naive_walk(model, source, target, layers, method, **settings):
         else:
             with lineas.SteeringMaps(maps).attach(model):
                 found = lineas.collect(model, source, layers=name, **settings)[name]
-        maps[name] = lineas.fit(found, values, method=method)
+        maps[name] = lineas.fit(found, values, method=method, shrinkage=shrinkage)
     return lineas.SteeringMaps(maps)
 
 
@@ -58,6 +58,17 @@ def test_it_equals_the_naive_walk_of_one_pass_a_module(family, method):
     last = list(found)[-1]
     assert found[next(iter(found))] == at_once[next(iter(found))]
     assert np.abs(found[last].bias - at_once[last].bias).max() > 1e-3
+
+
+@pytest.mark.parametrize("shrinkage", ["auto", 0.25])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_each_module_is_fitted_with_the_shrunk_maps_of_the_earlier_ones_on(shrinkage, batch_size):
+    model, settings = models_zoo.llama(), settings_of("llama")
+    found = lineas.fit_incremental(
+        model, SOURCE, TARGET, shrinkage=shrinkage, batch_size=batch_size, progress=False, **settings
+    )
+    assert_same(found, naive_walk(model, SOURCE, TARGET, method="linear", shrinkage=shrinkage, **settings))
+    assert found.metadata["settings"]["shrinkage"] == shrinkage
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "last", "all"])
@@ -157,7 +168,7 @@ def test_metadata_says_where_the_maps_come_from():
         "layers": models_zoo.NORMS["llama"],
         "pooling": "mean",
         "tokens": "all",
-        "settings": {"method": "gaussian", "max_length": 5, "batch_size": None},
+        "settings": {"method": "gaussian", "shrinkage": None, "max_length": 5, "batch_size": None},
     }
 
 
@@ -176,6 +187,8 @@ def test_the_model_is_left_as_it_was_also_after_errors():
     ("argument", "value", "message"),
     [
         ("method", "sparse", "^method must be one of 'mean', 'gaussian', 'linear', got 'sparse'"),
+        ("shrinkage", "some", "^shrinkage must be None, 'auto' or a number from 0 to 1, got 'some'"),
+        ("shrinkage", 1.5, "^shrinkage must be from 0 to 1, got 1.5"),
         ("pooling", "median", "^pooling must be one of .*, got 'median'"),
         ("tokenizer", None, "^source holds texts: pass tokenizer="),
         ("batch_size", 0, "^batch_size must be at least 1, got 0"),

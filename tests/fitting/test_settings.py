@@ -93,7 +93,17 @@ def test_metadata_keep_the_settings():
     ).maps
     kept = maps.metadata["settings"]
     elsewhere = {"layers", "loss_layers", "pooling", "tokens"}
-    unknown_to_json = {"tokenizer", "forward", "progress", "held_out", "keep", "gates", "init", "on_top_of", "checkpoint"}
+    unknown_to_json = {
+        "tokenizer",
+        "forward",
+        "progress",
+        "held_out",
+        "keep",
+        "gates",
+        "init",
+        "on_top_of",
+        "checkpoint",
+    }
     assert set(kept) == {field.name for field in fields(FitSettings)} - elsewhere - unknown_to_json
     assert (kept["l1"], kept["l1_bias"], kept["lr"], kept["betas"]) == (0.5, 0.5, "auto", [0.9, 0.999])
 

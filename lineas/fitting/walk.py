@@ -1,0 +1,108 @@
+"""Closed-form maps module by module, each fitted with the earlier ones on: what incremental fits and starts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..arrays.closed_form import fit
+from ..hooks import outputs
+from ..hooks.affine import apply, parameters, working_dtype
+from ..hooks.capture import Capture
+from ..hooks.collect import to_numpy
+from ..hooks.settings import RunSettings
+from ..hooks.tokens import BatchTokens
+from ..inputs.batches import Batch
+from ..maps.affine import AffineMap
+
+Rows: TypeAlias = NDArray[np.float32]
+
+
+def walk(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    wanted: Mapping[str, Rows],
+    settings: RunSettings,
+    *,
+    method: str,
+    shrinkage: float | str | None,
+    show: bool,
+) -> dict[str, AffineMap]:
+    """Maps of the modules of `wanted`, in that order, each fitted with the earlier ones on; inside `frozen`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, while it is `frozen` without gradients.
+    batches : list of Batch
+        The source prompts. One batch takes one forward pass, several take one for each module.
+    wanted : mapping of str to array
+        Target activations [m, d] by module, in execution order.
+    settings : RunSettings
+        How the model is called, and which tokens are mapped and pooled and how.
+    method, shrinkage
+        As in `lineas.fit`.
+    show : bool
+        Show a progress bar.
+    """
+    order = list(wanted)
+    with tqdm(total=len(order), desc="fit", disable=not show) as bar:
+        walker = _Walk(model, wanted, settings, method, shrinkage, bar)
+        if len(batches) == 1:  # at each module pool, fit, and go on with the mapped output
+            walker.run(batches[0], order, walker.fit)
+        else:
+            for k, name in enumerate(order):
+                walker.fit(name, np.concatenate([walker.rows(batch, order[: k + 1]) for batch in batches]))
+    return walker.maps
+
+
+class _Walk:
+    """The target activations of all modules, and the maps fitted so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Mapping[str, Rows],
+        settings: RunSettings,
+        method: str,
+        shrinkage: float | str | None,
+        bar: tqdm,
+    ) -> None:
+        self.model, self.wanted, self.settings, self.bar = model, wanted, settings, bar
+        self.method, self.shrinkage = method, shrinkage
+        self.maps: dict[str, AffineMap] = {}
+
+    def fit(self, name: str, rows: Rows) -> None:
+        """Fit the map of a module to pooled activations [n, d] of the source."""
+        # As a mapping of one, so that errors name the module.
+        source, target = {name: rows}, {name: self.wanted[name]}
+        self.maps[name] = fit(source, target, method=self.method, shrinkage=self.shrinkage)[name]
+        self.bar.update()
+
+    def rows(self, batch: Batch, names: Sequence[str]) -> Rows:
+        """Pooled activations [n, d] of the last of `names`, which the others have maps for; no module after it runs."""
+        found: list[Rows] = []
+        self.run(batch, names, lambda _, rows: found.append(rows), last=names[-1])
+        return found[0]
+
+    def run(
+        self, batch: Batch, names: Sequence[str], take: Callable[[str, Rows], None], last: str | None = None
+    ) -> None:
+        """Run a batch with the maps on; `take` gets the pooled activations where there is none, and may fit it."""
+        choice = BatchTokens(self.model, batch, self.settings)
+
+        def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
+            if name not in self.maps:
+                take(name, to_numpy(choice.pool(name, module, tensor)))
+            if name not in self.maps:
+                return None
+            weight, bias = parameters(self.maps[name], 1.0, tensor.device, working_dtype(tensor.dtype))
+            mapped = apply(tensor, weight, bias, outputs.channel_axis(module, tensor, name))
+            return choice.only(name, module, tensor, mapped)
+
+        Capture().run(self.model, batch, names, on_output, last=last, forward=self.settings.forward)
