@@ -92,7 +92,7 @@ FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "AB": ("AB", {}),
     "B": ("B", {}),
     "BA": ("BA", {}),
-    "disjoint": ("AB", {"l1": 0.02, "disjoint": True}),
+    "disjoint": ("AB", {"l1": 0.05, "disjoint": True}),  # about half of the neurons have a steeper gradient at first
     "joint": ("joint", {}),
     "kept AB": ("AB", KEPT),
     "kept B": ("B", KEPT),
