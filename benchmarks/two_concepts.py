@@ -8,7 +8,7 @@ are judged by others' word lists: A is reached where VADER's compound score is a
 authors, B where the text has a word of the category "eating" of Empath (Fast, Chen and Bernstein 2016). Random numbers
 are the same for all maps.
 
-    python benchmarks/two_concepts.py [--write] [--seeds 0 1] [--rises 0.3 0.5] [--threads 2] [--bf16]
+    python benchmarks/two_concepts.py [--write] [--seeds 0 1] [--rises 0.3 0.5] [--rows ...] [--threads 2] [--bf16]
     python benchmarks/two_concepts.py --select [--rows ...]
 
 With --write the tables go into docs/two-concepts.md. With --select everything is measured with another seed and on
@@ -92,7 +92,7 @@ FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "AB": ("AB", {}),
     "B": ("B", {}),
     "BA": ("BA", {}),
-    "disjoint": ("AB", {"l1": 0.02, "disjoint": True}),
+    "disjoint": ("AB", {"l1": 0.05, "disjoint": True}),  # about half of the neurons have a steeper gradient at first
     "joint": ("joint", {}),
     "kept AB": ("AB", KEPT),
     "kept B": ("B", KEPT),
@@ -301,12 +301,14 @@ class Results:
     def ratio(self, row: str, rise: float) -> tuple[float, float, float]:
         """Joint success of a row divided by that of the naive composition, and its interval over prompts."""
         ours, naive = (self.success[name, rise]["both"] for name in (row, "naive"))
+        if not naive.any():
+            return (np.nan,) * 3
         rng = np.random.default_rng(0)
         drawn = rng.integers(0, len(ours), size=(2000, len(ours)))
         below = naive[drawn].mean(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = np.nanpercentile(ours[drawn].mean(axis=1) / below, [2.5, 97.5])
-            return float(ours.mean() / naive.mean()), float(low), float(high)
+        some = below > 0  # all of them, but with very few prompts
+        low, high = np.percentile(ours[drawn].mean(axis=1)[some] / below[some], [2.5, 97.5])
+        return float(ours.mean() / naive.mean()), float(low), float(high)
 
     def table(self) -> list[str]:
         lines = [
@@ -366,8 +368,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     parser.add_argument("--bf16", action="store_true", help="round the factors of matrix products to bfloat16: faster")
     args = parser.parse_args()
-    if args.write and (args.select or args.rows != list(ROWS)):
-        parser.error("--write goes with all rows and without --select")
+    if args.write and args.select:
+        parser.error("--write does not go with --select: the page has what settings were not chosen by")
     if not all(0 < rise <= LARGEST_RISE for rise in args.rises):
         parser.error(f"--rises must be above 0 and at most {LARGEST_RISE:g}")
     set_up(args.threads, args.bf16)
