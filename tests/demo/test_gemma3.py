@@ -112,7 +112,7 @@ def test_a_fit_carries_over_to_held_out_prompts(gemma3, prompt, tmp_path):
         held_out=(sentences("negative.txt")[40:48], sentences("positive.txt")[40:48]),
         tokenizer=tokenizer,
         steps=3,
-        l1=100.0,
+        l1=0.1,
         progress=False,
         **WORDS,
     )

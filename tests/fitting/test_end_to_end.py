@@ -504,7 +504,7 @@ def test_metadata_tell_how_the_maps_were_made(fit, tmp_path):
             "patience": 5, "strengths": [1.0], "seed": 3,
             "max_length": None, "batch_size": None, "mini_batch": None,
             "l1": 0.1, "group": 0.0, "l1_bias": 0.1, "group_bias": 0.2,
-            "slopes": True, "shifts": True, "keep_weight": 0.0, "keep_loss": "kl", "max_kl": None,
+            "slopes": True, "shifts": True, "keep_weight": 0.0, "keep_loss": "kl", "max_kl": None, "disjoint": False,
         },
     }  # fmt: skip
     result.maps.save(tmp_path / "maps.safetensors")
