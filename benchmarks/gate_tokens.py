@@ -64,12 +64,12 @@ def main() -> None:
         others = _others(model, tokenizer, gates, held_out)
         table.append(f"| {what} | {_span(list(found.values()))} | {_span(others)} | {seconds:.0f} |")
         print(table[-1], flush=True)
-        if settings.get("context") == "mean":
-            means = gates
+        if not settings:
+            shown = gates
     if args.write:
         write_between(PAGE, MARKS, table)
-        path = lineas.fit(*(lineas.collect(model, texts, **common) for texts in fitted), method="mean")
-        ax = lineas.plot_gate(model, path.gated(means), TEXT, tokenizer=tokenizer, strength=0.0)
+        maps = lineas.fit(*(lineas.collect(model, texts, **common) for texts in fitted), method="mean")
+        ax = lineas.plot_gate(model, maps.gated(shown), TEXT, tokenizer=tokenizer, strength=0.0)
         ax.figure.savefig(ROOT / "docs" / "gate-tokens.png", dpi=140)
 
 
