@@ -182,9 +182,9 @@ class GateSums:
     def __init__(self) -> None:
         self._of: dict[tuple[int, str, int], _Columns] = {}
 
-    def of(self, number: int, name: str, gate: AnyGate) -> _Columns | None:
+    def of(self, key: tuple[int, str, int], gate: AnyGate) -> _Columns | None:
         """The columns of a gate, if it is known."""
-        found = self._of.get((number, name, id(gate)))
+        found = self._of.get(key)
         return found if found is not None and found.gate is gate else None
 
     def before(self, key: tuple[int, str, int], gate: Gate, columns: int, rows: int) -> Tensor | None:
@@ -379,15 +379,17 @@ class GateReader:
             size = tensor.shape[-1]
             fits = value is not None and value.ndim == tensor.ndim and value.numel() * size == tensor.numel()
             return value if fits and value.dtype is tensor.dtype and value.device == tensor.device else None
-        found = None if gating.sums is None else gating.sums.of(self.tracker.number, self.name, gate)
-        if found is None or found.columns != here.past or (tensor.shape[0], tensor.shape[1]) != here.shape:
+        key = self.tracker.number, self.name, id(gate)
+        found = None if gating.sums is None or key in gating.before else gating.sums.of(key, gate)
+        rows, length = tensor.shape[0], tensor.shape[1]
+        if found is None or length != 1 or (rows, length) != here.shape or not 0 < here.past <= found.columns:
             return None
-        padding, counts = gating.counted(here, self.name, tensor.device, tensor.dtype)
-        if padding is not None or tensor.shape[1] != 1 or not found.columns:
-            return None
+        found.upto(here.past)
         last = found.pieces[-1]
-        if last.shape[0] != tensor.shape[0] or last.device != tensor.device:
+        padding, counts = gating.counted(here, self.name, tensor.device, tensor.dtype)
+        if padding is not None or last.shape[0] != rows or last.device != tensor.device:
             return None
+        gating.before[key] = last[:, -1]
         sums = linear(tensor, parts[0]).squeeze(-1)
         sums += last[:, -1:]
         found.put(sums)

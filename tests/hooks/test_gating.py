@@ -430,6 +430,48 @@ def test_assisted_generation_is_the_plain_one():
         assert torch.equal(model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=2), plain)
 
 
+class Counted:
+    """The least that a cache can be."""
+
+    def __init__(self):
+        self.columns = 0
+
+    def get_seq_length(self):
+        return self.columns
+
+
+class Twice(nn.Module):
+    """Runs a part as often as it is told, for a text that is in a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.part = nn.Embedding(60, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, input_ids, past_key_values=None, times=1):
+        x = self.embed(input_ids)
+        for _ in range(times):
+            x = self.part(x)
+        if past_key_values is not None:
+            past_key_values.columns += input_ids.shape[1]
+        return x
+
+
+def test_a_part_that_runs_twice_is_refused_only_where_the_text_is_in_a_cache():
+    model, cache = Twice(), Counted()
+    maps = lineas.SteeringMaps({"part": lineas.AffineMap(np.ones(WIDTH), np.ones(WIDTH))})
+    with maps.gated({"part": scalar("mean")}).attach(model), torch.no_grad():
+        text = torch.arange(5)[None]
+        model(text, times=2)
+        for size in (2, 1, 1):
+            model(text[:, :size], past_key_values=cache)
+        for _ in range(2):  # also by the few steps that one token takes
+            with pytest.raises(ValueError, match="part: the module runs more than once in a pass"):
+                model(text[:, :1], past_key_values=cache, times=2)
+        whole = model(text[:, [0, 1, 0, 0, 3]])
+        torch.testing.assert_close(model(text[:, 3:4], past_key_values=cache), whole[:, -1:])
+        assert cache.columns == 5
+
+
 def test_several_pieces_become_one():
     sums, gate, key = gating.GateSums(), scalar("mean"), (0, "a", 1)
     values = torch.arange(200.0)[None]
