@@ -68,6 +68,7 @@ _END_TO_END: dict[str, dict[str, Any]] = {
     "lr": {"type": _rate, "metavar": "RATE", "help": "learning rate; auto finds it from the loss"},
     "l1": {"type": float, "help": "lasso penalty"},
     "group": {"type": float, "help": "group lasso penalty of each module"},
+    "init": {"help": "closed-form maps to start from: mean, gaussian, linear, iti-c, linear-incremental or best"},
     "scaling": {"help": "standardized, layer-mean, paper or reference"},
     "slopes": {"nargs": "*", "metavar": "GLOB", "help": "modules with slopes (default: all); none: shifts alone"},
     "shifts": {"nargs": "*", "metavar": "GLOB", "help": "modules with shifts (default: all); none: slopes alone"},

@@ -274,6 +274,8 @@ def no_model(monkeypatch):
         (("--optimizer", "adm"), "--optimizer must be one of 'sgd', 'adam', got 'adm'"),
         (("--optimizer", "adam"), "--lr must be a number for optimizer 'adam'"),
         (("--scaling", "papr"), "--scaling must be one of"),
+        (("--init", "means"), "--init must be one of 'mean', 'gaussian', 'linear', 'iti-c', 'linear-incremental', "),
+        (("--init", "best"), "--init='best': there are no held_out sets to choose by"),
         (("--pooling", "median"), "--pooling must be one of"),
         (("--pooling", "median", "--method", "mean"), "--pooling must be one of"),
         (("--tokens", "lst"), "--tokens must be 'all', 'last', 'prompt', 'generated', a slice or a callable, got"),
