@@ -1,6 +1,7 @@
-"""Fits through a model: end to end, module by module, along sparse paths. Uses all rooms before it.
+"""Fits through a model: end to end, in sequence, module by module, along sparse paths. Uses all rooms before it.
 
-`settings` and `result` need no torch. `objective` (on `autograd`) has the loss and its gradient, `parameters` the maps
-and their step, `step_sizes` the rates, `loop` the steps with their history, `checkpoint` its file; `end_to_end`,
+`settings` and `result` need no torch. `objective` (on `autograd`) has the loss and its gradient, `preservation` what is
+to stay as it is, `parameters` the maps and their step, `initial` where they start, `step_sizes` the rates, `loop` the
+steps with their history, `checkpoint` its file; `on_top` and `walk` have earlier maps on. `end_to_end`, `sequence`,
 `incremental` and `sparse_path` are what users call.
 """
