@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _less_damage_results import DOMAINS, Curves, Point, draw, tables  # noqa: E402
+from _less_damage_results import DOMAINS, Curves, Point, draw, tables
 
 PROMPTS, TEXTS = 40, 20
 
