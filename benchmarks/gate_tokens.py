@@ -56,6 +56,7 @@ def main() -> None:
         "neurons (of those that are open)": {"kind": "neuron"},
     }
     common = {"layers": names, "tokenizer": tokenizer, "progress": False}
+    drawn: dict[str, AnyGate] = {}
     for what, settings in kinds.items():
         start = time.process_time()
         gates = lineas.fit_gates(model, *fitted, **common, **settings)
@@ -64,12 +65,11 @@ def main() -> None:
         others = _others(model, tokenizer, gates, held_out)
         table.append(f"| {what} | {_span(list(found.values()))} | {_span(others)} | {seconds:.0f} |")
         print(table[-1], flush=True)
-        if not settings:
-            shown = gates
+        drawn = drawn or gates
     if args.write:
         write_between(PAGE, MARKS, table)
         maps = lineas.fit(*(lineas.collect(model, texts, **common) for texts in fitted), method="mean")
-        ax = lineas.plot_gate(model, maps.gated(shown), TEXT, tokenizer=tokenizer, strength=0.0)
+        ax = lineas.plot_gate(model, maps.gated(drawn), TEXT, tokenizer=tokenizer, strength=0.0)
         ax.figure.savefig(ROOT / "docs" / "gate-tokens.png", dpi=140)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..hooks.attach import Handle
 
+_CELL = 0.602 * 9 / 72  # inches: a character of matplotlib's monospaced font of 9 points
 CLOSED, OPEN, INK, QUIET = "#E6E6E6", "#E69F00", "#111111", "#7A7A7A"
 
 
@@ -110,7 +111,7 @@ def draw_tokens(tokens: list[str], values: NDArray, columns: int, ax: Axes | Non
     """Draw tokens as boxes of text, coloured by values from 0 to 1."""
     places, lines = _laid_out(tokens, columns)
     if ax is None:
-        figure = _matplotlib("pyplot").figure(figsize=(0.093 * columns + 0.2, 0.3 * lines + 0.65))
+        figure = _matplotlib("pyplot").figure(figsize=(_CELL * (columns + 2), 0.28 * (lines + 1.4)))
         figure.patch.set_alpha(0)
         ax = _axes(figure.add_axes((0, 0, 1, 1)))
     colours = _matplotlib("colors").LinearSegmentedColormap.from_list("gate", [CLOSED, OPEN])
