@@ -99,6 +99,7 @@ class FitResult(Record):
         else:
             course = f"loss {losses[0]:.4g} -> {losses[-1]:.4g} before the last of {steps}"
         held_out = "" if self.held_out_loss is None else f", held-out {self.held_out_loss:.4g}"
+        held_out += "" if self.held_out_keep is None else f", held_out_keep={self.held_out_keep:.3g}"
         strength = "" if self.best_strength == 1 else f", best_strength={self.best_strength:g}"
         return (
             f"FitResult({len(self.maps)} maps, {course}{held_out}, "

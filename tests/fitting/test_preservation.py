@@ -156,6 +156,7 @@ def test_a_budget_holds_on_held_out_prompts_and_on_any_other_measure(llama, fit,
     plain = fit(held_out=HELD_OUT, steps=25, keep_weight=1e-9)
     result = fit(held_out=HELD_OUT, steps=25, max_kl=max_kl)
     assert 0 < result.held_out_keep <= max_kl < plain.held_out_keep
+    assert f"held_out_keep={result.held_out_keep:.3g}, best_step=" in repr(result)
     with frozen(llama):
         leaves = {name: (torch.tensor(one.weight), torch.tensor(one.bias)) for name, one in result.maps.items()}
         found = naive_kl(llama, HELD_OUT[1], leaves).item()
