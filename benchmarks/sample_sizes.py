@@ -206,7 +206,7 @@ def draw(found: Distances, sites: list[str], sizes: list[int], methods: list[str
         ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
     axes[0].set_ylabel("distance of the test set, identity = 1")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(sites), frameon=False)
     figure.savefig(ROOT / "docs" / "sample-sizes.png", dpi=130)
 
 
