@@ -9,7 +9,7 @@
 {"prox f32", 0x09959cdd0d9a403c},
 {"sort f64", 0xf5c9aa60d6d14192},
 {"wasserstein f64", 0xe030077bcc8c74e0},
-{"fit f64", 0x072a66f6fd989036},
+{"fit f64", 0x70170efb1365bdef},
 {"affine f64", 0x74169ff11a58994b},
 {"pool f64", 0x73a9081b36001fc8},
 {"moments f64", 0xd95ea337b2480fb6},
