@@ -47,6 +47,33 @@ class Point:
         return float(self.sums[domain][rows].sum() / self.counts[domain][rows].sum())
 
 
+@dataclass(frozen=True)
+class GateFacts:
+    """What a gate makes of texts of the unsteered model.
+
+    Attributes
+    ----------
+    auroc : float
+        The area under the ROC curve that its fit reports, on sentences that were left out.
+    values : dict of str to NDArray
+        The gate at all tokens of a kind of texts, one text after the other.
+    ends : dict of str to NDArray
+        The gate at the last token of each of these texts.
+    """
+
+    auroc: float
+    values: dict[str, NDArray]
+    ends: dict[str, NDArray]
+
+    @classmethod
+    def of(cls, found: Mapping[str, NDArray]) -> GateFacts:
+        """Facts as they are kept on disk."""
+        names = [name.removeprefix("values ") for name in found if name.startswith("values ")]
+        values = {name: found[f"values {name}"] for name in names}
+        ends = {name: values[name][np.cumsum(found[f"lengths {name}"]) - 1] for name in names}
+        return cls(float(np.mean(found["auroc"])), values, ends)
+
+
 Found = Mapping[str, Sequence[Sequence[Point]]]
 """By variant: for each seed the points at rising strengths; "none" has one."""
 
@@ -139,21 +166,52 @@ def _model_tables(found: Found) -> list[str]:
     for method in methods:
         values = [curves.share_at(method, 0.1, draw) for draw in range(DRAWS + 1)]
         lines.append(f"| {method} | {' | '.join(_with_interval(values, '{:.1%}'))} |")
-    lines += [
-        "",
-        f"| variant | {' | '.join(f'rise at half the toxic share, {judge}' for judge in JUDGES)} |",
-        "| --- | --- | --- |",
-    ]
-    plain = [curves.rise_at(methods[0], 0.5, draw) for draw in range(DRAWS + 1)]
-    for method in methods:
-        values = [curves.rise_at(method, 0.5, draw) for draw in range(DRAWS + 1)]
-        lines.append(f"| {method} | {' | '.join(_with_interval(values, '{:+.3f}'))} |")
-    lines += ["", f"| variant | {' | '.join(f'that rise, times that of {methods[0]}, {judge}' for judge in JUDGES)} |"]
-    lines += ["| --- | --- | --- |"]
-    for method in methods[1:]:
-        values = [curves.rise_at(method, 0.5, draw) / plain[draw] for draw in range(DRAWS + 1)]
-        lines.append(f"| {method} | {' | '.join(_with_interval(values, '{:.2f}'))} |")
+    at_half = {
+        "rise on clean comments at half the toxic share": lambda method, draw: curves.rise_at(method, 0.5, draw),
+        "mean rise on code, questions and stories there": lambda method, draw: np.mean(
+            [curves.rise_at(method, 0.5, draw, name) for name in DOMAINS[1:]], axis=0
+        ),
+    }
+    for what, price in at_half.items():
+        prices = {method: [price(method, draw) for draw in range(DRAWS + 1)] for method in methods}
+        heads = [*(f"{what}, {judge}" for judge in JUDGES), *(f"of that of {methods[0]}, {judge}" for judge in JUDGES)]
+        lines += ["", f"| variant | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+        for method, values in prices.items():
+            cells = _with_interval(values, "{:+.3f}")
+            if method == methods[0]:
+                cells += ["1"] * len(JUDGES)
+            else:
+                ratios = [a / b for a, b in zip(values, prices[methods[0]], strict=True)]
+                cells += _with_interval(ratios, "{:.2f}")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
+
+
+def gate_table(by_model: Mapping[str, Sequence[GateFacts]]) -> list[str]:
+    """How well the gates tell texts apart, and the share of tokens at which they are closed; means over seeds."""
+    heads = ["AUROC, left-out sentences of the fit", "other comments, tokens", "other comments, last tokens"]
+    heads += ["ends of prompts that turn toxic against clean comments", *(f"{name}, left alone" for name in DOMAINS)]
+    lines = [f"| gate of | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+    for model, seeds in by_model.items():
+        areas = [
+            [
+                one.auroc,
+                _area(one.values["insults"], one.values["comments"]),
+                _area(one.ends["insults"], one.ends["comments"]),
+                _area(one.ends["prompts"], one.values["clean"]),
+            ]
+            for one in seeds
+        ]
+        alone = [[(one.values[name] < 0.5).mean() for name in DOMAINS] for one in seeds]
+        cells = [f"{area:.2f}" for area in np.mean(areas, axis=0)] + [f"{s:.0%}" for s in np.mean(alone, axis=0)]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return lines
+
+
+def _area(above: NDArray, below: NDArray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(np.r_[np.ones(len(above)), np.zeros(len(below))], np.r_[above, below]))
 
 
 def draw(found: Mapping[str, Found], path: Path) -> None:
@@ -172,7 +230,7 @@ def draw(found: Mapping[str, Found], path: Path) -> None:
                 rises, shares = curves.curve(method, 0)
                 panel.plot(rises, 100 * shares[k], marker="o", label=method)
                 low, high = (
-                    np.quantile([curves.curve(method, draw)[1][k] for draw in range(1, 201)], q, axis=0)
+                    np.quantile([curves.curve(method, draw)[1][k] for draw in range(1, min(DRAWS, 200) + 1)], q, axis=0)
                     for q in (0.025, 0.975)
                 )
                 panel.fill_between(rises, 100 * low, 100 * high, alpha=0.12)

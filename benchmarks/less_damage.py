@@ -1,9 +1,10 @@
-"""The same effect for less damage: LinEAS with preservation and with gates, on two language models.
+"""The same effect for less damage: LinEAS with preservation, with gates and with its loss at the last norm.
 
-For each seed the maps of every variant are fitted on 32 insults and 32 clean comments, with 32 + 32 others held out,
-and turned up until the loss on clean calibration texts has risen by set amounts. There two judges read continuations of
-prompts of RealToxicityPrompts, and the rise is measured on other clean comments, on code, on questions and on stories.
-Within a seed all variants get the same texts, prompts and random numbers. Settings were chosen on other prompts.
+For each of two language models and each seed the maps of every variant are fitted on 32 insults and 32 clean comments,
+with 32 + 32 others held out, and turned up until the loss on clean calibration texts has risen by set amounts. There
+two judges read continuations of prompts of RealToxicityPrompts, and the rise is measured on other clean comments, on
+code, on questions and on stories. Within a seed all variants get the same texts, prompts and random numbers. Settings
+were chosen on other prompts.
 
     python benchmarks/less_damage.py [--models smollm2 gemma3] [--seeds 0 1 2 3] [--methods NAME ...] [--threads 2]
     python benchmarks/less_damage.py --write
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _less_damage_results import Point, draw, tables
+import torch
+from _less_damage_results import GateFacts, Point, draw, gate_table, tables
 from _machine import cpu_name
 from _sampling import continuations, text_losses
 from _study import ROOT, Kept, digest, set_up, write_between
@@ -48,17 +50,19 @@ RISES = (0.03, 0.1, 0.3)  # nats a token, by which the loss on the second of the
 LARGEST = 32.0  # the largest strength
 
 PLAIN, PRESERVED, GATED, BOTH = "LinEAS", "preservation", "gate", "preservation and gate"
-UNITS = "LinEAS in the neurons' own units"
+UNITS, LAST, LAST_GATED = "LinEAS in the neurons' own units", "loss at the last norm", "loss at the last norm and gate"
 # Settings of the fits, beside seed and held-out sets, chosen on the prompts after those that are reported.
 FITS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     UNITS: {"scaling": "layer-mean"},
     PRESERVED: {"max_kl": 0.03},
+    # The activations that the head makes the next token of, and no others: in both models the module has this name.
+    LAST: {"loss_layers": "model.norm"},
 }
 # One gate for all maps from its module on: the maps before it are taken off.
 GATE: dict[str, Any] = {"context": "mean", "open_on_target": 0.3}
-GATES = {GATED: PLAIN, BOTH: PRESERVED}
-METHODS = (PLAIN, GATED, UNITS, PRESERVED, BOTH)
+GATES = {GATED: PLAIN, BOTH: PRESERVED, LAST_GATED: LAST}
+METHODS = (PLAIN, UNITS, PRESERVED, GATED, BOTH, LAST, LAST_GATED)
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,31 @@ class Study:
         found["scores"] = toxicity(continuations(self.model, self.tokenizer, self.prompts, uniforms))
         return found
 
+    def gate(self, seed: int) -> GateFacts:
+        """What the gate makes of the unsteered model's tokens: of comments, other texts and toxic continuations."""
+        maps = self.maps(GATED, seed)
+
+        def compute() -> dict[str, Any]:
+            insults, clean = insults_sets(seed)["test"]
+            prompts = [self.prompts[k] for k in np.flatnonzero(self.point(None, seed, 0.0).toxic.any(axis=0))]
+            texts = {"insults": insults, "comments": clean, "prompts": prompts, **self.texts}
+            found: dict[str, Any] = {"auroc": next(iter(maps.gates.values())).auroc}
+            with maps.attach(self.model, strength=0.0) as handle:
+                for name, group in texts.items():
+                    values = [self._gate_of_tokens(handle, text) for text in group]
+                    found[f"values {name}"] = np.concatenate(values)
+                    found[f"lengths {name}"] = np.array([len(one) for one in values])
+            return found
+
+        return GateFacts.of(self.kept(f"{self._key(GATED, seed)}-gate", compute))
+
+    @torch.inference_mode()
+    def _gate_of_tokens(self, handle: Any, text: str) -> NDArray:
+        ids = torch.tensor([self.tokenizer(text)["input_ids"]])
+        with handle.recorded_gates() as found:
+            self.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
+        return next(iter(found.values()))[0].double().numpy()
+
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Find everything that is not kept yet."""
         for seed in seeds:
@@ -210,6 +239,8 @@ class Study:
             for method in methods:
                 for rise in RISES:
                     self.point(method, seed, rise)
+            if GATED in methods:
+                self.gate(seed)
 
 
 def _slug(method: str) -> str:
@@ -237,6 +268,8 @@ def main() -> None:
     }
     lines = [f"{cpu_name()}, torch on {given.threads} threads; seeds {', '.join(map(str, given.seeds))}.", ""]
     lines += tables(found)
+    if GATED in given.methods:
+        lines += ["", *gate_table({s.given.label: [s.gate(seed) for seed in given.seeds] for s in studies.values()})]
     print("\n".join(lines))
     if given.write:
         write_between(PAGE, MARKS, lines)

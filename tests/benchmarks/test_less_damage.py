@@ -8,7 +8,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _less_damage_results import DOMAINS, Curves, Point, draw, tables
+import _less_damage_results as results
+from _less_damage_results import DOMAINS, Curves, GateFacts, Point, draw, gate_table, tables
 
 PROMPTS, TEXTS = 40, 20
 
@@ -20,6 +21,11 @@ def point(toxic, rise, strength=1.0):
     counts = {name: np.full(TEXTS, 10) for name in DOMAINS}
     sums = {name: np.full(TEXTS, 10 * (3 + (rise if name == "clean" else rise / 2))) for name in DOMAINS}
     return Point(judges, sums, counts, strength)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(results, "DRAWS", 100)
 
 
 @pytest.fixture
@@ -62,7 +68,23 @@ def test_tables_name_what_is_out_of_reach(found, tmp_path):
     lines = tables({"a model": found})
     text = "\n".join(lines)
     assert "| plain | 1.00 | +0.100 | +0.050 | +0.050 | +0.050 | 37.5% [" in text
-    ratio = lines[[line.startswith("| variant | that rise") for line in lines].index(True) :]
-    assert ratio[2].startswith("| half | 0.25 [") and ratio[3].startswith("| never | out of reach [")
+    clean = lines[[line.startswith("| variant | rise on clean comments at half") for line in lines].index(True) :]
+    assert clean[2].startswith("| plain | +0.200 [") and clean[2].endswith("| 1 | 1 |")
+    assert clean[3].startswith("| half | +0.050 [") and "| 0.25 [" in clean[3]
+    assert clean[4].startswith("| never | out of reach [")
+    others = lines[[line.startswith("| variant | mean rise on code") for line in lines].index(True) :]
+    assert others[2].startswith("| plain | +0.100 [") and others[3].startswith("| half | +0.025 [")
     draw({"a model": found}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_gate_table_has_areas_and_shares_of_closed_tokens():
+    closed, half, opened = np.zeros(8), np.repeat([0.0, 1.0], 4), np.ones(8)
+    kept = {"auroc": np.array([0.8, 0.6])}
+    texts = {"insults": opened, "comments": half, "prompts": half, "clean": half} | dict.fromkeys(DOMAINS[1:], closed)
+    for name, values in texts.items():
+        kept[f"values {name}"], kept[f"lengths {name}"] = values, np.array([3, 5])
+    facts = GateFacts.of(kept)
+    np.testing.assert_array_equal(facts.ends["comments"], [0, 1])
+    # Half of the clean tokens tie with the insults' and half are below; the ends are [1, 1] against [0, 1].
+    assert gate_table({"a model": [facts]})[-1] == "| a model | 0.70 | 0.75 | 0.75 | 0.50 | 50% | 100% | 100% | 100% |"
