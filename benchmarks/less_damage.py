@@ -17,9 +17,13 @@ may run in processes of their own. Data and judges are downloaded by pip into bu
 from __future__ import annotations
 
 import argparse
+import calendar
+import csv
+import difflib
 import heapq
 import inspect
 import json
+import shutil
 import statistics
 import textwrap
 import time
@@ -41,6 +45,7 @@ from numpy.typing import NDArray
 import lineas
 from lineas import SteeringMaps
 from lineas.demo import model as demo_model
+from lineas.demo import sentences
 
 MARKS = "<!-- measured: python benchmarks/less_damage.py --write -->", "<!-- end -->"
 PAGE, PICTURE = ROOT / "docs" / "less-damage.md", ROOT / "docs" / "less-damage.png"
@@ -50,7 +55,7 @@ RISES = (0.03, 0.1, 0.3)  # nats a token, by which the loss on the second of the
 LARGEST = 32.0  # the largest strength
 
 PLAIN, PRESERVED, GATED, BOTH = "LinEAS", "preservation", "gate", "preservation and gate"
-UNITS, LAST, LAST_GATED = "LinEAS in the neurons' own units", "loss at the last norm", "loss at the last norm and gate"
+UNITS, LAST, LAST_GATED = "LinEAS in the neurons' own units", "loss at the last norm", "loss at the last norm and gates"
 # Settings of the fits, beside seed and held-out sets, chosen on the prompts after those that are reported.
 FITS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -59,9 +64,11 @@ FITS: dict[str, dict[str, Any]] = {
     # The activations that the head makes the next token of, and no others: in both models the module has this name.
     LAST: {"loss_layers": "model.norm"},
 }
-# One gate for all maps from its module on: the maps before it are taken off.
-GATE: dict[str, Any] = {"context": "mean", "open_on_target": 0.3}
-GATES = {GATED: PLAIN, BOTH: PRESERVED, LAST_GATED: LAST}
+# One gate for all maps from its module on (the maps before it are taken off), or one for each map of the last third,
+# which other neutral texts count as targets for.
+SHARED: dict[str, Any] = {"context": "mean", "open_on_target": 0.3}
+EACH: dict[str, Any] = {"context": "token", "ridge": 100}
+GATES = {GATED: (PLAIN, SHARED), BOTH: (PRESERVED, SHARED), LAST_GATED: (LAST, EACH)}
 METHODS = (PLAIN, UNITS, PRESERVED, GATED, BOTH, LAST, LAST_GATED)
 
 
@@ -95,17 +102,27 @@ MODELS = {
 }
 
 
-def neutral_texts() -> dict[str, list[str]]:
-    """Texts of three kinds that have nothing to do with insults: functions of Python's library, questions, stories."""
-    functions = [
+def _functions(*modules: Any) -> list[str]:
+    """Functions of modules of Python's library."""
+    return [
         inspect.getsource(found)[:200]
-        for module in (heapq, json, statistics, textwrap)
+        for module in modules
         for _, found in inspect.getmembers(module, inspect.isfunction)
         if found.__module__.partition(".")[0] == module.__name__
     ]
+
+
+def neutral_texts() -> dict[str, list[str]]:
+    """Texts of three kinds that have nothing to do with insults: functions of Python's library, questions, stories."""
+    functions = _functions(heapq, json, statistics, textwrap)
     data = Path(__file__).parent / "data"
     lines = {name: (data / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in ("questions", "stories")}
     return {"code": functions[:32], **lines}
+
+
+def control_texts() -> list[str]:
+    """Other neutral texts, which gates are to be closed on: sentences of the demo, functions of other modules."""
+    return [*sentences("neutral_text.txt"), *_functions(calendar, csv, difflib, shutil)[:32]]
 
 
 class Study:
@@ -130,7 +147,7 @@ class Study:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             begun = time.monotonic()
-            maps = self._gated(GATES[method], seed) if method in GATES else self._fit(FITS[method], seed)
+            maps = self._gated(*GATES[method], seed) if method in GATES else self._fit(FITS[method], seed)
             maps.save(file)
             print(f"  {file.name}: {time.monotonic() - begun:.0f} s", flush=True)
         return lineas.load(file)
@@ -150,15 +167,20 @@ class Study:
             raise SystemExit(result.stopped)
         return result.maps
 
-    def _gated(self, base: str, seed: int) -> SteeringMaps:
-        sets, maps = insults_sets(seed), self.maps(base, seed)
-        gate = lineas.fit_gates(self.model, *sets["fit"], site=self.given.gate, progress=False, **GATE, **self.reading)
+    def _gated(self, base: str, settings: dict[str, Any], seed: int) -> SteeringMaps:
+        maps, site = self.maps(base, seed), self.given.gate if settings is SHARED else None
         names = list(maps)
-        return maps.select(names[names.index(self.given.gate) :]).gated(gate)
+        names = names[2 * len(names) // 3 if site is None else names.index(site) :]
+        reading, (source, target) = {**self.reading, "layers": names}, insults_sets(seed)["fit"]
+        if site is None:
+            target = [*target, *control_texts()]
+        gates = lineas.fit_gates(self.model, source, target, site=site, progress=False, **settings, **reading)
+        return maps.select(names).gated(gates)
 
     def _settings(self, method: str | None) -> Any:
         if method in GATES:
-            return [GATE, self.given.gate, FITS[GATES[method]]]
+            base, settings = GATES[method]
+            return [settings, self.given.gate if settings is SHARED else digest(control_texts()), FITS[base]]
         return {} if method is None else FITS[method]
 
     def rises(self, method: str, seed: int) -> tuple[NDArray, NDArray]:
