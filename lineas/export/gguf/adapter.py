@@ -19,8 +19,8 @@ from ..._checks import as_flag
 from ..._version import __version__
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
-from .architectures import Site
 from .container import GGUFFile, check_output, whole_or_nothing
+from .families import Site
 from .folding import digest
 from .sites import Refusal, check_maps, check_model, matrices, refuse, sites, slopes_and_shifts, vector
 
@@ -154,7 +154,7 @@ def _pairs(maps: SteeringMaps, file: GGUFFile, blocks: int, strength: float, dro
             f"the adapter lacks the shifts of {len(lost)} of {len(maps)} maps (root mean squares, of activations of "
             f"the size that the gain gives):\n{rows}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return pairs
 
@@ -177,7 +177,8 @@ def _parts(file: GGUFFile, pair: _Pair) -> tuple[NDArray[np.float32], NDArray[np
     at = 0
     for block in file.blocks(pair.weight):
         scaled = block[:, pair.chosen].astype(np.float64) * (pair.change * len(pair.chosen))
-        b[at : at + len(block)] = scaled
+        with np.errstate(over="ignore"):  # what is not finite is found below
+            b[at : at + len(block)] = scaled
         at += len(block)
     if not np.isfinite(b).all():
         raise ValueError(f"the adapter of {pair.weight!r} would not be finite in float32")

@@ -15,8 +15,8 @@ from ..._checks import as_flag
 from ..._version import __version__
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
-from .architectures import Architecture, Site
 from .container import GGUFFile, check_output, write_copy
+from .families import Architecture, Site
 from .sites import FOLDED, Refusal, check_maps, check_model, matrices, refuse, sites, slopes_and_shifts, vector
 
 

@@ -12,8 +12,8 @@ from ...maps.affine import AffineMap, at_strength
 from ...maps.gates import refuse_gates
 from ...maps.metadata import fitted_tokens, show_tokens
 from ...maps.steering import SteeringMaps
-from .architectures import Architecture, Site, find, site
 from .container import GGUFFile
+from .families import Architecture, Site, find, site
 
 FOLDED = "lineas.folded."
 """What the names of the entries of a folded file begin with."""
