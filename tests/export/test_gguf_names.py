@@ -1,6 +1,7 @@
 """Names of modules in transformers and of tensors in GGUF, both ways; the package gguf knows the first."""
 
 import doctest
+from pathlib import Path
 
 import gguf
 import gguf_cases
@@ -91,6 +92,11 @@ def test_names_that_are_not_known_are_errors():
         export.module_name("blk.3.nothing", "llama")
     with pytest.raises(ValueError, match=r"which module of transformers the tensor 'token_embd\.weight' of llama is"):
         export.module_name("token_embd.weight", "llama")
+
+
+def test_the_table_of_the_documentation_is_that_of_the_cases():
+    page = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    assert "\n".join(gguf_cases.table()) in page
 
 
 def test_the_families_are_those_of_llama_cpp():

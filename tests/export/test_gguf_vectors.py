@@ -41,6 +41,8 @@ def test_the_file_is_what_llama_cpp_and_repeng_write(tmp_path):
     ("name", "layers"),
     [
         ("model.layers.7", "model.layers.{}"),
+        ("layers.7", "layers.{}"),
+        ("model.decoder.layers.7", "model.decoder.layers.{}"),
         ("transformer.h.7", "transformer.h.{}"),
         ("gpt_neox.layers.7", "gpt_neox.layers.{}"),
         ("model.language_model.layers.7", "model.language_model.layers.{}"),
@@ -53,6 +55,16 @@ def test_a_vector_comes_back(name, layers, tmp_path):
     assert list(found) == [name] and found[name].dtype == np.float32
     assert np.array_equal(found[name].bias, maps[name].bias.astype(np.float32))
     assert (found[name].weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.7.mlp", "vision_tower.encoder.layers.7", "model.encoder.layers.7", "model.layers.7.input_layernorm"],
+)
+def test_other_modules_are_no_outputs_of_blocks(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: all of it .shifts.: it is no output of a block"):
+        control_vector(shifts(name), tmp_path / "vector.gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_shifts_at_the_same_place_are_added(tmp_path):

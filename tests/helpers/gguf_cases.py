@@ -1,7 +1,9 @@
 """Which maps go into which GGUF files, for the tests and for the table in docs/gguf.md."""
 
+import re
 from dataclasses import dataclass
 
+import gguf_files
 import numpy as np
 
 import lineas
@@ -63,6 +65,21 @@ CASES = (
     Case("phi", (IN, "model.final_layernorm"), (), ("model.layers.*.self_attn.dense", "model.layers.*.mlp.fc[12]")),
     Case("starcoder2", (IN, MIDDLE, "model.norm"), (), ("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.c_*")),
 )
+
+
+HEADER = ("architecture", "models of transformers", "slopes and shifts", "slopes alone", "shifts alone")
+
+
+def table() -> list[str]:
+    """The rows of docs/gguf.md: architectures, and the modules of their cases without what is the same in all names."""
+    lines = [f"| {' | '.join(HEADER)} |", "| --- | --- | --- | --- | --- |"]
+    for case in sorted(CASES, key=lambda case: gguf_files.ARCHITECTURES[case.kind]):
+        shown = [
+            ", ".join(f"`{re.sub(r'^.*?[*][.]', '', glob)}`" for glob in globs) or "-"
+            for globs in (case.whole, case.slopes, case.shifts)
+        ]
+        lines.append(f"| {gguf_files.ARCHITECTURES[case.kind]} | {case.kind} | {' | '.join(shown)} |")
+    return lines
 
 
 def width(model, name):

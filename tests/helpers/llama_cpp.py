@@ -52,10 +52,13 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp answers {answer}")
         return answer["choices"][0]
 
-    def log_probabilities(self, tokens, size):
-        """Those [size] of the next token after some, of a vocabulary of this size."""
+    def log_probabilities(self, tokens, size, count=None):
+        """Those [size] of the next token after some, of a vocabulary of this size.
+
+        With `count` only those of so many of the likeliest tokens, -inf of the others: numbers travel as text here.
+        """
         found = np.full(size, -np.inf)
-        (first,) = self._ask(tokens, n_predict=1, n_probs=size)["logprobs"]["content"]
+        (first,) = self._ask(tokens, n_predict=1, n_probs=count or size)["logprobs"]["content"]
         for one in first["top_logprobs"]:
             found[one["id"]] = one["logprob"]
         return found

@@ -23,8 +23,12 @@ from .container import GGUFFile, check_output, library, whole_or_nothing
 from .sites import check_maps, slopes_and_shifts
 
 _ARCHITECTURE = "controlvector"
-# Blocks of transformers, and norms whose output is all that a block adds at its end (Gemma 2, Gemma 3, OLMo 2).
-_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(\.post_feedforward_layernorm)?")
+# Blocks of language models in transformers, not those of their towers for images and sounds; and norms whose output is
+# what a block adds at its end (Gemma 2, Gemma 3, OLMo 2).
+_BLOCK = re.compile(
+    r"(?:(?:model\.)?(?:language_model\.)?(?:model\.)?layers|transformer\.(?:h|blocks)|gpt_neox\.layers|"
+    r"model\.decoder\.layers|backbone\.layers)\.(\d+)(\.post_feedforward_layernorm)?"
+)
 
 
 class _Part(NamedTuple):
