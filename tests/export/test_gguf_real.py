@@ -42,7 +42,7 @@ def random_maps(model, *norms, shift, sparse=False):
     rng = np.random.default_rng(0)
     maps, d = {}, model.config.hidden_size
     for name in (f"model.layers.{k}.{norm}" for k in range(model.config.num_hidden_layers) for norm in norms):
-        weight = 1 + rng.uniform(-0.3, 0.3, d) * (rng.random(d) < 0.1 if sparse else 1)
+        weight = 1 + rng.uniform(-0.3, 0.3, d) * (3 * (rng.random(d) < 0.2) if sparse else 1)
         maps[name] = lineas.AffineMap(weight, rng.normal(0, shift, d) if shift else np.zeros(d))
     return lineas.SteeringMaps(maps)
 
