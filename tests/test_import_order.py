@@ -17,9 +17,10 @@ ROOMS = (
     ("notebook",),
     ("__init__",),
     ("demo",),
+    ("cli_fold",),
     ("cli",),
 )
-NO_TORCH = ("maps", "arrays", "notebook", "cli")
+NO_TORCH = ("maps", "arrays", "notebook", "cli", "cli_fold")
 # Imports of lineas inside functions, and lazy methods: module, and what it asks for when it is called.
 LAZY = {
     "arrays.gaussian": ["hooks.affine"],
@@ -38,6 +39,7 @@ LAZY = {
         "evaluation.calibrate",
         "evaluation.diagnose",
         "export.fold",
+        "export.gguf.folding",
         "export.lora",
         "hooks.attach",
         "hooks.gating",

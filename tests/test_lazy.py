@@ -14,7 +14,7 @@ import lineas
 from lineas import AffineMap, SteeringMaps
 
 LAZY = [
-    *("attach", "calibrate", "diagnose", "fold", "from_pretrained", "from_vector"),
+    *("attach", "calibrate", "diagnose", "fold", "fold_gguf", "from_pretrained", "from_vector"),
     *("push_to_hub", "save", "save_pretrained", "to_peft_lora"),
 ]
 
