@@ -1,0 +1,5 @@
+"""A plugin of vLLM: maps by name, not folded, with a strength of its own for each request. docs/vllm.md shows its use.
+
+`requests` reads what a request asks for, `catalogue` the maps that an engine was started with; neither needs torch or
+vLLM. `steering` applies maps to the tokens of a batch. `plugin` is what vLLM calls, and the only file that touches vLLM.
+"""
