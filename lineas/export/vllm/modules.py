@@ -1,10 +1,9 @@
-"""Which module of a vLLM model is the one that maps were fitted for in transformers, and whether its output is the same."""
+"""Which module of a vLLM model is the one of transformers that maps were fitted for, and whether it gives the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -13,7 +12,6 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from ..._names import hint
 from ...hooks.modules import output_width
 from ...maps.affine import AffineMap
-from ...maps.steering import SteeringMaps
 from .steering import ModuleHook, Steering
 
 # What transformers calls separate modules, and vLLM computes at once.
@@ -32,12 +30,12 @@ def put_on(model: nn.Module, steering: Steering, hidden_size: int, tensor_parall
         for name, one in maps.items():
             by_module.setdefault(name, {})[label] = one
     found = {}
-    for name, maps in by_module.items():
-        module = _find(model, name, maps)
+    for name, here in by_module.items():
+        module = _find(model, name, here)
         if isinstance(module, PPMissingLayer):
             continue  # another process has it
-        stream = _check(name, module, maps, hidden_size, tensor_parallel)
-        found[name] = module, ModuleHook(steering, name, maps, stream)
+        stream = _check(name, module, here, hidden_size, tensor_parallel)
+        found[name] = module, ModuleHook(steering, name, here, stream)
     for name, (module, hook) in found.items():
         module.register_forward_hook(hook)
         steering.hooks[name] = hook
@@ -71,9 +69,7 @@ def _find(model: nn.Module, name: str, maps: Mapping[str, AffineMap]) -> nn.Modu
     raise ValueError(f"{_whose(maps)}: module {name!r}: {why}")
 
 
-def _check(
-    name: str, module: nn.Module, maps: Mapping[str, AffineMap], hidden_size: int, tensor_parallel: int
-) -> bool:
+def _check(name: str, module: nn.Module, maps: Mapping[str, AffineMap], hidden_size: int, tensor_parallel: int) -> bool:
     """Whether the module gives the residual stream in two terms; ValueError where it cannot take these maps."""
     kind, norm = type(module).__name__, "norm" in type(module).__name__.lower()
     whole = next(module.children(), None) is not None

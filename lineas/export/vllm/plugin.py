@@ -8,7 +8,7 @@ vLLM calls `register` in each of its processes. What is replaced there, and why:
 ``WorkerWrapperBase.init_device``             puts the next ones on the model runner of a worker, where there are maps
 ``load_model`` of the runner                  puts the hooks on the model
 ``execute_model`` of the runner               notes new and finished requests; ends the batch
-``_prepare_inputs``, ``prepare_inputs``       of the two runners that vLLM has: begins the batch, in the order of its rows
+``_prepare_inputs``, ``prepare_inputs``       of vLLM's two runners: begins the batch, in the order of its rows
 ============================================= ======================================================================
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from . import catalogue, requests
 from .catalogue import Catalogue
+from .steering import Steering
 
 SUPPORTED = (0, 32), (0, 33)
 """The first version of vLLM whose insides these are, and the first one that was not looked at: as in pyproject.toml."""
@@ -46,9 +47,7 @@ def register() -> None:
     """
     try:
         _check_version()
-        classes = {
-            target: _class_with(*target, methods) for target, methods in REPLACED.items()
-        }
+        classes = {target: _class_with(*target, methods) for target, methods in REPLACED.items()}
     except RuntimeError as error:
         if catalogue.paths(None):
             raise
@@ -174,8 +173,7 @@ def _replace_worker_wrapper(cls: Any) -> None:
 
 def _steer(runner: Any, maps: Catalogue, config: Any) -> None:
     """Let a model runner apply maps."""
-    from .modules import put_on
-    from .steering import Steering
+    from .modules import put_on  # imports models of vLLM
 
     prepare = "prepare_inputs" if hasattr(runner, "prepare_inputs") else "_prepare_inputs"
     kind = type(runner)

@@ -22,8 +22,8 @@ def read(extra_args: Mapping[str, Any] | None, known: Collection[str]) -> Streng
     Parameters
     ----------
     extra_args : Mapping[str, Any], optional
-        ``SamplingParams.extra_args``. Under "lineas", or as the JSON text of it: ``{"maps": "detox", "strength": 0.7}``,
-        a list of names in the order in which they act with one strength or a list of as many, or
+        ``SamplingParams.extra_args``. Under "lineas", also as JSON text: ``{"maps": "detox", "strength": 0.7}``, a list
+        of names in the order in which they act with one strength or a list of as many, or
         ``{"maps": {"detox": 0.7, "polite": 1.2}}``. Or, for requests that carry no nested values, "lineas_maps" and
         "lineas_strength". A strength that is not given is 1.
     known : Collection[str]

@@ -107,11 +107,13 @@ class ModuleHook:
         if isinstance(output, Tensor):
             return self._mapped(batch, output)
         if not isinstance(output, tuple) or not output or not isinstance(output[0], Tensor):
-            return self._refuse(f"it gives a {type(output).__name__}")
+            self._refuse(f"it gives a {type(output).__name__}")
+            return None
         if self.stream and len(output) == 2 and isinstance(output[1], Tensor) and output[1].shape == output[0].shape:
             return self._mapped_sum(batch, *output)
         if self.stream and len(output) > 1:
-            return self._refuse(f"it gives {len(output)} values, which are not known to be terms of a sum")
+            self._refuse(f"it gives {len(output)} values, which are not known to be terms of a sum")
+            return None
         # A norm that adds the residual gives (output, residual), a linear layer (output, bias): the first is the one.
         mapped = self._mapped(batch, output[0])
         return None if mapped is None else (mapped, *output[1:])
