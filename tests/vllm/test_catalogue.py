@@ -70,7 +70,7 @@ def test_what_cannot_be_applied_is_refused_with_its_name(saved, tmp_path):
     with pytest.raises(OSError, match="maps 'detox'"):
         Catalogue({"detox": str(tmp_path / "none.safetensors")})
     (tmp_path / "text.safetensors").write_text("no maps")
-    with pytest.raises(ValueError, match="maps 'detox': .* is not a sound safetensors file"):
+    with pytest.raises(ValueError, match=r"maps 'detox': .* is not a sound safetensors file"):
         Catalogue({"detox": str(tmp_path / "text.safetensors")})
 
 
