@@ -1,9 +1,11 @@
 """Small engines of vLLM with maps, and what transformers and the hooks of lineas give for the same requests."""
 
 import contextlib
+import importlib.util
 import os
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +20,10 @@ SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
+if importlib.util.find_spec("vllm"):  # before it is imported
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
 WIDTH = 64
 N_NEW = 8
 
@@ -73,7 +79,6 @@ def start(folder, files, **settings):
     from vllm import LLM
 
     (first, path), *others = files.items() if files else [(None, None)]
-    os.environ["LINEAS_VLLM_MAPS"] = ",".join(f"{name}={path}" for name, path in others)
     config = {"lineas": {"maps": {first: path}}} if files else {}
     defaults = {
         "dtype": "float32",
@@ -84,7 +89,9 @@ def start(folder, files, **settings):
         "num_gpu_blocks_override": 600,
         "max_num_seqs": 64,
     }
-    return LLM(str(folder), additional_config=config, **{**defaults, **settings})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINEAS_VLLM_MAPS", ",".join(f"{name}={path}" for name, path in others))
+        return LLM(str(folder), additional_config=config, **{**defaults, **settings})
 
 
 def mixed_requests(n=64, seed=1):

@@ -2,25 +2,20 @@
 
 import functools
 import logging
-import os
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("vllm", reason="make vllm has the environment for it")
 import vllm_engines
-
-for name, value in vllm_engines.SETTINGS.items():
-    os.environ.setdefault(name, value)
-
-from vllm.exceptions import VLLMValidationError
 from vllm_engines import generate, mixed_requests, start, tiny_llama, tiny_maps, with_hooks
 
 import lineas
 from lineas.export.vllm import plugin
 from lineas.export.vllm.requests import read
 from lineas.export.vllm.steering import Steering
+
+exceptions = pytest.importorskip("vllm.exceptions", reason="make vllm has an environment with vLLM")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +131,7 @@ def test_chunks_preemptions_and_no_prefix_cache_change_nothing(folder, files, mi
     ],
 )
 def test_a_bad_request_is_refused_and_the_engine_goes_on(engine, mixed, extra_args, message):
-    with pytest.raises(VLLMValidationError, match=message):
+    with pytest.raises(exceptions.VLLMValidationError, match=message):
         generate(engine, [mixed[0][0], ([3, 4, 5], extra_args)])
     for (request, expected), given in zip(
         mixed[:4], generate(engine, [request for request, _ in mixed[:4]]), strict=True
@@ -144,17 +139,14 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(engine, mixed, extra_ar
         check(given, expected)
 
 
-def test_a_request_that_came_by_another_way_is_left_unsteered(engine, model, maps, caplog):
-    class New:
-        req_id = "1"
-
-        class sampling_params:
-            extra_args = {"lineas": {"maps": "rude"}}
-
-    with caplog.at_level(logging.ERROR):
-        plugin._logger().addHandler(caplog.handler)
-        assert plugin._strengths(New, maps) == {}
-        plugin._logger().removeHandler(caplog.handler)
+def test_a_request_that_came_by_another_way_is_left_unsteered(maps, caplog):
+    params = SimpleNamespace(extra_args={"lineas": {"maps": "rude"}})
+    logger = plugin._logger()
+    logger.addHandler(caplog.handler)  # vLLM's loggers hand nothing on
+    try:
+        assert plugin._strengths(SimpleNamespace(req_id="1", sampling_params=params), maps) == {}
+    finally:
+        logger.removeHandler(caplog.handler)
     assert "request 1 is left unsteered: lineas: no maps are called 'rude'" in caplog.text
 
 
@@ -179,7 +171,7 @@ def test_without_maps_nothing_is_replaced_in_the_worker(folder, mixed):
     plain = start(folder, {})
     assert not isinstance(runner_of(plain).execute_model, functools.partial)
     check(generate(plain, [mixed[0][0]])[0], mixed[0][1])
-    with pytest.raises(VLLMValidationError, match="this engine was started without maps"):
+    with pytest.raises(exceptions.VLLMValidationError, match="this engine was started without maps"):
         generate(plain, [([3], {"lineas": {"maps": "norms"}})])
 
 
@@ -251,7 +243,5 @@ def test_other_versions_of_vllm_are_refused_where_there_are_maps(monkeypatch, ca
 def test_a_missing_part_of_vllm_is_named(monkeypatch):
     monkeypatch.setitem(plugin.REPLACED, ("vllm.v1.engine.input_processor", "InputProcessor"), ("process_outputs",))
     monkeypatch.setenv("LINEAS_VLLM_MAPS", "a=b")
-    with pytest.raises(
-        RuntimeError, match=r"finds no vllm\.v1\.engine\.input_processor\.InputProcessor\.process_outputs"
-    ):
+    with pytest.raises(RuntimeError, match=r"finds no vllm\.v1\..*\.InputProcessor\.process_outputs"):
         plugin.register()

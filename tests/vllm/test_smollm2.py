@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-
-pytest.importorskip("vllm", reason="make vllm has the environment for it")
 import vllm_engines
 
 import lineas
+
+pytest.importorskip("vllm", reason="make vllm has an environment with vLLM")
 
 SCRIPT = """
 import json, sys
