@@ -133,9 +133,8 @@ def test_chunks_preemptions_and_no_prefix_cache_change_nothing(folder, files, mi
 def test_a_bad_request_is_refused_and_the_engine_goes_on(engine, mixed, extra_args, message):
     with pytest.raises(exceptions.VLLMValidationError, match=message):
         generate(engine, [mixed[0][0], ([3, 4, 5], extra_args)])
-    for (request, expected), given in zip(
-        mixed[:4], generate(engine, [request for request, _ in mixed[:4]]), strict=True
-    ):
+    few = mixed[:4]
+    for given, (_, expected) in zip(generate(engine, [request for request, _ in few]), few, strict=True):
         check(given, expected)
 
 
