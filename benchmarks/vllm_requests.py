@@ -114,7 +114,7 @@ def main() -> None:
     lines = [
         f"{versions}, {os.cpu_count()} CPU cores, float32; {N_REQUESTS} requests in one batch, {args.n_new} new tokens",
         f"each; the median of {args.rounds} rounds and their range. Parity: how many requests have the tokens that",
-        "transformers with hooks has, and the largest difference of log-probabilities, up to the first token that differs.",
+        "transformers with hooks has, and the largest difference of log-probabilities, up to the first that differs.",
         "",
         "| requests | new tokens a second | range | same tokens | log-probabilities |",
         "| --- | ---: | ---: | ---: | ---: |",
