@@ -103,9 +103,12 @@ def test_chunks_preemptions_and_no_prefix_cache_change_nothing(folder, files, mi
     from vllm.v1.core.sched.scheduler import Scheduler
 
     preempted, original = [], Scheduler._preempt_request
-    monkeypatch.setattr(
-        Scheduler, "_preempt_request", lambda self, one, *args: (preempted.append(one), original(self, one, *args))[1]
-    )
+
+    def preempt(self, request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return original(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
     # Fewer tokens in a step than the longest prompts have, and fewer blocks than the requests need.
     small = start(
         folder,
