@@ -24,6 +24,7 @@ if importlib.util.find_spec("vllm"):  # before it is imported
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 
+_ALIVE = []
 WIDTH = 64
 N_NEW = 8
 
@@ -91,7 +92,9 @@ def start(folder, files, **settings):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEAS_VLLM_MAPS", ",".join(f"{name}={path}" for name, path in others))
-        return LLM(str(folder), additional_config=config, **{**defaults, **settings})
+        # An engine that is collected takes down the process groups that it shares with the others of a process.
+        _ALIVE.append(LLM(str(folder), additional_config=config, **{**defaults, **settings}))
+    return _ALIVE[-1]
 
 
 def mixed_requests(n=64, seed=1):

@@ -46,7 +46,8 @@ def _spellings(model: nn.Module, name: str) -> Iterator[str]:
     yield name
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is not None:
-        renamed = mapper.map_name(f"{name}.weight")
+        # Without what tells where in a fused weight the one of a module goes.
+        renamed = mapper.get_rename_mapper().map_name(f"{name}.weight")
         if renamed is not None:
             yield renamed.removesuffix(".weight")
 
