@@ -141,6 +141,16 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(engine, mixed, extra_ar
         check(given, expected)
 
 
+def test_a_strength_that_overflows_harms_no_other_request(engine, mixed):
+    few = mixed[:4]
+    for _ in range(2):  # the second time in blocks of the cache that the first one has used
+        given = generate(
+            engine, [([3, 4, 5] * 30, {"lineas": {"maps": "norms", "strength": 1e300}}), *[r for r, _ in few]]
+        )
+        for one, (_, expected) in zip(given[1:], few, strict=True):
+            check(one, expected)
+
+
 def test_a_request_that_came_by_another_way_is_left_unsteered(maps, caplog):
     params = SimpleNamespace(extra_args={"lineas": {"maps": "rude"}})
     logger = plugin._logger()
