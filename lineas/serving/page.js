@@ -8,6 +8,7 @@ const boxes = SIDES.map((side) => document.querySelector(`[data-side="${side}"]`
 let served = null; // what is loaded
 let histories = [[], []]; // the messages of each side's conversation
 let running = null; // the AbortController of what is being generated
+let runs = 0; // that have ended
 const sliders = new Map(); // by name: { range, exact }
 
 function add(parent, tag, attributes = {}, text = "") {
@@ -90,24 +91,24 @@ async function* answer(path, body, signal) {
 // One side's answer, into its box; returns its text.
 async function generate(side, prompt, settings, signal) {
   const box = boxes[side];
+  const history = histories[side]; // which a new conversation replaces
   const steering = side ? { lineas: { maps: [...sliders.keys()], strength: strengths() } } : {};
   const body = { model: served.model, ...settings, ...steering };
-  let path = "v1/completions";
-  if (isChat()) {
-    path = "v1/chat/completions";
+  const chat = isChat();
+  if (chat) {
     const system = byId("system").value;
-    body.messages = [...(system ? [{ role: "system", content: system }] : []), ...histories[side], { role: "user", content: prompt }];
+    body.messages = [...(system ? [{ role: "system", content: system }] : []), ...history, { role: "user", content: prompt }];
     add(box, "p", { class: "user" }, prompt);
   } else {
     body.prompt = prompt;
     box.replaceChildren();
   }
   const place = add(box, "p", { class: "made" });
-  if (!isChat()) add(place, "span", { class: "given" }, prompt);
+  if (!chat) add(place, "span", { class: "given" }, prompt);
   const made = add(place, "span");
   let text = "";
   try {
-    for await (const choice of answer(path, body, signal)) {
+    for await (const choice of answer(chat ? "v1/chat/completions" : "v1/completions", body, signal)) {
       text += choice.text ?? choice.delta.content ?? "";
       made.textContent = text;
       if (choice.finish_reason === "length") add(place, "span", { class: "note" }, " (cut here)");
@@ -116,7 +117,7 @@ async function generate(side, prompt, settings, signal) {
     add(place, "span", { class: "note" }, signal.aborted ? " (stopped)" : " (failed)");
     if (!signal.aborted) throw error;
   }
-  if (isChat()) histories[side].push({ role: "user", content: prompt }, { role: "assistant", content: text });
+  if (chat) history.push({ role: "user", content: prompt }, { role: "assistant", content: text });
 }
 
 async function send() {
@@ -142,8 +143,9 @@ async function send() {
   byId("status").textContent = failed ? "Failed" : control.signal.aborted ? "Stopped" : `Done, with seed ${settings.seed}`;
   byId("stop").disabled = true;
   byId("send").disabled = false;
-  document.body.dataset.state = "idle";
   running = null;
+  document.body.dataset.state = "idle";
+  document.body.dataset.runs = ++runs;
 }
 
 async function start() {
