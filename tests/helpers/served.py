@@ -5,9 +5,18 @@ import threading
 
 import models_zoo
 import numpy as np
+import pytest
 import torch
 
 import lineas
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+from fastapi.testclient import TestClient
+
+from lineas.serving.app import create_app
+
+__all__ = ["Reference", "TestClient", "all_maps", "create_app", "make_maps", "model", "running", "tokenizer"]
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"

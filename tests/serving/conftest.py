@@ -4,24 +4,18 @@ import json
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("transformers")
-
-from served import Reference, all_maps, model, running, tokenizer
-
-from lineas.serving.app import create_app
-
 
 @pytest.fixture(scope="session")
 def reference():
+    from served import Reference
+
     return Reference()
 
 
 @pytest.fixture(scope="module")
 def client():
     """A client of the application, in this process."""
-    from fastapi.testclient import TestClient
+    from served import TestClient, all_maps, create_app, model, tokenizer
 
     app = create_app(model(), tokenizer(), all_maps(), name="tiny")
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as made:
@@ -44,6 +38,8 @@ def ask(client):
 @pytest.fixture(scope="module")
 def server():
     """A real server of the tiny model, with a context that takes long to fill and no end of a text but a limit."""
+    from served import all_maps, create_app, model, running, tokenizer
+
     app = create_app(model(context=10**6, endless=True), tokenizer(), all_maps(), name="tiny")
     with running(app) as address:
         yield address, app.state.engine

@@ -5,10 +5,9 @@ import json
 import models_zoo
 import pytest
 import torch
-from fastapi.testclient import TestClient
-from served import Reference, all_maps, make_maps, model, tokenizer
+from served import Reference, TestClient, all_maps, create_app, make_maps, model, tokenizer
 
-from lineas.serving.app import create_app, name_of
+from lineas.serving.app import name_of
 
 PROMPT = "the dog is"
 CHAT = [{"role": "system", "content": "we are good"}, {"role": "user", "content": "the cat was"}]

@@ -8,11 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from served import Reference, all_maps, model, running, tokenizer
+from served import Reference, all_maps, create_app, model, running, tokenizer
 
 from lineas import cli
 from lineas.serving import command
-from lineas.serving.app import create_app
 
 PAGE = Path(__file__).parents[2].joinpath("docs", "serving.md").read_text(encoding="utf-8")
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -3,11 +3,9 @@
 import socket
 
 import pytest
-from fastapi.testclient import TestClient
-from served import all_maps, model, tokenizer
+from served import TestClient, all_maps, create_app, model, tokenizer
 
 from lineas.serving import guard
-from lineas.serving.app import create_app
 
 
 def status(client, **headers):

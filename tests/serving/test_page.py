@@ -9,13 +9,12 @@ from pathlib import Path
 import browser
 import models_zoo
 import pytest
-from served import Reference, all_maps, make_maps, model, running, tokenizer
+from served import Reference, all_maps, create_app, make_maps, model, running, tokenizer
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
 import lineas.serving
-from lineas.serving.app import create_app
 
 FILES = ("page.html", "page.css", "page.js")
 SOURCES = {name: Path(lineas.serving.__file__).with_name(name).read_text(encoding="utf-8") for name in FILES}

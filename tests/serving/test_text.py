@@ -3,11 +3,13 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+pytest.importorskip("fastapi")
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lineas.serving.text import CONTEXT, Codec, Text
-
-transformers = pytest.importorskip("transformers")
 
 
 def bytes_tokenizer():
