@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lineas._checks import as_int, as_not_negative, as_share
 from lineas.fitting import settings
 from lineas.hooks.settings import RunSettings
 from lineas.maps.metadata import CALIBRATED, as_strength
+from lineas.serving.command import add_serve_options, serve
 
 if TYPE_CHECKING:
     from .fitting.result import FitResult
@@ -256,6 +258,10 @@ def _parser() -> argparse.ArgumentParser:
         "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
     )
     fold.add_argument("-o", "--output", required=True, type=Path, metavar="PATH", help="folder or GGUF file to make")
+
+    server = command("serve", _serve, "serve a model with maps over HTTP, as OpenAI's API does")
+    _add_model(server)
+    add_serve_options(server, maps=_MAPS, strength=_strength)
 
     command("info", _info, "describe a file of maps").add_argument("maps", **_MAPS)
 
@@ -498,6 +504,14 @@ def _fold(args: argparse.Namespace) -> None:
         cli_fold.fold_gguf(args, _load_maps(args.maps))
     else:
         cli_fold.fold(args, _load_maps(args.maps), lambda: (_load(args, "AutoTokenizer"), _load_model(args)))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Serve completions and chats as OpenAI's API does, with maps at the strengths of each request, and a page to try
+    them. Ctrl-C ends it.
+    """
+    load_model, load_tokenizer = partial(_load_model, args), partial(_load, args, "AutoTokenizer")
+    serve(args, load_maps=_load_maps, load_tokenizer=load_tokenizer, load_model=load_model)
 
 
 def _info(args: argparse.Namespace) -> None:

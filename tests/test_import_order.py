@@ -14,6 +14,7 @@ ROOMS = (
     ("hooks",),
     ("fitting",),
     ("evaluation", "export"),
+    ("serving",),
     ("notebook",),
     ("__init__",),
     ("demo",),
@@ -48,6 +49,7 @@ LAZY = {
         "maps.vectors",
     ],
     "maps.vectors": ["hooks.modules"],
+    "serving.command": ["serving.app"],
 }
 
 
