@@ -31,6 +31,7 @@ LAZY = {
     "evaluation.llm_judge": ["inputs.call", "inputs.frozen", "inputs.tokenize"],
     "evaluation.report_figure": ["notebook.plot"],
     "evaluation.result": ["evaluation.report", "notebook.plot"],
+    "export.vllm.plugin": ["export.vllm.modules"],
     "fitting.result": ["evaluation.diagnose", "notebook.plot"],
     "maps.affine": ["hooks.affine"],
     "maps.files": ["maps.hub"],
