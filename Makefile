@@ -8,7 +8,7 @@
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
 #   make notebooks  the notebooks from start to end, as they are committed (make test shortens them)
-#   make browser    the explorer in JupyterLab, by the system's Chromium
+#   make browser    the explorer in JupyterLab, reports and the server's page, by the system's Chromium
 #   make vllm       the plugin of vLLM on real engines, in an environment of its own
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
@@ -113,7 +113,8 @@ browser: .venv-test/stamp
 		{ apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo 'NO CHROMIUM: the explorer is not tested in a browser'
 	.venv-test/bin/$(PIP) install --quiet --editable '.[test-browser]'
-	.venv-test/bin/python -m pytest -v -m slow tests/notebook/test_explore_browser.py tests/evaluation/test_report_pages.py
+	.venv-test/bin/python -m pytest -v -m slow tests/notebook/test_explore_browser.py \
+		tests/evaluation/test_report_pages.py tests/serving/test_page.py
 
 bench: .venv-test/stamp
 	.venv-test/bin/python benchmarks/run.py $(BENCH_ARGS)
