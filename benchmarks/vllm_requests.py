@@ -5,8 +5,8 @@
 
 It needs the environment of ``make vllm``. One process runs vLLM without the plugin, one with it; maps on the norms
 before all MLPs and on the last norm, prompts of 8 to 32 tokens, each decoded for the same number of tokens. The model
-is SmolLM2, or with --random a Llama of 8 layers of 256 neurons, whose passes are short beside what vLLM and the plugin do
-around them: its table is the harder one for the plugin.
+is SmolLM2, or with --random a Llama of 8 layers of 256 neurons, whose passes are short beside what vLLM and the plugin
+do around them: its table is the harder one for the plugin.
 """
 
 import argparse
