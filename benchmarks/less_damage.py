@@ -69,6 +69,7 @@ FITS: dict[str, dict[str, Any]] = {
 SHARED: dict[str, Any] = {"context": "mean", "open_on_target": 0.3}
 EACH: dict[str, Any] = {"context": "token", "ridge": 100}
 GATES = {GATED: (PLAIN, SHARED), BOTH: (PRESERVED, SHARED), LAST_GATED: (LAST, EACH)}
+SHOWN_GATES = (GATED, LAST_GATED)
 METHODS = (PLAIN, UNITS, PRESERVED, GATED, BOTH, LAST, LAST_GATED)
 
 
@@ -229,15 +230,15 @@ class Study:
         found["scores"] = toxicity(continuations(self.model, self.tokenizer, self.prompts, uniforms))
         return found
 
-    def gate(self, seed: int) -> GateFacts:
-        """What the gate makes of the unsteered model's tokens: of comments, other texts and toxic continuations."""
-        maps = self.maps(GATED, seed)
+    def gates(self, method: str, seed: int) -> GateFacts:
+        """What gates make of the unsteered model's tokens, of comments, other texts and prompts; means over modules."""
+        maps = self.maps(method, seed)
 
         def compute() -> dict[str, Any]:
             insults, clean = insults_sets(seed)["test"]
             prompts = [self.prompts[k] for k in np.flatnonzero(self.point(None, seed, 0.0).toxic.any(axis=0))]
             texts = {"insults": insults, "comments": clean, "prompts": prompts, **self.texts}
-            found: dict[str, Any] = {"auroc": next(iter(maps.gates.values())).auroc}
+            found: dict[str, Any] = {"auroc": np.array([np.mean(gate.auroc) for gate in maps.gates.values()])}
             with maps.attach(self.model, strength=0.0) as handle:
                 for name, group in texts.items():
                     values = [self._gate_of_tokens(handle, text) for text in group]
@@ -245,14 +246,14 @@ class Study:
                     found[f"lengths {name}"] = np.array([len(one) for one in values])
             return found
 
-        return GateFacts.of(self.kept(f"{self._key(GATED, seed)}-gate", compute))
+        return GateFacts.of(self.kept(f"{self._key(method, seed)}-gate", compute))
 
     @torch.inference_mode()
     def _gate_of_tokens(self, handle: Any, text: str) -> NDArray:
         ids = torch.tensor([self.tokenizer(text)["input_ids"]])
         with handle.recorded_gates() as found:
             self.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-        return next(iter(found.values()))[0].double().numpy()
+        return np.mean([value[0].double().numpy() for value in found.values()], axis=0)
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Find everything that is not kept yet."""
@@ -261,8 +262,8 @@ class Study:
             for method in methods:
                 for rise in RISES:
                     self.point(method, seed, rise)
-            if GATED in methods:
-                self.gate(seed)
+                if method in SHOWN_GATES:
+                    self.gates(method, seed)
 
 
 def _slug(method: str) -> str:
@@ -290,8 +291,13 @@ def main() -> None:
     }
     lines = [f"{cpu_name()}, torch on {given.threads} threads; seeds {', '.join(map(str, given.seeds))}.", ""]
     lines += tables(found)
-    if GATED in given.methods:
-        lines += ["", *gate_table({s.given.label: [s.gate(seed) for seed in given.seeds] for s in studies.values()})]
+    gates = {
+        f"{study.given.label}, {method}": [study.gates(method, seed) for seed in given.seeds]
+        for study in studies.values()
+        for method in given.methods
+        if method in SHOWN_GATES
+    }
+    lines += ["", *gate_table(gates)]
     print("\n".join(lines))
     if given.write:
         write_between(PAGE, MARKS, lines)
