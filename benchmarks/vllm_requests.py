@@ -25,7 +25,7 @@ from _study import ROOT, write_between
 
 sys.path.insert(0, str(Path(ROOT) / "tests" / "helpers"))
 
-MARKS = "<!-- measured: python benchmarks/vllm_requests.py --write -->", "<!-- end -->"
+MARKS = "<!-- measured: python benchmarks/vllm_requests.py --random --rounds 5 --write -->", "<!-- end -->"
 N_REQUESTS = 64
 NAMES = ("a", "b", "c")
 
