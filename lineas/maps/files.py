@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from os import PathLike
 from types import MappingProxyType
@@ -114,14 +114,23 @@ def _checksum(tensors: Mapping[str, Any], header: Mapping[str, str]) -> str:
 
 def write_atomically(path: str, data: bytes) -> None:
     """Write a file so that at any moment `path` is the old file or the whole new one, and nothing else stays."""
+    with whole_or_nothing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_or_nothing(path: str) -> Iterator[str]:
+    """The name of a new file beside `path`, which takes its place when the block ends, and is removed if it fails.
+
+    At any moment `path` is the old file or the whole new one. The block makes the file, by open and not by tempfile: it
+    gets the permissions any new file gets.
+    """
     path = os.path.realpath(path)  # replace what a link points to, not the link
     folder, name = os.path.split(path)
-    # Made by open, not by tempfile: the file gets the permissions any new file gets.
     temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

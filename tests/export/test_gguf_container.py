@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from lineas.export.gguf.container import GGUFFile, check_output, whole_or_nothing, write_copy
+from lineas.export.gguf.container import GGUFFile, check_output, write_copy
+from lineas.maps.files import whole_or_nothing
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
 

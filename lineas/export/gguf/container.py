@@ -8,9 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, wit
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -20,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from ...maps.files import whole_or_nothing
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -278,23 +278,6 @@ def check_output(output: str | PathLike[str], *inputs: str | PathLike[str]) -> s
     return path
 
 
-@contextlib.contextmanager
-def whole_or_nothing(path: str) -> Iterator[str]:
-    """The name of a new file beside `path`, which takes its place when the block ends, and is removed if it fails."""
-    path = os.path.realpath(path)  # replace what a link points to, not the link
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 def write_copy(
     source: GGUFFile,
     path: str,
@@ -333,7 +316,6 @@ def write_copy(
                 file.write(piece)
             file.write(bytes(source._padded(tensor.bytes) - tensor.bytes))
             bar.update(source._padded(tensor.bytes))
-        file.flush()
 
 
 def _spelled(text: str) -> bytes:

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..._checks import as_flag
+from ...maps.files import whole_or_nothing
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
 from ...maps.vectors import from_vector
-from .container import GGUFFile, check_output, library, whole_or_nothing
+from .container import GGUFFile, check_output, library
 from .sites import check_maps, slopes_and_shifts
 
 _ARCHITECTURE = "controlvector"
