@@ -51,8 +51,8 @@ class ObjectiveSettings(RunSettings):
     Parameters
     ----------
     loss_layers : str, list[str] or re.Pattern, optional
-        Modules at which the distance is taken. Default: those of `layers`. The last norm, such as "model.norm", lets only
-        those differences count that reach the output (docs/less-damage.md).
+        Modules at which the distance is taken. Default: those of `layers`. The last norm, such as "model.norm", lets
+        only those differences count that reach the output (docs/less-damage.md).
     held_out : (source, target), optional
         Two more sets, by whose loss the best maps are chosen.
     scaling : {"standardized", "layer-mean", "paper", "reference"}, default "standardized"

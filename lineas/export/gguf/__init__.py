@@ -4,9 +4,10 @@
 them, `sites` finds the tensors that a map is about; `folding`, `vectors` and `adapter` are what users call.
 """
 
+from ...maps.digest import digest
 from .adapter import lora
 from .families import architectures, module_name, tensor_name
-from .folding import digest, fold
+from .folding import fold
 from .vectors import control_vector, read_control_vector
 
 __all__ = [

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from ..._checks import as_flag
 from ..._version import __version__
+from ...maps.digest import digest
 from ...maps.files import whole_or_nothing
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
 from .container import GGUFFile, check_output
 from .families import Site
-from .folding import digest
 from .sites import Refusal, check_maps, check_model, matrices, refuse, sites, slopes_and_shifts, vector
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from os import PathLike
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..._checks import as_flag
 from ..._version import __version__
+from ...maps.digest import digest
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
 from .container import GGUFFile, check_output, write_copy
@@ -86,20 +86,6 @@ def fold(
         }
         write_copy(file, path, values, entries, progress=progress)
     return Path(path)
-
-
-def digest(maps: SteeringMaps) -> str:
-    """SHA-256 of modules, slopes and shifts, in hexadecimal.
-
-    It is the same for equal maps, whatever their dtypes and metadata. A folded file has it as ``lineas.folded.maps``,
-    which tells the maps that are in it.
-    """
-    found = hashlib.sha256()
-    for name, affine in maps.items():
-        found.update(f"{len(name.encode())} {affine.d} ".encode() + name.encode())
-        for part in (affine.weight, affine.bias):
-            found.update((part.astype("<f8") + 0.0).tobytes())  # -0.0 equals 0.0
-    return found.hexdigest()
 
 
 def _values(

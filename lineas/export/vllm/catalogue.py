@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
+from ...maps.digest import digest
 from ...maps.files import load
 from ...maps.metadata import fitted_tokens, show_tokens
 from ...maps.steering import SteeringMaps
@@ -73,7 +72,7 @@ class Catalogue(Mapping[str, SteeringMaps]):
             except (OSError, TypeError, ValueError) as error:
                 # Not the error's own type: some of the operating system's take a number and a text.
                 raise (OSError if isinstance(error, OSError) else ValueError)(f"maps {name!r}: {error}") from error
-        self._digests = {name: _digest(maps) for name, maps in self._maps.items()}
+        self._digests = {name: digest(maps) for name, maps in self._maps.items()}
 
     def __getitem__(self, name: str) -> SteeringMaps:
         return self._maps[name]
@@ -107,13 +106,3 @@ def _checked(value: Any) -> SteeringMaps:
             "lineas.SteeringMaps(dict(maps)), which forgets what they were fitted for"
         )
     return maps
-
-
-def _digest(maps: SteeringMaps) -> str:
-    """A digest of the numbers of maps, whatever file they come from."""
-    found = hashlib.sha256()
-    for module, one in maps.items():
-        found.update(json.dumps([module, one.d]).encode())
-        for array in (one.weight, one.bias):
-            found.update(np.ascontiguousarray(array, np.float64).data)
-    return found.hexdigest()
