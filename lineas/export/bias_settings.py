@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .readers import Refusal, is_from
+from .readers import is_from
+from .refusal import Refusal
 
 # Settings of transformers' configurations that give Linears a bias.
 _FLAGS = ("attention_bias", "mlp_bias")

@@ -25,7 +25,6 @@ from .fold_module import fold_into_module
 from .parameter_changes import WIDE, Key, ParameterChanges, write_parameters
 from .readers import (
     Readers,
-    Refusal,
     check_arguments,
     count_uses,
     dense_weight,
@@ -33,6 +32,7 @@ from .readers import (
     is_conv1d,
     shift_through,
 )
+from .refusal import IN_MODEL, Refusal, refuse
 
 # Largest difference between hooks and folded weights that passes for rounding, root mean square over that of the
 # output. Also in float64 models some norms compute in float32.
@@ -131,16 +131,6 @@ def fold(
     return target
 
 
-def refuse(refused: Mapping[str, str], total: int, what: str) -> None:
-    """Raise one ValueError that names every module of `refused` and why; nothing where there is none."""
-    if refused:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-        raise ValueError(
-            f"{len(refused)} of {total} maps cannot be {what}, and nothing was changed; maps.attach(model) applies all "
-            f"of them, and maps.select([...]) picks others:\n{reasons}"
-        )
-
-
 def _plan(
     maps: SteeringMaps, model: nn.Module, strength: float, readers: Readers, convert: bool
 ) -> tuple[dict[Key, Tensor], list[Setting]]:
@@ -166,7 +156,7 @@ def _plan(
             for linear in lost:
                 for name in changes.added_biases[linear]:
                     refused.setdefault(name, f"its shift is not 0, {linear!r} {reason}")
-    refuse({name: refused[name] for name in maps if name in refused}, len(maps), "folded")
+    refuse({name: refused[name] for name in maps if name in refused}, len(maps), "folded", IN_MODEL)
     try:
         values = changes.rounded()
     except Refusal as error:

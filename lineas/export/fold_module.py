@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .parameter_changes import ParameterChanges
-from .readers import Refusal, is_conv1d, is_from
+from .readers import is_conv1d, is_from
+from .refusal import Refusal
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

@@ -20,11 +20,9 @@ from ..maps.files import write_atomically
 from ..maps.gates import refuse_gates
 from ..maps.metadata import as_strength
 from ..maps.steering import SteeringMaps
-from .fold import refuse
 from .parameter_changes import WIDE
 from .readers import (
     Readers,
-    Refusal,
     check_arguments,
     count_uses,
     dense_weight,
@@ -32,6 +30,7 @@ from .readers import (
     is_conv1d,
     shift_through,
 )
+from .refusal import IN_MODEL, Refusal, refuse
 
 _Pair = tuple[Tensor, Tensor, Tensor]  # A's neurons [r], B [out, r], bias of B [out]
 
@@ -173,7 +172,7 @@ def _pairs(maps: SteeringMaps, model: nn.Module, readers: Readers) -> dict[str, 
                 pairs[reader] = chosen, columns, shift_through(dense, bias)
         except Refusal as error:
             refused[name] = str(error.args[0])
-    refuse(refused, len(maps), "written as LoRA")
+    refuse(refused, len(maps), "written as LoRA", IN_MODEL)
     return pairs
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.affine import moved
-from .readers import Refusal, parameter
+from .readers import parameter
+from .refusal import Refusal
 
 Key = tuple[str, str]  # module, parameter
 

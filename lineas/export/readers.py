@@ -18,6 +18,7 @@ from ..hooks.attach import attached, warn_of_another_model
 from ..hooks.modules import check_model, find, get_module, output_width
 from ..inputs.call import unwrap
 from ..maps.steering import SteeringMaps
+from .refusal import Refusal
 
 Readers: TypeAlias = Mapping[str, Sequence[str]]
 
@@ -53,10 +54,6 @@ DECODER_LAYERS: dict[str, _Layer] = {
     "Qwen3MoeDecoderLayer": _MIXTURE,
     "SmolLM3DecoderLayer": _LLAMA,
 }
-
-
-class Refusal(ValueError):
-    """Why one module cannot be folded or written as an adapter."""
 
 
 def check_arguments(

@@ -21,9 +21,10 @@ from ...maps.digest import digest
 from ...maps.files import whole_or_nothing
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
+from ..refusal import IN_FILE, Refusal, refuse
 from .container import GGUFFile, check_output
 from .families import Site
-from .sites import Refusal, check_maps, check_model, matrices, refuse, sites, slopes_and_shifts, vector
+from .sites import check_maps, check_model, matrices, sites, slopes_and_shifts, vector
 
 
 class _Pair(NamedTuple):
@@ -148,7 +149,7 @@ def _pairs(maps: SteeringMaps, file: GGUFFile, blocks: int, strength: float, dro
                 pairs += [_Pair(matrix, chosen, weight[chosen] - 1) for _, matrix in readers]
         except Refusal as error:
             refused[name] = str(error)
-    refuse(refused, len(maps), "written as an adapter")
+    refuse(refused, len(maps), "written as an adapter", IN_FILE)
     if lost:
         rows = "\n".join(f"  {name}: {share:.1%} of the change" for name, share in lost.items())
         warnings.warn(

@@ -15,9 +15,10 @@ from ..._version import __version__
 from ...maps.digest import digest
 from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
+from ..refusal import IN_FILE, Refusal, refuse
 from .container import GGUFFile, check_output, write_copy
 from .families import Architecture, Site
-from .sites import FOLDED, Refusal, check_maps, check_model, matrices, refuse, sites, slopes_and_shifts, vector
+from .sites import FOLDED, check_maps, check_model, matrices, sites, slopes_and_shifts, vector
 
 
 def fold(
@@ -118,13 +119,13 @@ def _values(
                     wanted[reader].append(name)
         except Refusal as error:
             refused[name] = str(error)
-    refuse(refused, len(maps), "folded")
+    refuse(refused, len(maps), "folded", IN_FILE)
     for matrix in dict.fromkeys([*inputs, *outputs]):
         try:
             values[f"{matrix}.bias"] = _bias(file, matrix, inputs[matrix], outputs.get(matrix))
         except ValueError as error:
             refused |= dict.fromkeys(wanted[matrix], str(error))
-    refuse(refused, len(maps), "folded")
+    refuse(refused, len(maps), "folded", IN_FILE)
     return {name: _rounded(name, x) for name, x in values.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,13 @@ from ...maps.affine import AffineMap, at_strength
 from ...maps.gates import refuse_gates
 from ...maps.metadata import fitted_tokens, show_tokens
 from ...maps.steering import SteeringMaps
+from ..refusal import Refusal
 from .container import GGUFFile
 from .families import Architecture, Site, find, site
 
 FOLDED = "lineas.folded."
 """What the names of the entries of a folded file begin with."""
 _FLOATS = ("F32", "F16", "BF16")
-
-
-class Refusal(ValueError):
-    """Why one map cannot go into a file."""
 
 
 def check_maps(maps: Any, use: str) -> SteeringMaps:
@@ -151,13 +148,3 @@ def matrices(file: GGUFFile, found: Site, width: int) -> list[tuple[str, str]]:
             raise Refusal(f"the output of {weight!r} is multiplied by {reader + '.scale'!r}")
         names.append((reader, weight))
     return names
-
-
-def refuse(refused: Mapping[str, str], total: int, what: str) -> None:
-    """Raise one ValueError that names every module of `refused` and why; nothing where there is none."""
-    if refused:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-        raise ValueError(
-            f"{len(refused)} of {total} maps cannot be {what}, and nothing was written; maps.select([...]) picks "
-            f"others:\n{reasons}"
-        )
