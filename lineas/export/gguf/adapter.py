@@ -24,7 +24,7 @@ from ...maps.steering import SteeringMaps
 from ..refusal import IN_FILE, Refusal, refuse
 from .container import GGUFFile, check_output
 from .families import Site
-from .sites import check_maps, check_model, matrices, sites, slopes_and_shifts, vector
+from .sites import check_maps, check_model, float32, matrices, sites, slopes_and_shifts, vector
 
 
 class _Pair(NamedTuple):
@@ -179,9 +179,6 @@ def _parts(file: GGUFFile, pair: _Pair) -> tuple[NDArray[np.float32], NDArray[np
     at = 0
     for block in file.blocks(pair.weight):
         scaled = block[:, pair.chosen].astype(np.float64) * (pair.change * len(pair.chosen))
-        with np.errstate(over="ignore"):  # what is not finite is found below
-            b[at : at + len(block)] = scaled
+        b[at : at + len(block)] = float32(scaled, f"the adapter of {pair.weight!r} would not be finite in float32")
         at += len(block)
-    if not np.isfinite(b).all():
-        raise ValueError(f"the adapter of {pair.weight!r} would not be finite in float32")
     return a, b

@@ -18,7 +18,7 @@ from ...maps.steering import SteeringMaps
 from ..refusal import IN_FILE, Refusal, refuse
 from .container import GGUFFile, check_output, write_copy
 from .families import Architecture, Site
-from .sites import FOLDED, check_maps, check_model, matrices, sites, slopes_and_shifts, vector
+from .sites import FOLDED, check_maps, check_model, float32, matrices, sites, slopes_and_shifts, vector
 
 
 def fold(
@@ -126,7 +126,10 @@ def _values(
         except ValueError as error:
             refused |= dict.fromkeys(wanted[matrix], str(error))
     refuse(refused, len(maps), "folded", IN_FILE)
-    return {name: _rounded(name, x) for name, x in values.items()}
+    return {
+        name: float32(x, f"{name!r} would not be finite in float32, and nothing was written")
+        for name, x in values.items()
+    }
 
 
 def _scale(
@@ -203,11 +206,3 @@ def _bias(
     for weight, shift in inputs:
         bias += np.concatenate([block.astype(np.float64) @ shift for block in file.blocks(weight)])
     return bias if own is None else bias + own
-
-
-def _rounded(name: str, x: NDArray[np.float64]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        rounded = x.astype(np.float32)
-    if not np.isfinite(rounded).all():
-        raise ValueError(f"{name!r} would not be finite in float32, and nothing was written")
-    return rounded

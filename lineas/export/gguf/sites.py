@@ -118,6 +118,15 @@ def vector(file: GGUFFile, name: str, length: int) -> NDArray[np.float64]:
     return found
 
 
+def float32(x: NDArray[np.float64], problem: str) -> NDArray[np.float32]:
+    """`x` rounded; a ValueError that says `problem` where it is not finite then."""
+    with np.errstate(over="ignore"):
+        rounded = x.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise ValueError(problem)
+    return rounded
+
+
 def matrices(file: GGUFFile, found: Site, width: int) -> list[tuple[str, str]]:
     """The matrices [rows, width] that alone read the output of a norm: names without ".weight", and of the weights.
 

@@ -21,7 +21,7 @@ from ...maps.metadata import as_strength
 from ...maps.steering import SteeringMaps
 from ...maps.vectors import from_vector
 from .container import GGUFFile, check_output, library
-from .sites import check_maps, slopes_and_shifts
+from .sites import check_maps, float32, slopes_and_shifts
 
 _ARCHITECTURE = "controlvector"
 # Blocks of language models in transformers, not those of their towers for images and sounds; and norms whose output is
@@ -117,7 +117,8 @@ def control_vector(
             writer.add_string(f"{_ARCHITECTURE}.model_hint", hint)
             writer.add_int32(f"{_ARCHITECTURE}.layer_count", len(directions))
             for block, shift in sorted(directions.items()):
-                writer.add_tensor(f"direction.{block}", _float32(shift, block))
+                problem = f"the shift after block {block} would not be finite in float32"
+                writer.add_tensor(f"direction.{block}", float32(shift, problem))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -164,14 +165,6 @@ def _report(parts: dict[str, _Part], total: int, drop: bool) -> None:
         UserWarning,
         stacklevel=3,
     )
-
-
-def _float32(shift: NDArray[np.float64], block: int) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        rounded = shift.astype(np.float32)
-    if not np.isfinite(rounded).all():
-        raise ValueError(f"the shift after block {block} would not be finite in float32")
-    return rounded
 
 
 def read_control_vector(path: str | PathLike[str], layers: str = "model.layers.{}") -> SteeringMaps:
