@@ -250,14 +250,7 @@ def _parser() -> argparse.ArgumentParser:
 
     fold = command("fold", _fold, "write a model with maps in its weights")
     _add_model(fold, "folder or hub id of a transformers model, or a GGUF file of llama.cpp")
-    fold.add_argument("--maps", required=True, **_MAPS)
-    fold.add_argument(
-        "--strength", type=_strength, default=1.0, metavar="X", help="a number or calibrated (default: 1)"
-    )
-    fold.add_argument(
-        "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
-    )
-    fold.add_argument("-o", "--output", required=True, type=Path, metavar="PATH", help="folder or GGUF file to make")
+    cli_fold.add_fold_options(fold, maps=_MAPS, strength=_strength)
 
     server = command("serve", _serve, "serve a model with maps over HTTP, as OpenAI's API does")
     _add_model(server)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .maps.metadata import as_strength
 from .maps.steering import SteeringMaps
+
+
+def add_fold_options(command: argparse.ArgumentParser, *, maps: Mapping[str, Any], strength: Any) -> None:
+    """Put the options on the parser; `maps` describes one argument of maps, `strength` reads one."""
+    command.add_argument("--maps", required=True, **maps)
+    command.add_argument(
+        "--strength", type=strength, default=1.0, metavar="X", help="a number or calibrated (default: 1)"
+    )
+    command.add_argument(
+        "--convert", action="store_true", help="make a Mistral or Qwen2 a Llama, which has all the biases"
+    )
+    command.add_argument("-o", "--output", required=True, type=Path, metavar="PATH", help="folder or GGUF file to make")
 
 
 def is_gguf(model: str) -> bool:
