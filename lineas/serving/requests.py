@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -170,9 +171,9 @@ class Request(BaseModel):
             raise refuse("stream_options", "stream_options needs stream=true")
 
     @property
+    @abstractmethod
     def likeliest(self) -> int | None:
         """Likeliest tokens to report with each token, None for no report."""
-        raise NotImplementedError
 
     @property
     def length(self) -> tuple[int | None, str]:
