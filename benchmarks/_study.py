@@ -37,6 +37,11 @@ class Kept:
             return dict(found)
 
 
+def data_lines(name: str) -> list[str]:
+    """The lines of a file of ``benchmarks/data``."""
+    return (ROOT / "benchmarks" / "data" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
 def set_up(threads: int, bf16: bool) -> None:
     """Threads of torch and of the engine, and whether products of matrices round their factors to bfloat16."""
     torch.set_num_threads(threads)

@@ -33,7 +33,7 @@ import torch
 from _diagnostics_results import Row, Rows
 from _machine import cpu_name
 from _sampling import continuations
-from _study import ROOT, Kept, digest, set_up, write_between
+from _study import ROOT, Kept, data_lines, digest, set_up, write_between
 from _toxicity import insults_sets, toxic_prompts, toxicity
 from numpy.typing import NDArray
 
@@ -102,7 +102,7 @@ class Study:
         self.reading = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
         self.neutral = sentences("neutral_text.txt")[:NEUTRAL]
         # The price is taken on other texts than those that are diagnosed with.
-        aside = (ROOT / "benchmarks" / "data" / "not_food.txt").read_text("utf-8").splitlines()[:NEUTRAL]
+        aside = data_lines("not_food")[:NEUTRAL]
         self.aside = self.tokenizer(aside, return_tensors="pt", padding=True, padding_side="right")
         self.plain = {
             concept: self.kept(f"outcome-{concept}-none", lambda concept=concept: self._scored(concept))["scores"]

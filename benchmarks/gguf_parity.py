@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _machine import cpu_name
-from _study import ROOT, Kept, set_up, write_between
+from _study import ROOT, Kept, data_lines, set_up, write_between
 from numpy.typing import NDArray
 
 import lineas
@@ -77,9 +77,7 @@ ROWS = [(QUANTIZED, PLAIN), (QUANTIZED, FOLDED), (QUANTIZED, ADAPTER), (FLOAT32,
 
 def prompts() -> list[str]:
     """The first half of each sentence, so that there is something to go on with."""
-    found = []
-    for name in ("stories", "questions"):
-        found += (ROOT / "benchmarks" / "data" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    found = [*data_lines("stories"), *data_lines("questions")]
     return [" ".join(text.split()[: len(text.split()) // 2]) for text in found[:PROMPTS]]
 
 

@@ -29,15 +29,13 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from _less_damage_results import GateFacts, Point, draw, gate_table, tables
 from _machine import cpu_name
 from _sampling import continuations, text_losses
-from _study import ROOT, Kept, digest, set_up, write_between
+from _study import ROOT, Kept, data_lines, digest, set_up, write_between
 from _toxicity import clean_texts, insults_sets, toxic_prompts, toxicity
 from _toxicity_results import strength_at
 from numpy.typing import NDArray
@@ -46,6 +44,7 @@ import lineas
 from lineas import SteeringMaps
 from lineas.demo import model as demo_model
 from lineas.demo import sentences
+from lineas.notebook.tokens import gate_of_tokens
 
 MARKS = "<!-- measured: python benchmarks/less_damage.py --write -->", "<!-- end -->"
 PAGE, PICTURE = ROOT / "docs" / "less-damage.md", ROOT / "docs" / "less-damage.png"
@@ -116,9 +115,7 @@ def _functions(*modules: Any) -> list[str]:
 def neutral_texts() -> dict[str, list[str]]:
     """Texts of three kinds that have nothing to do with insults: functions of Python's library, questions, stories."""
     functions = _functions(heapq, json, statistics, textwrap)
-    data = Path(__file__).parent / "data"
-    lines = {name: (data / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in ("questions", "stories")}
-    return {"code": functions[:32], **lines}
+    return {"code": functions[:32], **{name: data_lines(name) for name in ("questions", "stories")}}
 
 
 def control_texts() -> list[str]:
@@ -241,19 +238,12 @@ class Study:
             found: dict[str, Any] = {"auroc": np.array([np.mean(gate.auroc) for gate in maps.gates.values()])}
             with maps.attach(self.model, strength=0.0) as handle:
                 for name, group in texts.items():
-                    values = [self._gate_of_tokens(handle, text) for text in group]
+                    values = [gate_of_tokens(handle, self.model, text, self.tokenizer)[1] for text in group]
                     found[f"values {name}"] = np.concatenate(values)
                     found[f"lengths {name}"] = np.array([len(one) for one in values])
             return found
 
         return GateFacts.of(self.kept(f"{self._key(method, seed)}-gate", compute))
-
-    @torch.inference_mode()
-    def _gate_of_tokens(self, handle: Any, text: str) -> NDArray:
-        ids = torch.tensor([self.tokenizer(text)["input_ids"]])
-        with handle.recorded_gates() as found:
-            self.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-        return np.mean([value[0].double().numpy() for value in found.values()], axis=0)
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Find everything that is not kept yet."""
@@ -297,7 +287,8 @@ def main() -> None:
         for method in given.methods
         if method in SHOWN_GATES
     }
-    lines += ["", *gate_table(gates)]
+    if gates:
+        lines += ["", *gate_table(gates)]
     print("\n".join(lines))
     if given.write:
         write_between(PAGE, MARKS, lines)

@@ -29,7 +29,7 @@ import torch
 from _machine import cpu_name
 from _packages import member
 from _sampling import bootstrap_interval, continuations, text_losses
-from _study import ROOT, Kept, digest, set_up, write_between
+from _study import ROOT, Kept, data_lines, digest, set_up, write_between
 from _toxicity_results import strength_at
 from numpy.typing import NDArray
 from sparse_path_smollm2 import MORE_PROMPTS
@@ -145,8 +145,7 @@ class Study:
         self.neutral, self.calibration = neutral[:32], neutral[32:64]
         if select:
             self.neutral = self.calibration
-        data = ROOT / "benchmarks" / "data"
-        food, other = ((data / f"{name}.txt").read_text("utf-8").splitlines() for name in ("food", "not_food"))
+        food, other = data_lines("food"), data_lines("not_food")
         self.concepts = {"A": (sentences("negative.txt"), sentences("positive.txt")), "B": (other, food)}
 
     def sets(self, seed: int) -> dict[str, tuple[Any, Any]]:
