@@ -3,6 +3,7 @@
 import struct
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 
@@ -33,10 +34,7 @@ def path(tmp_path):
         writer.add_tensor(f"t.{name}", gguf.quants.quantize(x, type), raw_dtype=type)
     writer.add_tensor("t.vector", rng.normal(size=5).astype(np.float32))
     writer.add_tensor("t.cube", rng.normal(size=(2, 3, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer)
     return path
 
 
@@ -100,10 +98,7 @@ def realigned(path, target, alignment):
     writer.add_custom_alignment(alignment)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer)
     return target
 
 

@@ -153,10 +153,7 @@ def test_norms_in_other_floating_types_become_float32(tmp_path):
     half = np.linspace(0.5, 1.5, 32).astype(np.float16)
     writer.add_tensor("blk.0.ffn_norm.weight", half)
     writer.add_tensor("other", np.ones(7, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer)
     found = gguf.GGUFReader(one_map(bias=0.0).fold_gguf(path, tmp_path / "steered.gguf")).tensors
     assert found[0].tensor_type == gguf.GGMLQuantizationType.F32
     assert np.array_equal(found[0].data, (half.astype(np.float64) * 1.5).astype(np.float32))
@@ -244,10 +241,7 @@ def test_other_architectures_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "mamba")
     writer.add_tensor("x", np.ones(3, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer)
     message = refusal(one_map(), path)
     assert "the architecture 'mamba' is not known: maps can go into files of gemma, gemma2, " in message
 
@@ -258,10 +252,7 @@ def test_headers_without_what_a_model_has_are_refused(tmp_path):
         writer = gguf.GGUFWriter(path, "llama")
         change(writer)
         writer.add_tensor("blk.0.ffn_norm.weight", np.ones(32, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        gguf_files.finish(writer)
         return path
 
     assert "llama.block_count must be a whole number, got None" in refusal(one_map(), written("a.gguf", lambda w: None))

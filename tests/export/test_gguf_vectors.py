@@ -3,6 +3,7 @@
 import warnings
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 
@@ -171,10 +172,7 @@ def written(path, tensors, architecture="controlvector"):
     writer = gguf.GGUFWriter(path, architecture)
     for name, x in tensors.items():
         writer.add_tensor(name, x)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer)
     return path
 
 

@@ -80,11 +80,16 @@ def convert(made, path, *, quantize=(), metadata=None):
             writer.add_tensor(name, gguf.quants.quantize(x, chosen), raw_dtype=chosen)
         else:
             writer.add_tensor(name, x)
+    finish(writer)
+    return path
+
+
+def finish(writer):
+    """Write what was put into a writer, and close its file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def tensors(made):
