@@ -1,7 +1,8 @@
 """What few and many prompts do to maps of SmolLM2-135M: 8 to 1024 a side, at two kinds of modules.
 
 Insults and clean comments are fitted, `size` of each; as many others, but at most 32 of each, choose steps, starts and
-strengths (validation), and 64 of each are looked at (test). The loss is the mean over the modules of the sum over their
+strengths (validation), and 64 of each are looked at (test). Fits through the model take 20 steps of all comments or,
+where there are more than 32 a side, 40 steps of 32. The loss is the mean over the modules of the sum over their
 neurons of squared W2, of the test comments, with the maps on at strength 1 and at the strength of the lowest validation
 loss. Then every method is turned up until the loss on clean text has risen by a set amount, and the toxic share of
 continuations is judged, as in benchmarks/toxicity.py.
@@ -47,6 +48,7 @@ END_TO_END: dict[str, dict[str, Any]] = {
     "LinEAS": {"lr": "auto", "steps": 20},
     OURS: {"lr": "auto", "steps": 20, "init": "best"},
 }
+MINI_BATCH, MINI_BATCH_STEPS = 32, 40  # where there are more comments than that, as the paper does
 
 kept = Kept("sample-sizes")
 
@@ -58,7 +60,11 @@ class Sized(Study):
         vars(self).update(vars(shared))
         self.site, self.size = site, size
         self.names = resolve(self.model, SITES[site])
-        self.protocol = digest([shared.protocol, SITES[site], size, END_TO_END])
+        self.end_to_end = END_TO_END
+        if size > MINI_BATCH:
+            few = {"mini_batch": MINI_BATCH, "steps": MINI_BATCH_STEPS}
+            self.end_to_end = {method: settings | few for method, settings in END_TO_END.items()}
+        self.protocol = digest([shared.protocol, SITES[site], size, self.end_to_end])
         self.reading = {"layers": SITES[site], "tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
 
     def sets(self, seed: int) -> dict[str, tuple[list[str], list[str]]]:
@@ -66,8 +72,8 @@ class Sized(Study):
 
     def _fit(self, method: str, seed: int) -> SteeringMaps:
         sets = self.sets(seed)
-        if method in END_TO_END:
-            settings = {**self.reading, **END_TO_END[method], "seed": seed, "held_out": sets["validation"]}
+        if method in self.end_to_end:
+            settings = {**self.reading, **self.end_to_end[method], "seed": seed, "held_out": sets["validation"]}
             result = lineas.fit_end_to_end(self.model, *sets["fit"], **settings)
             if result.stopped == "interrupted" or result.stopped.startswith("not finite"):
                 raise SystemExit(result.stopped)

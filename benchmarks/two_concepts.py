@@ -88,6 +88,7 @@ class Row(NamedTuple):
 
 # Fits by name: the order of the concepts, or "joint", and settings beside FIT.
 KEPT: dict[str, Any] = {"max_kl": 0.1}
+LAST_NORM: dict[str, Any] = {"loss_layers": "model.norm"}
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "AB": ("AB", {}),
     "B": ("B", {}),
@@ -97,6 +98,9 @@ FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "kept AB": ("AB", KEPT),
     "kept B": ("B", KEPT),
     "preserved": ("AB", {**KEPT, "preserve": True}),
+    "last norm AB": ("AB", LAST_NORM),
+    "last norm B": ("B", LAST_NORM),
+    "last norm joint": ("joint", LAST_NORM),
 }
 ROWS = {
     "none": Row("none"),
@@ -112,6 +116,11 @@ ROWS = {
     "kept naive": Row("naive, `max_kl`", (("kept AB", "A"), ("kept B", "B"))),
     "kept sequence": Row("`fit_sequence`, `max_kl`", (("kept AB", "A"), ("kept AB", "B"))),
     "preserved": Row("`fit_sequence`, `max_kl`, `preserve`", (("preserved", "A"), ("preserved", "B"))),
+    "last norm A": Row("A alone, last norm", (("last norm AB", "A"),)),
+    "last norm B": Row("B alone, last norm", (("last norm B", "B"),)),
+    "last norm naive": Row("naive, last norm", (("last norm AB", "A"), ("last norm B", "B"))),
+    "last norm sequence": Row("`fit_sequence`, last norm", (("last norm AB", "A"), ("last norm AB", "B"))),
+    "last norm joint": Row("`fit_jointly`, last norm", (("last norm joint", "AB"),)),
 }
 
 kept = Kept("two-concepts")
@@ -339,7 +348,7 @@ class Results:
         lines = []
         for rise in self.rises:
             both = {row: float(self.success[row, rise]["both"].mean()) for row in self.rows}
-            pairs = [row for row in self.rows if row not in ("none", "A", "B", "kept A", "kept B")]
+            pairs = [row for row in self.rows if {*"AB"} == {*"".join(concept for _, concept in ROWS[row].parts)}]
             best = max(pairs, key=lambda row: both[row])
             line = f"- At a rise of {rise:g} nats the most continuations with both, {both[best]:.0%}, are those of: "
             line += f"{ROWS[best].label}"
@@ -347,7 +356,11 @@ class Results:
                 times, low, high = self.ratio(best, rise)
                 line += f"; {times:.2f} times [{low:.2f}, {high:.2f}] the {both['naive']:.0%} of the naive composition"
             lines.append(line + ".")
-            for a, b, words in (("A", "B", "Spent"), ("kept A", "kept B", "With `max_kl`, spent")):
+            for a, b, words in (
+                ("A", "B", "Spent"),
+                ("kept A", "kept B", "With `max_kl`, spent"),
+                ("last norm A", "last norm B", "With the loss at the last norm, spent"),
+            ):
                 if a in self.rows and b in self.rows:
                     first, second = (float(self.success[a, rise]["A"].mean()), float(self.success[b, rise]["B"].mean()))
                     lines.append(
