@@ -7,7 +7,7 @@
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
-#   make notebooks  the notebooks from start to end, as they are committed (make test shortens them)
+#   make notebooks  the notebooks from start to end, as they are committed (make test runs the quick one)
 #   make browser    the explorer in JupyterLab, reports and the server's page, by the system's Chromium
 #   make vllm       the plugin of vLLM on real engines, in an environment of its own
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
@@ -103,7 +103,7 @@ test: .venv-test/stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 notebooks: .venv-test/stamp
-	LINEAS_WHOLE_NOTEBOOKS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup \
+	LINEAS_SLOW_NOTEBOOKS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup \
 		tests/notebook/test_notebooks.py
 
 # Chromium comes from the system, where apt-get can bring it; without it the tests skip themselves and say so.

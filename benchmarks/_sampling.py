@@ -19,10 +19,20 @@ def nucleus(logits: Tensor, uniform: NDArray, top_p: float, first: int = 4096) -
     are tried before.
     """
     probabilities = logits.float().softmax(dim=-1).numpy()
-    size = probabilities.shape[1]
-    likely = np.partition(probabilities, size - first, axis=1)[:, -first:] if first < size else probabilities
-    if (likely.sum(axis=1) < top_p).any():
-        likely = probabilities
+    tokens = np.empty(len(probabilities), dtype=np.int64)
+    rows = np.arange(len(probabilities))
+    while len(rows):
+        few = probabilities[rows]
+        size = few.shape[1]
+        likely = np.partition(few, size - first, axis=1)[:, -first:] if first < size else few
+        enough = likely.sum(axis=1) >= top_p if first < size else np.full(len(rows), True)
+        tokens[rows[enough]] = _nucleus(few[enough], likely[enough], uniform[rows[enough]], top_p)
+        rows, first = rows[~enough], 8 * first
+    return torch.from_numpy(tokens)
+
+
+def _nucleus(probabilities: NDArray, likely: NDArray, uniform: NDArray, top_p: float) -> list[int]:
+    """`nucleus` for rows of which the `likely` probabilities, in any order, are known to be enough."""
     likely = np.sort(likely, axis=1)[:, ::-1]
     mass = np.cumsum(likely, axis=1)
     count = (mass - likely < top_p).sum(axis=1)
@@ -32,7 +42,7 @@ def nucleus(logits: Tensor, uniform: NDArray, top_p: float, first: int = 4096) -
     # Which of the tokens of this probability, should there be several.
     rank = place - (likely > value[:, None]).sum(axis=1)
     pairs = zip(probabilities, value, rank, strict=True)
-    return torch.tensor([np.flatnonzero(row == probability)[nth] for row, probability, nth in pairs])
+    return [int(np.flatnonzero(row == probability)[nth]) for row, probability, nth in pairs]
 
 
 def _by_length(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
@@ -98,10 +108,10 @@ def text_losses(
         padding = [longest - len(ids[k]) for k in group]
         tokens = torch.tensor([first + ids[k] + [0] * pad for k, pad in zip(group, padding, strict=True)])
         mask = torch.tensor([[1] * (tokens.shape[1] - pad) + [0] * pad for pad in padding])
-        logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=longest).logits[:, :-1]
-        wanted = tokens[:, len(first) + 1 :]
-        loss = torch.nn.functional.cross_entropy(logits.float().mT, wanted, reduction="none")
-        sums[group] = (loss * mask[:, len(first) + 1 :]).sum(dim=1).numpy()
+        logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=longest).logits
+        for k, row, wanted in zip(group, logits, tokens[:, len(first) :], strict=True):
+            n = counts[k]
+            sums[k] = torch.nn.functional.cross_entropy(row[:n].float(), wanted[1 : n + 1], reduction="sum")
     return sums, counts
 
 

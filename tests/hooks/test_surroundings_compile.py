@@ -121,8 +121,9 @@ def test_maps_attached_before_a_model_is_compiled(compiled, known):
 
 
 @row("the same: maps after it ran", "works", "all is compiled again: better leave them on and set the strength to 0")
-@pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize("compiled", [whole, in_place, by_part])
+@pytest.mark.parametrize(
+    ("compiled", "inner"), [(whole, False), (whole, True), (in_place, True), (by_part, True)]
+)  # but for "whole", what is compiled is the model itself
 def test_maps_attached_after_a_model_ran_compiled(compiled, inner, known):
     original, backend = net(), Backend()
     model = compiled(original, backend)

@@ -75,11 +75,7 @@ def one_by_one(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "tokens",
-    ["all", "last", slice(2, 6), lambda tokens: tokens.positions % 2 == 0],
-    ids=["all", "last", "slice", "even"],
-)
+@pytest.mark.parametrize("tokens", ["last", lambda tokens: tokens.positions % 2 == 0], ids=["last", "even"])
 def test_continuous_batching_maps_the_tokens_that_generate_does(tokens):
     model, maps = language_model("llama")
     with maps.attach(model, tokens=tokens):

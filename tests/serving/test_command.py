@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import uvicorn
 from served import Reference, all_maps, model, tokenizer
 
 import lineas
@@ -162,10 +163,11 @@ def test_it_serves_until_ctrl_c_which_ends_what_runs(started):
         ask(port, {})
 
 
-def test_who_opens_it_to_others_is_told(started):
-    process, line = started("--maps", "a.safetensors", "--host", "0.0.0.0", "--name", "mine")
-    assert line.startswith("mine with maps a: http://0.0.0.0:")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert "lineas: everybody who can reach this address can use the model" in err
-    assert process.returncode == -signal.SIGTERM and "Traceback" not in err
+def test_who_opens_it_to_others_is_told(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    arguments = ["tiny", "--quiet", "--port", "0", "--maps", "a.safetensors", "--host", "0.0.0.0", "--name", "mine"]
+    assert cli.main(["serve", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("mine with maps a: http://0.0.0.0:")
+    assert "lineas: everybody who can reach this address can use the model" in err.splitlines()
