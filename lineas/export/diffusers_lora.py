@@ -157,7 +157,8 @@ def _prefix(model: nn.Module, layout: str) -> str:
     kind = type(model).__name__
     if not hasattr(model, "load_lora_adapter"):
         raise ValueError(
-            f"model must be one that diffusers loads a LoRA into, such as pipeline.unet or pipeline.transformer, got {kind}"
+            "model must be one that diffusers loads a LoRA into, such as pipeline.unet or pipeline.transformer, got "
+            f"{kind}"
         )
     is_unet = kind.startswith("UNet")
     if layout == "kohya" and not is_unet:
@@ -170,8 +171,8 @@ def _check_ranks(changes: dict[str, LowRank], highest: int | None) -> None:
     if highest is not None and changes[name].rank > highest:
         size = sum(4 * (change.down.numel() + change.up.numel()) for change in changes.values())
         raise ValueError(
-            f"max_rank must be at least {changes[name].rank}, which {name!r} needs, got {highest}: fit sparser maps (all "
-            f"{len(changes)} modules together take {size / 1e6:.3g} MB in float32)"
+            f"max_rank must be at least {changes[name].rank}, which {name!r} needs, got {highest}: fit sparser maps "
+            f"(all {len(changes)} modules together take {size / 1e6:.3g} MB in float32)"
         )
 
 
@@ -179,8 +180,8 @@ def _with_biases(changes: dict[str, LowRank], bias: bool | None) -> bool:
     shifted = [name for name, change in changes.items() if (change.shift != 0).any()]
     if bias is False and shifted:
         raise ValueError(
-            f"bias=False, but what the maps do to {len(shifted)} of {len(changes)} modules, such as {shifted[0]!r}, needs "
-            "one: maps without shifts of norms that Linears read do not"
+            f"bias=False, but what the maps do to {len(shifted)} of {len(changes)} modules, such as {shifted[0]!r}, "
+            "needs one: maps without shifts of norms that Linears read do not"
         )
     return bool(shifted) if bias is None else bias
 
@@ -221,9 +222,9 @@ def _packed(changes: dict[str, LowRank], prefix: str, layout: str, bias: bool, f
         shift = change.shift.to(dtype)
         if layout == "kohya":
             key = f"lora_unet_{name.replace('.', '_')}"
-            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-            # Loaders multiply by this over the rank.
-            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)), dtype=dtype, device="cpu")
+            # Loaders multiply by alpha over the rank. It is one for all modules: diffusers mixes up different ones.
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * len(down)}
+            tensors[f"{key}.alpha"] = torch.ones((), dtype=dtype, device="cpu")
             if bias and (shift != 0).any():
                 tensors[f"{key}.diff_b"] = shift
         else:

@@ -56,9 +56,10 @@ def low_rank_changes(maps: SteeringMaps, model: nn.Module, strength: float, read
         if (weight == 1).all() and (bias == 0).all():
             continue
         try:
-            if _is_plain(model.get_submodule(name)):
-                if uses[id(model.get_submodule(name))] > 1:
-                    raise Refusal(f"it is used in {uses[id(model.get_submodule(name))]} places of the model")
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Linear | nn.Conv2d) or is_from(module, "peft"):
+                if uses[id(module)] > 1:
+                    raise Refusal(f"it is used in {uses[id(module)]} places of the model")
                 found = {name: _of_rows(model, name, weight, bias)}
             else:
                 found = _of_norm(model, name, weight, bias, readers, uses, maps)
@@ -117,16 +118,14 @@ def _both(first: LowRank, second: LowRank, target: str, wanted_by: str) -> LowRa
 # --- the weights ------------------------------------------------------------------------------------------------------
 
 
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d)
-
-
 def _weight(model: nn.Module, name: str) -> Tensor:
     """The weight of a Linear [out, in] or convolution [out, in, height, width] that loaders can add a LoRA to."""
     module = model.get_submodule(name)
     if type(module) not in (nn.Linear, nn.Conv2d):
         hint = ": unload the LoRA first" if is_from(module, "peft") else ""
-        raise Refusal(f"{name!r} is a {type(module).__module__}.{type(module).__name__}, no plain Linear or Conv2d{hint}")
+        raise Refusal(
+            f"{name!r} is a {type(module).__module__}.{type(module).__name__}, no plain Linear or Conv2d{hint}"
+        )
     if isinstance(module, nn.Conv2d):
         if module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
             raise Refusal(
@@ -194,8 +193,8 @@ def _of_columns(model: nn.Module, name: str, weight: Tensor, bias: Tensor) -> Lo
 def _of_modulation(model: nn.Module, modulation: Modulation, weight: Tensor, bias: Tensor) -> LowRank:
     """What a map adds to the Linear whose slices s and t make n (1 + s) + t of a norm n.
 
-    After it: w (n (1 + s) + t) + b, so s gains (w - 1) (1 + s), and t gains (w - 1) t + b. Before: (w n + b) (1 + s) + t,
-    so t gains b (1 + s).
+    After it: w (n (1 + s) + t) + b, so s gains (w - 1) (1 + s), and t gains (w - 1) t + b. Before it:
+    (w n + b) (1 + s) + t, so t gains b (1 + s) instead.
     """
     name, count, shift_at, scale_at, before = modulation
     own, size = _weight(model, name), len(weight)
@@ -207,7 +206,10 @@ def _of_modulation(model: nn.Module, modulation: Modulation, weight: Tensor, bia
     if before:
         chosen = ((slopes != 0) | (bias != 0)).nonzero().flatten()
         read = [chosen + scale_at * size]
-        up = _one_hot(read[0], len(own)).T * slopes[chosen] + _one_hot(chosen + shift_at * size, len(own)).T * bias[chosen]
+        up = (
+            _one_hot(read[0], len(own)).T * slopes[chosen]
+            + _one_hot(chosen + shift_at * size, len(own)).T * bias[chosen]
+        )
         shift[shift_at] = bias * (bias_of[scale_at] + 1)
     else:
         chosen = slopes.nonzero().flatten()
