@@ -6,6 +6,7 @@ loaded at a scale of 1 is the maps at the strength that was asked for.
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,8 @@ def _settings(changes: dict[str, LowRank], prefix: str, bias: bool) -> dict[str,
         "lora_alpha": usual,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(changes),
+        # One expression and not names, since a name in a list is the end of longer ones as well.
+        "target_modules": "|".join(re.escape(name) for name in sorted(changes)),
         "lora_bias": bias,
     }
     return {f"{prefix}.{name}": value for name, value in settings.items()}
