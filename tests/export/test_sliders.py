@@ -480,6 +480,9 @@ def test_wrong_maps_and_models(tmp_path):
     fused = build("UNet")
     fused.fuse_qkv_projections()
     refused("the projections of 'attn1' are fused", one(UNET_NORM, 16, 2.0), fused)
+    shared = build("UNet")
+    shared.get_submodule(UNET_NORM.removesuffix(".norm1")).norm_type = "ada_norm_single"
+    refused(r"a modulation that the blocks .* share \(norm_type 'ada_norm_single'\)", one(UNET_NORM, 16, 2.0), shared)
     twice = build("UNet")
     twice.mid_block.resnets[1].conv2 = twice.mid_block.resnets[0].conv2
     refused("it is used in 2 places of the model", one("mid_block.resnets.0.conv2", 16, 2.0), twice)
