@@ -2,5 +2,5 @@
 
 `readers` knows what reads a norm, `parameter_changes` collects new values, `fold_module` and `bias_settings` find room
 for slopes and shifts, `refusal` says why there is none; `fold` and `lora` are what users call. For image models
-`image_readers` knows what reads a norm, `low_rank` what maps add to which module, and `diffusers_lora` writes the files.
+`image_readers` knows what reads a norm and `low_rank` what maps add to which module; `diffusers_lora` writes the files.
 """
