@@ -40,6 +40,7 @@ LAZY = {
     "maps.steering": [
         "evaluation.calibrate",
         "evaluation.diagnose",
+        "export.diffusers_lora",
         "export.fold",
         "export.gguf.folding",
         "export.lora",

@@ -15,7 +15,7 @@ from lineas import AffineMap, SteeringMaps
 
 LAZY = [
     *("attach", "calibrate", "diagnose", "fold", "fold_gguf", "from_pretrained", "from_vector"),
-    *("push_to_hub", "save", "save_pretrained", "to_peft_lora"),
+    *("push_to_hub", "save", "save_pretrained", "to_diffusers_lora", "to_peft_lora"),
 ]
 
 

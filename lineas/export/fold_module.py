@@ -22,14 +22,19 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # The Linear that modulates a norm, how many slices of equal size its output has, which of them are shift and scale, and
 # whether a map comes before the modulation.
-_Modulation: TypeAlias = tuple[str, int, int, int, bool]
+Modulation: TypeAlias = tuple[str, int, int, int, bool]
 # Adaptive norms of diffusers (0.42.1): norm(x) * (1 + scale) + shift, where scale and shift are slices of the output of
 # their Linear. By class: number of slices, and which are shift and scale.
-_ADAPTIVE = {"AdaLayerNormZero": (6, 0, 1), "AdaLayerNormZeroSingle": (3, 0, 1), "AdaLayerNormContinuous": (2, 1, 0)}
-# Norms without parameters whose output is modulated by a Linear of a neighbour: the Linear and the same three numbers.
-_MODULATED = {
-    "FluxTransformerBlock": {"norm2": ("norm1.linear", 6, 3, 4), "norm2_context": ("norm1_context.linear", 6, 3, 4)}
+_ADAPTIVE = {
+    "AdaLayerNormZero": (6, 0, 1),
+    "AdaLayerNormZeroSingle": (3, 0, 1),
+    "AdaLayerNormContinuous": (2, 1, 0),
+    "SD35AdaLayerNormZeroX": (9, 0, 1),  # of the first of its two normed outputs, which is what a map is of
 }
+# Norms without parameters whose output is modulated by the Linear of a neighbour in `_ADAPTIVE`: the neighbour, and
+# which slices are shift and scale.
+_MLP_NORMS = {"norm2": ("norm1", 3, 4), "norm2_context": ("norm1_context", 3, 4)}
+_MODULATED = {"FluxTransformerBlock": _MLP_NORMS, "JointTransformerBlock": _MLP_NORMS}
 
 
 def fold_into_module(changes: ParameterChanges, name: str, weight: Tensor, bias: Tensor) -> Tensor:
@@ -39,7 +44,7 @@ def fold_into_module(changes: ParameterChanges, name: str, weight: Tensor, bias:
     parameters of which the output is known to be a multiple.
     """
     module = changes.model.get_submodule(name)
-    modulation = _modulation(changes.model, name)
+    modulation = find_modulation(changes.model, name)
     is_linear = type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED) or is_conv1d(module)
     if modulation is not None and not changes.has(name, "weight"):
         _fold_into_modulation(changes, modulation, weight, bias)
@@ -132,18 +137,26 @@ def _scale_rows(changes: ParameterChanges, name: str, weight: Tensor) -> None:
 # --- adaptive norms ---------------------------------------------------------------------------------------------------
 
 
-def _modulation(model: nn.Module, name: str) -> _Modulation | None:
+def find_modulation(model: nn.Module, name: str) -> Modulation | None:
     """What modulates the output of a module of diffusers, as far as it is known."""
-    module = model.get_submodule(name)
+    own = _adaptive(model.get_submodule(name))
+    if own is not None:
+        return f"{name}.linear", *own, False
     parent, _, last = name.rpartition(".")
     layer = model.get_submodule(parent)
-    if type(module).__name__ in _ADAPTIVE and is_from(module, "diffusers.models.normalization"):
-        return f"{name}.linear", *_ADAPTIVE[type(module).__name__], False
     found = _MODULATED.get(type(layer).__name__, {}).get(last) if is_from(layer, "diffusers.models") else None
-    return None if found is None else (f"{parent}.{found[0]}", *found[1:], True)
+    if found is None:
+        return None
+    neighbour, shift, scale = found
+    slices = _adaptive(layer.get_submodule(neighbour))
+    return None if slices is None else (f"{parent}.{neighbour}.linear", slices[0], shift, scale, True)
 
 
-def _fold_into_modulation(changes: ParameterChanges, modulation: _Modulation, weight: Tensor, bias: Tensor) -> None:
+def _adaptive(module: nn.Module) -> tuple[int, int, int] | None:
+    return _ADAPTIVE.get(type(module).__name__) if is_from(module, "diffusers.models.normalization") else None
+
+
+def _fold_into_modulation(changes: ParameterChanges, modulation: Modulation, weight: Tensor, bias: Tensor) -> None:
     """Map what becomes of a norm n: w (n (1 + s) + t) + b, or (w n + b) (1 + s) + t where the map comes before."""
     linear, count, shift, scale, before = modulation
     if type(changes.model.get_submodule(linear)) is not nn.Linear or not changes.has(linear, "bias"):

@@ -83,11 +83,11 @@ def write(path: str | PathLike[str], format: str, tensors: Mapping[str, Any], en
     header |= {key: json.dumps(value) for key, value in entries.items()}
     header["sha256"] = _checksum(ready, header)
     # safetensors is imported here, not above: arrays work where there is none.
-    write_atomically(os.fspath(path), _sorted(import_module(f"safetensors.{library}").save(ready, header)))
+    write_atomically(os.fspath(path), with_sorted_header(import_module(f"safetensors.{library}").save(ready, header)))
 
 
-def _sorted(data: bytes) -> bytes:
-    """A safetensors file with the entries of its header in order; safetensors' own is random."""
+def with_sorted_header(data: bytes) -> bytes:
+    """A safetensors file with the metadata in its header in order; safetensors' own is random."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -20,6 +20,7 @@ from .metadata import describe
 if TYPE_CHECKING:
     from ..evaluation.calibrate import calibrate
     from ..evaluation.diagnose import diagnose
+    from ..export.diffusers_lora import to_diffusers_lora
     from ..export.fold import fold
     from ..export.gguf.folding import fold as fold_gguf
     from ..export.lora import to_peft_lora
@@ -392,6 +393,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         fold = fold
         fold_gguf = fold_gguf
         to_peft_lora = to_peft_lora
+        to_diffusers_lora = to_diffusers_lora
     else:
         attach = lazy_method("hooks.attach", "attach")
         calibrate = lazy_method("evaluation.calibrate", "calibrate")
@@ -404,6 +406,7 @@ class SteeringMaps(Mapping[str, AffineMap]):
         fold = lazy_method("export.fold", "fold")
         fold_gguf = lazy_method("export.gguf.folding", "fold")
         to_peft_lora = lazy_method("export.lora", "to_peft_lora")
+        to_diffusers_lora = lazy_method("export.diffusers_lora", "to_diffusers_lora")
 
 
 def _combined(first: SteeringMaps, second: SteeringMaps, both: Callable[[str], AffineMap], method: str) -> SteeringMaps:
