@@ -178,8 +178,8 @@ def main() -> None:
     lines = [
         f"{versions}; {cpu_name()}, {os.cpu_count()} cores shared with other work, one thread each.",
         f"{label[0].upper()}{label[1:]} in float32; {N_REQUESTS} requests in one batch, {args.n_new} new tokens each;",
-        f"medians of {args.rounds} interleaved rounds and their range. The time is that of a round, divided by that of the",
-        "round without the plugin beside it. Parity: how many requests have, at every step, the token that",
+        f"medians of {args.rounds} interleaved rounds and their range. The time is that of a round, divided by",
+        "that of the round without the plugin beside it. Parity: how many requests have, at every step, the token that",
         "transformers with hooks finds likeliest after the same text, and the largest difference",
         "of log-probabilities.",
         "",

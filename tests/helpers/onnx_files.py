@@ -33,15 +33,14 @@ def texts(rows, tokens, padding=0):
 
 
 def export(model, path, inputs, shapes=None):
-    """Write a model to an ONNX file with the maps that are on it; returns the path."""
+    """Write a model to an ONNX file with the maps that are on it; returns the path. Inputs are by position or name."""
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
     noisy = logging.getLogger("torch.onnx")
     before = noisy.level
     noisy.setLevel(logging.ERROR)  # torchvision is missing
     try:
         with torch.no_grad():
-            program = torch.onnx.export(
-                model, kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False, optimize=True
-            )
+            program = torch.onnx.export(model, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
     finally:
         noisy.setLevel(before)
     program.save(path)
@@ -59,8 +58,9 @@ class Session:
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, **inputs):
-        (found,) = self._session.run(None, {name: np.asarray(value) for name, value in inputs.items()})
+    def __call__(self, *inputs, **named):
+        named |= zip((one.name for one in self._session.get_inputs()), inputs, strict=False)
+        (found,) = self._session.run(None, {name: np.asarray(value) for name, value in named.items()})
         return torch.from_numpy(found)
 
 

@@ -90,19 +90,18 @@ def real(found, inputs):
 
 
 @torch.no_grad()
-def check(model, graph, handle, strength, **others):
+def check(model, graph, handle, at, **given):
     """The graph gives what hooks give, which is something else than without maps."""
     for inputs in OTHERS:
-        handle.strength = strength
-        hooked, found = real(model(**inputs), inputs), real(graph(**inputs, **others), inputs)
+        handle.strength = at
+        hooked, found = real(model(**inputs), inputs), real(graph(**inputs, **given), inputs)
         torch.testing.assert_close(found, hooked, atol=1e-6, rtol=1e-6)
         handle.strength = 0.0
         changed = real(model(**inputs), inputs) - hooked
-        assert strength == 0 or changed.abs().max() > 0.05
+        assert at == 0 or changed.abs().max() > 0.05
 
 
-@pytest.mark.parametrize("tokens", ["all", slice(1, None), slice(0, 4, 2)], ids=str)
-@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize(("gates", "tokens"), [("none", "all"), *[(kind, slice(1, 7, 2)) for kind in GATES]], ids=str)
 def test_graphs_do_what_hooks_do_with_a_strength_as_input(model, gates, tokens):
     with some_maps(GATES[gates]).attach(model, tokens=tokens) as handle:
         inputs = {**MADE_WITH, "strength": torch.tensor(1.0)}
@@ -112,7 +111,7 @@ def test_graphs_do_what_hooks_do_with_a_strength_as_input(model, gates, tokens):
             check(model, graph, handle, strength, strength=torch.tensor(strength))
 
 
-@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("gates", ["none", "mean"])
 def test_without_an_input_the_strength_is_a_constant(model, gates):
     with some_maps(GATES[gates]).attach(model, strength=0.7, tokens=slice(1, None)) as handle:
         with torch.no_grad():
@@ -125,10 +124,10 @@ def test_without_an_input_the_strength_is_a_constant(model, gates):
 
 def test_strength_inputs_of_other_dtypes(model):
     with some_maps().attach(model) as handle:
-        for made_with in (torch.tensor(1), torch.tensor(1.0, dtype=torch.float64)):
-            inputs = {**MADE_WITH, "strength": made_with}
+        for dtype in (torch.int64, torch.float64):
+            inputs = {**MADE_WITH, "strength": torch.ones((), dtype=dtype)}
             graph = export(Steered(model, handle), inputs, {**SHAPES, "strength": None})
-            check(model, graph, handle, 2.0, strength=torch.tensor(2.0).to(made_with.dtype))
+            check(model, graph, handle, 2.0, strength=torch.full((), 2, dtype=dtype))
 
 
 def test_the_same_module_runs_without_a_graph(model):
@@ -136,9 +135,8 @@ def test_the_same_module_runs_without_a_graph(model):
         handle.strength = 0.3
         expected = model(**MADE_WITH)
         handle.strength = 1.0
-        assert torch.equal(
-            Steered(model, handle)(**MADE_WITH, strength=torch.tensor(0.3, dtype=torch.float64)), expected
-        )
+        found = Steered(model, handle)(**MADE_WITH, strength=torch.tensor(0.3, dtype=torch.float64))
+        assert torch.equal(found, expected)
 
 
 def test_a_cache_among_the_inputs():
@@ -170,7 +168,7 @@ def test_a_cache_among_the_inputs():
     for given, tokens in ((maps, slice(1, None)), (gated, "all")):
         with (
             given.attach(model, tokens=tokens),
-            pytest.raises(ValueError, match="a cache is one of its inputs: export"),
+            pytest.raises(ValueError, match="a cache is one of its inputs"),
         ):
             export(Cached(), inputs, shapes)
 
@@ -178,7 +176,7 @@ def test_a_cache_among_the_inputs():
 # --- refused: a graph would do something else than the hooks ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", ["prompt", "generated", "last", slice(-2, None), slice(0, -1)], ids=str)
+@pytest.mark.parametrize("tokens", ["prompt", "generated", "last", slice(0, -1)], ids=str)
 def test_the_end_of_the_prompt_is_refused(model, tokens):
     with some_maps().attach(model, tokens=tokens):
         with pytest.raises(ValueError, match=r"first: tokens=.* where the prompt ends, but a graph is for any text"):
@@ -223,9 +221,10 @@ def test_traced_graphs_have_no_positions(model):
     for maps, tokens in ((some_maps(), slice(1, None)), (some_maps(GATES["mean"]), "all")):
         with maps.attach(model, tokens=tokens), pytest.raises(ValueError, match=refused):
             torch.jit.trace(model, values)
-    with some_maps().attach(model, strength=lambda tokens: 1.0), pytest.raises(ValueError, match="be called once"):
+    with some_maps().attach(model, strength=lambda tokens: 1.0), pytest.raises(ValueError, match=refused):
         torch.jit.trace(model, values)
     with some_maps(GATES["token"]).attach(model) as handle:
+        model(*values)
         traced = torch.jit.trace(Steered(model, handle), (*values, torch.tensor(1.0)))
         for strength in (0.4, 1.5):
             check(model, lambda strength, **inputs: traced(*inputs.values(), strength), handle, strength,
