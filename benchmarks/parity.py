@@ -42,7 +42,7 @@ LIMIT = 1e-5  # of logits, in float32
 FACTOR = 5  # times what float32, or a runtime without maps, is off by: two largest of many differences
 STRENGTH, WIDTH, VOCABULARY = 0.7, 64, 50
 BEGINNINGS = [[5], [5, 9, 17], [5, 9, 17, 33, 4, 40]]
-NOT_RUN, NO_ROUTE, REFUSED = "not run", "-", "refused"
+NOT_RUN, NO_ROUTE, REFUSED, BROKEN = "not run", "-", "refused", "an error"
 KINDS = {"slopes": False, "slopes and shifts": True}
 
 
@@ -166,7 +166,8 @@ def from_llama_cpp(path: Path) -> NDArray:
 
 def by_vllm(job: Job) -> Found:
     if "error" in job.answers:
-        raise ValueError(job.answers["error"])
+        kind, text = job.answers["error"]
+        raise (ValueError if kind == "ValueError" else RuntimeError)(text)
     hooked, plain = job.log_probabilities
     steered, unsteered = (np.array(job.answers[kind]) for kind in (job.kind, ""))
     return float(np.abs(steered - hooked).max()), float(np.abs(unsteered - plain).max())
@@ -259,7 +260,7 @@ def some_maps(family: Family, model: nn.Module, shifts: bool) -> Any:
 
 
 def ask_vllm(families: Sequence[Family], python: str, folder: Path) -> dict[str, Any]:
-    """By family, log-probabilities by kind of maps, "" without any, or the "error" of its engine."""
+    """By family, log-probabilities by kind of maps, "" without any, or type and text of its engine's "error"."""
     tasks = {}
     for family in families:
         model = family.build()
@@ -290,7 +291,7 @@ def work(file: Path) -> None:
                 for kind, extra_args in wanted.items()
             }
         except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            found[name] = {"error": [type(error).__name__, str(error)]}
     file.with_suffix(".out").write_text(json.dumps(found))
 
 
@@ -307,17 +308,19 @@ class Cell:
     why: str = ""
 
     def show(self, notes: list[str]) -> str:
-        if self.text == REFUSED:
+        if self.why:
             if self.why not in notes:
                 notes.append(self.why)
-            return f"{REFUSED} ({notes.index(self.why) + 1})"
+            return f"{self.text} ({notes.index(self.why) + 1})"
         if self.text:
             return self.text
         return f"{self.steered:.0e}" + ("" if self.plain is None else f" ({self.plain:.0e})")
 
     def is_kept(self, rounding: float) -> bool:
         """Whether the promise is kept: within the limit, or about as near as without maps, or as float32 allows."""
-        return bool(self.text) or self.steered < max(LIMIT, FACTOR * max(rounding, self.plain or 0))
+        if self.text:
+            return self.text != BROKEN
+        return self.steered < max(LIMIT, FACTOR * max(rounding, self.plain or 0))
 
 
 @dataclass
@@ -333,7 +336,7 @@ class Row:
         return [route for route, cell in self.cells.items() if not cell.is_kept(self.rounding)]
 
 
-def reason(error: ValueError) -> str:
+def reason(error: Exception) -> str:
     """The first reason that a refusal names, without what is of one layer or class."""
     found = re.search(r"\n\s+(\S+: .*)", str(error))
     text = (found.group(1) if found else str(error)).split("\n")[0]
@@ -358,6 +361,8 @@ def run(route: str, job: Job, available: Sequence[str]) -> Cell:
         steered, plain = ROUTES[route](job)
     except ValueError as error:
         return Cell(REFUSED, why=f"{route}: {reason(error)}")
+    except RuntimeError as error:
+        return Cell(BROKEN, why=f"{route}: {reason(error)}")
     return Cell(steered=steered, plain=plain)
 
 
