@@ -87,16 +87,10 @@ def test_selections_and_gates_are_exact(tmp_path):
                 torch.testing.assert_close(real_logits(session, inputs), real_logits(Logits(model), inputs), **CLOSE)
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_gpt2_by_hooks_and_folded(tmp_path, folded):
+def test_a_folded_model(tmp_path):
     model = language_model("gpt2", dtype=torch.float32, n_layer=1)
     maps = fold_cases.random_maps(model, "**.ln_[12]")
-    if folded:
-        made = maps.fold(model, 0.7)
-        path = export(Logits(made), tmp_path / "model.onnx", MADE_WITH, TEXT)
-    else:
-        with maps.attach(model, strength=0.7):
-            path = export(Logits(model), tmp_path / "model.onnx", MADE_WITH, TEXT)
+    path = export(Logits(maps.fold(model, 0.7)), tmp_path / "model.onnx", MADE_WITH, TEXT)
     check(model, Session(path), maps, 0.7, texts(3, 9, 4))
 
 
@@ -110,7 +104,9 @@ def test_what_is_refused_says_why_through_torch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "glob"), [("gemma3_text", "**.*layernorm"), ("SD-type UNet", "**.*norm*")])
+@pytest.mark.parametrize(
+    ("kind", "glob"), [("gpt2", "**.ln_[12]"), ("gemma3_text", "**.*layernorm"), ("SD-type UNet", "**.*norm*")]
+)
 def test_other_models(kind, glob, tmp_path):
     model = fold_cases.build(kind).float()
     maps = fold_cases.random_maps(model, glob)
