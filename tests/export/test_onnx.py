@@ -32,13 +32,13 @@ def quiet(monkeypatch):
 
 
 @torch.no_grad()
-def check(model, session, maps, strength, inputs, **given):
+def check(model, session, maps, at, inputs, **given):
     """The file does what hooks do, which is far from what the model does."""
     plain = real_logits(Logits(model), inputs)
-    with maps.attach(model, strength=strength):
+    with maps.attach(model, strength=at):
         hooked = real_logits(Logits(model), inputs)
     torch.testing.assert_close(real_logits(session, inputs, **given), hooked, **CLOSE)
-    assert strength == 0 or (plain - hooked).abs().max() > 0.1
+    assert at == 0 or (plain - hooked).abs().max() > 0.1
 
 
 def test_the_code_of_the_page(tmp_path, monkeypatch, capsys):
