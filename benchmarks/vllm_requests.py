@@ -29,6 +29,12 @@ sys.path.insert(0, str(Path(ROOT) / "tests" / "helpers"))
 
 MARK, END = "<!-- measured: python benchmarks/vllm_requests.py --model {} --write -->", "<!-- end -->"
 OFF = "no request is steered"
+KINDS = {
+    "off": OFF,
+    "one": "all, with one strength",
+    "each": "all, each with its own strength",
+    "two": "all, each with two of three maps",
+}
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "random": "a random Llama of 8 layers of 256 neurons"}
 N_REQUESTS = 64
 NAMES = ("a", "b", "c")
@@ -81,9 +87,9 @@ def requests(tokenizer, n_tokens):
     three = [{"lineas": {"maps": {NAMES[k % 3]: s, NAMES[(k + 1) % 3]: 2 - s}}} for k, s in enumerate(strengths)]
     return {
         OFF: [(prompt, None) for prompt in prompts],
-        "all, with one strength": [(prompt, {"lineas": {"maps": "a"}}) for prompt in prompts],
-        "all, each with its own strength": list(zip(prompts, alone, strict=True)),
-        "all, each with two of three maps": list(zip(prompts, three, strict=True)),
+        KINDS["one"]: [(prompt, {"lineas": {"maps": "a"}}) for prompt in prompts],
+        KINDS["each"]: list(zip(prompts, alone, strict=True)),
+        KINDS["two"]: list(zip(prompts, three, strict=True)),
     }
 
 
@@ -137,7 +143,8 @@ class Engine:
 def measure(task, files, wanted, folder, rounds):
     """Seconds by kind, None without the plugin, and the answers of the last round."""
     seconds, found = {None: [], **{kind: [] for kind in wanted}}, {}
-    bare = {**task, "files": {}, "requests": {OFF: wanted[OFF]}}
+    plain = [(prompt, None) for prompt, _ in next(iter(wanted.values()))]
+    bare = {**task, "files": {}, "requests": {OFF: plain}}
     steered = {**task, "files": files, "requests": wanted}
     with Engine(bare, folder, plugin=False) as without, Engine(steered, folder, plugin=True) as plugin:
         for counted in (False, *[True] * rounds):
@@ -153,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/vllm.md")
     parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows; always with the bare one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--n-new", type=int, default=16, help="tokens a request")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -168,6 +176,7 @@ def main() -> None:
     if args.model == "random":
         model = random_llama()
     maps, wanted = some_maps(model), requests(tokenizer, model.config.vocab_size)
+    wanted = {KINDS[name]: wanted[KINDS[name]] for name in args.kinds}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder, "model"))
         files = vllm_engines.save(maps, Path(folder))

@@ -68,6 +68,10 @@ def test_answers_of_vllm(tmp_path):
         answers["slopes and shifts"] = parity.next_tokens(model) + 0.25
     job = parity.Job(family, "slopes and shifts", model, maps, tmp_path, answers)
     assert parity.by_vllm(job) == pytest.approx((0.25, 0.0), abs=1e-6)
+    other = parity.Job(family, "slopes and shifts", model, maps, tmp_path, {**answers, "": answers[""] + 1})
+    assert (
+        parity.run("vLLM", other, ["vLLM"]).why == "vLLM: differs by 1 without maps, so that it does not run this model"
+    )
     for error, text in (("ValueError", "refused"), ("AttributeError", "an error")):
         job = parity.Job(family, "slopes", model, maps, tmp_path, {"error": [error, "no such layer"]})
         cell = parity.run("vLLM", job, ["vLLM"])
