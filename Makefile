@@ -10,6 +10,7 @@
 #   make notebooks  the notebooks from start to end, as they are committed (make test runs the quick one)
 #   make browser    the explorer in JupyterLab, reports and the server's page, by the system's Chromium
 #   make vllm       the plugin of vLLM on real engines, in an environment of its own
+#   make runtimes   hooks beside every way out: vLLM, llama.cpp, onnxruntime   PARITY_ARGS=--write writes the table
 #   make bench      the benchmarks, one table   BENCH_ARGS=--write writes it into the documentation
 #   make toxicity   LinEAS beside other methods, for hours   TOXICITY_ARGS="--write --bf16" writes docs/results.md
 #   make price-and-effect  methods and models by effect and price, for two hours   STUDY_ARGS=--write writes the page
@@ -29,6 +30,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 TOXICITY_ARGS ?=
 STUDY_ARGS ?=
+PARITY_ARGS ?=
 FUZZ_SECONDS ?= 60
 # Least percentage of lines.
 COVERAGE ?= 95
@@ -49,7 +51,7 @@ PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas 
 
 .PHONY: wheel demo test notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
 	fuzz-merge need-clang asan asan-canary asan-c \
-	asan-python freethreaded bench toxicity price-and-effect vllm browser lint venv clean
+	asan-python freethreaded bench toxicity price-and-effect vllm runtimes browser lint venv clean
 
 # ---- environments: a stamp file says when each was last brought up to date ------------------------------------------
 
@@ -130,6 +132,12 @@ price-and-effect: .venv-test/stamp
 
 vllm: .venv-vllm/stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-vllm/bin/python -m pytest $(PYTEST_ARGS) tests/vllm
+
+runtimes: vllm .venv-test/stamp
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest $(PYTEST_ARGS) tests/hooks/test_exported.py \
+		tests/export/test_onnx.py tests/export/test_gguf_runtime.py tests/benchmarks/test_parity.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python benchmarks/parity.py \
+		--vllm-python .venv-vllm/bin/python $(PARITY_ARGS)
 
 lint: .venv-test/stamp
 	.venv-test/bin/$(PIP) install --quiet 'ruff>=0.12,<1' 'mypy>=1.15,<3' 'clang-format>=18,<23'

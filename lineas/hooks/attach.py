@@ -19,6 +19,7 @@ from ..maps.gates import gates_of
 from ..maps.metadata import Selection, as_strength, check_tokens, fitted_tokens, show_tokens
 from .forward_state import Tracker
 from .gating import SiteHook, sites_of
+from .graphs import strength_input
 from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
 from .modules import check_model, get_module, model_name, output_width
@@ -227,7 +228,8 @@ class Handle:
         Parameters
         ----------
         strength : float, array or callable
-            As `Handle.strength`; 0 is off.
+            As `Handle.strength`; 0 is off. While `torch.export.export` or `torch.onnx.export` make a graph, a tensor []
+            that is one of its inputs: the graph then has a strength that is set at every run (docs/onnx.md).
 
         Raises
         ------
@@ -236,7 +238,8 @@ class Handle:
         RuntimeError
             When the maps are off the model.
         """
-        given = read_strength(strength)
+        in_graph = strength_input(strength)
+        given = read_strength(strength) if in_graph is None else in_graph
         self._check_attached()
         self._prepare(given)
         self._tracker.leave_behind()

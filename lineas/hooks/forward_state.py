@@ -25,6 +25,7 @@ from .._warn import warn
 from ..maps.metadata import Selection, show_tokens
 from .caches import CACHES, cache_of, columns, has_states, identity
 from .gating import GatePass
+from .graphs import called_once, check_positions, exporting
 from .learned_tokens import prompt_learner, virtual_tokens
 from .strength import Schedule, Setting, Settings, StrengthValue
 from .tokens import Tokens, check_site, needs_prompt_length, select
@@ -63,6 +64,7 @@ class Pass:
         self.before: int | Tensor = 0  # real tokens in the cache
         self.mask: Tensor | None = None  # None: all are real
         self.packed = False  # its rows hold several texts
+        self.exported = exporting()  # it is a graph that is being made
         self.positions: Tensor | None = None  # where the model was told them
         self._tokens: Tokens | None = None
         self._chosen: dict[Any, Tensor] = {}
@@ -110,11 +112,16 @@ class Pass:
             return torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device).index_fill(
                 1, predicting.to(tensor.device, torch.int64), True
             )
+        if self.exported and callable(selection):
+            raise called_once(show_tokens(selection), "'all' and slices that do not count from the end work there")
         if self.prompt is None and needs_prompt_length(selection):
             why = (
                 "its rows hold several texts: only 'all', in continuous batching 'last', slices that do not count from "
                 "the end, and callables work there"
                 if self.packed
+                else "a graph is for any text, also one that was generated in part: only 'all' and slices that do not "
+                "count from the end work there"
+                if self.exported
                 else "it came in several passes (prefill_chunk_size, or a cache that was filled with the maps on): "
                 "generate from the whole prompt, or fill a copy of the cache without the maps"
             )
@@ -141,6 +148,8 @@ class Pass:
 
     def scheduled(self, schedule: Schedule) -> StrengthValue:
         """What a schedule gives for this pass."""
+        if self.exported:
+            raise called_once(f"strength: {schedule}", "give a number, or make it an input by handle.at")
         if schedule not in self._strengths:
             self._strengths[schedule] = schedule.at(self.tokens())
         return self._strengths[schedule]
@@ -315,6 +324,8 @@ class Tracker:
         """Find out which sequence a pass belongs to, and where its tokens stand."""
         text, named = here.text, here.named
         assert text is not None
+        if here.exported:
+            check_positions(self.label, cache_of(named) is not None)
         packed = [key for key in PACKED if named.get(key) is not None]
         if packed:
             self._locate_packed(here, packed[0])
@@ -397,7 +408,7 @@ class Tracker:
                 sequence.prompt = _per_row(sequence.prompt, here.shape[0] if here.shape else 1)
         sequence.step += 1
         here.step = sequence.step
-        here.prompt = None if sequence.split else sequence.prompt
+        here.prompt = None if sequence.split or here.exported else sequence.prompt
 
     def _past(self, named: Mapping[str, Any], length: int) -> int | Tensor | None:
         """Columns in the cache before a pass of so many; a tensor where only the device knows, None where nothing does.
@@ -430,7 +441,7 @@ class Tracker:
         cache, text, local = cache_of(here.named), here.text, self._local
         assert text is not None
         # Without a cache every pass brings its text whole.
-        whole = cache is None and (here.named.get("use_cache") is False or not self.can_cache)
+        whole = cache is None and (here.named.get("use_cache") is False or not self.can_cache) and not here.exported
         known = None
         if cache is not None and here.past != 0:
             known = self._of(cache)

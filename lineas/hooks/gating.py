@@ -21,6 +21,7 @@ from ..maps.gates import AnyGate, Gate, NeuronGate
 from . import outputs
 from .affine import apply, moved, parameters, working_dtype
 from .caches import cache_of, identity
+from .graphs import exporting
 
 Parts = tuple[Tensor, ...]
 """What a gate computes with: weight [1, d] and bias [1], or quadratic, linear and constant [d]."""
@@ -296,7 +297,8 @@ class GatePass:
                 )
             positions = here.tokens().positions.to(device)
             padding = None if here.mask is None else ~here.mask.to(device)
-            if padding is not None and device.type == "cpu" and not padding.any():  # elsewhere this would wait
+            # Elsewhere this would wait, and a graph is for every mask.
+            if padding is not None and device.type == "cpu" and not exporting() and not padding.any():
                 padding = None
             found = self._counted[device, dtype] = padding, (positions + 1).clamp_(min=1).to(dtype)
         return found

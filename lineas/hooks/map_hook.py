@@ -222,6 +222,9 @@ class MapHook:
             acts = strengths != 0
             chosen = acts if chosen is None else chosen & acts
             mapped = blend(wide, *self._at_strength(tensor, setting, 1.0), strengths, axis)
+        elif isinstance(strength, Tensor):  # an input of a graph
+            weight, bias = self._at_strength(tensor, setting, 1.0)
+            mapped = blend(wide, weight, bias, moved(strength, weight.device, weight.dtype), axis)
         else:
             assert isinstance(strength, float)
             mapped = apply(wide, *self._at_strength(tensor, setting, strength), axis)

@@ -25,6 +25,7 @@ from ..maps.gates import AnyGate, Gate, gates_of
 from ..maps.metadata import name_of
 from .affine import moved
 from .gating import sites_of
+from .graphs import StrengthInput
 from .tokens import Tokens
 
 Strength: TypeAlias = float | ArrayLike | Tensor | Callable[[Tokens], Any]
@@ -91,10 +92,11 @@ class Schedule:
         return name_of(self.function)
 
 
-StrengthValue: TypeAlias = float | StrengthArray | Schedule
+GivenStrength: TypeAlias = float | StrengthArray | Schedule
+StrengthValue: TypeAlias = GivenStrength | StrengthInput
 
 
-def read_strength(value: Any) -> StrengthValue:
+def read_strength(value: Any) -> GivenStrength:
     """What a user set, in a form of one's own.
 
     TypeError or ValueError when it is no finite real number, no array of them with one or two axes, and no callable.
@@ -126,6 +128,7 @@ def read_strength(value: Any) -> StrengthValue:
 
 def as_given(strength: StrengthValue) -> float | NDArray | Callable[[Tokens], Any]:
     """A strength as the user knows it; arrays as a copy."""
+    assert not isinstance(strength, Tensor)  # only a block has one, while a graph is made
     if isinstance(strength, StrengthArray):
         return strength.values.cpu().double().numpy().copy()
     return strength.function if isinstance(strength, Schedule) else strength

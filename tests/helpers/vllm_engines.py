@@ -133,6 +133,19 @@ def generate(llm, requests, n_new=N_NEW):
     return found
 
 
+def next_token_log_probabilities(llm, prompts, size, extra_args):
+    """Those [prompts, size] of the token after each prompt, of a vocabulary of this size."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(temperature=0, max_tokens=1, logprobs=size, detokenize=False, extra_args=extra_args)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+    found = np.full((len(prompts), size), -np.inf)
+    for row, output in zip(found, outputs, strict=True):
+        for token, one in output.outputs[0].logprobs[0].items():
+            row[token] = one.logprob
+    return found
+
+
 @torch.no_grad()
 def with_hooks(model, maps, ids, extra_args, n_new=N_NEW):
     """Tokens and their log-probabilities by transformers, with the hooks of lineas."""

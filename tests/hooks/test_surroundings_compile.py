@@ -177,9 +177,9 @@ def test_compiled_models_are_collected_from_and_fitted(kind):
 
 
 @row(
-    "`torch.export` of a model with maps",
+    "`torch.export`, `torch.onnx.export` of a model with maps",
     "works",
-    "the maps are constants at the strength of then; the model stays usable",
+    "maps are constants; the strength, too, or an input ([onnx.md](onnx.md)); the model stays usable",
 )
 @pytest.mark.parametrize("strict", [False, True])
 def test_models_are_exported_with_their_maps(strict):

@@ -1,7 +1,7 @@
 """Into which weights maps can be folded, and how exactly: the table of docs/compatibility.md.
 
-    python benchmarks/serving.py            # print the table
-    python benchmarks/serving.py --write    # and write it into docs/compatibility.md
+    python benchmarks/folding.py            # print the table
+    python benchmarks/folding.py --write    # and write it into docs/compatibility.md
 
 The rows are the cases of tests/helpers/fold_cases.py, whose tests say what else holds for them.
 """
@@ -14,7 +14,7 @@ from _study import ROOT, write_between
 
 sys.path.insert(0, str(Path(ROOT) / "tests" / "helpers"))
 
-MARKS = "<!-- measured: python benchmarks/serving.py --write -->", "<!-- end -->"
+MARKS = "<!-- measured: python benchmarks/folding.py --write -->", "<!-- end -->"
 
 
 def main() -> None:
