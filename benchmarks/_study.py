@@ -23,6 +23,10 @@ class Kept:
     def __init__(self, folder: str) -> None:
         self.folder = ROOT / "build" / folder
 
+    def has(self, name: str) -> bool:
+        """Whether it is in the folder."""
+        return (self.folder / f"{name}.npz").exists()
+
     def __call__(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, NDArray]:
         """What `compute` gives, out of the folder if it is there."""
         file = self.folder / f"{name}.npz"

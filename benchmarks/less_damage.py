@@ -245,6 +245,18 @@ class Study:
 
         return GateFacts.of(self.kept(f"{self._key(method, seed)}-gate", compute))
 
+    def finished(self) -> tuple[list[str], list[int]]:
+        """The seeds at which all of LinEAS is kept, and the methods that are kept whole at each of them."""
+
+        def has(method: str, seed: int) -> bool:
+            key = self._key(method, seed)
+            return all(self.kept.has(f"{key}-{rise:g}") for rise in RISES) and (
+                method not in SHOWN_GATES or self.kept.has(f"{key}-gate")
+            )
+
+        seeds = [seed for seed in range(100) if has("LinEAS", seed)]
+        return [method for method in METHODS if all(has(method, seed) for seed in seeds)], seeds
+
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Find everything that is not kept yet."""
         for seed in seeds:
@@ -266,27 +278,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--write", action="store_true", help="run nothing, and write the page from what is finished")
     given = parser.parse_args()
     set_up(given.threads, bf16=False)
     studies = {name: Study(name) for name in given.models}
-    for study in studies.values():
-        study.run(given.methods, given.seeds)
-    found = {
-        study.given.label: {
-            "none": [[study.point(None, seed, 0.0)] for seed in given.seeds],
-            **{m: [[study.point(m, seed, rise) for rise in RISES] for seed in given.seeds] for m in given.methods},
+    asked = given.methods, given.seeds
+    if not given.write:
+        for study in studies.values():
+            study.run(*asked)
+    finished = {name: study.finished() if given.write else asked for name, study in studies.items()}
+    labels = {name: study.given.label for name, study in studies.items()}
+    which = "; ".join(f"{labels[name]}: seeds {', '.join(map(str, seeds))}" for name, (_, seeds) in finished.items())
+    found, gates = {}, {}
+    for name, (methods, seeds) in finished.items():
+        study, label = studies[name], labels[name]
+        found[label] = {
+            "none": [[study.point(None, seed, 0.0)] for seed in seeds],
+            **{method: [[study.point(method, seed, rise) for rise in RISES] for seed in seeds] for method in methods},
         }
-        for study in studies.values()
-    }
-    lines = [f"{cpu_name()}, torch on {given.threads} threads; seeds {', '.join(map(str, given.seeds))}.", ""]
-    lines += tables(found)
-    gates = {
-        f"{study.given.label}, {method}": [study.gates(method, seed) for seed in given.seeds]
-        for study in studies.values()
-        for method in given.methods
-        if method in SHOWN_GATES
-    }
+        for method in methods:
+            if method in SHOWN_GATES:
+                gates[f"{label}, {method}"] = [study.gates(method, seed) for seed in seeds]
+    lines = [f"{cpu_name()}, torch on {given.threads} threads. {which}.", "", *tables(found)]
     if gates:
         lines += ["", *gate_table(gates)]
     print("\n".join(lines))
