@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -212,9 +213,25 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     >>> lineas.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).variance()
     array([2., 0.])
     """
+    return take_batches(Moments(), data, chunk_rows)
+
+
+class _Taker(Protocol):
+    """What takes in batches, which messages call by a name."""
+
+    @property
+    def count(self) -> int: ...
+
+    def _update(self, x: ArrayLike, name: str) -> Any: ...
+
+
+Taker = TypeVar("Taker", bound=_Taker)
+
+
+def take_batches(out: Taker, data: ArrayLike | Iterable[ArrayLike], chunk_rows: int | None) -> Taker:
+    """`out`, with one array taken in by chunks of rows, or batches as they come; errors as those of `moments`."""
     if chunk_rows is not None:
         chunk_rows = as_int(chunk_rows, "chunk_rows", low=1)
-    out = Moments()
     if is_tensor(data):
         check_dense(data, "data")
     if isinstance(data, np.ndarray) or is_tensor(data):
