@@ -4,17 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .. import _core
-from .._checks import as_choice, as_not_negative
+from .._checks import as_choice, as_not_negative, working_dtype
 from .._threads import get_num_threads
 from ..maps.affine import AffineMap
 from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .activations import origin
-from .samples import Pair, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
+from .samples import Pair, Sample, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
 from .shrinkage import as_shrinkage, shrunk
+from .summaries import map_of
 
 METHODS = ("mean", "gaussian", "linear")
 
@@ -31,12 +32,12 @@ class _Settings(TypedDict, total=False):
 
 
 @overload
-def fit(source: ArrayLike, target: ArrayLike, **settings: Unpack[_Settings]) -> AffineMap: ...
+def fit(source: Sample, target: Sample, **settings: Unpack[_Settings]) -> AffineMap: ...
 
 
 @overload
 def fit(
-    source: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike], **settings: Unpack[_Settings]
+    source: Mapping[str, Sample], target: Mapping[str, Sample], **settings: Unpack[_Settings]
 ) -> SteeringMaps: ...
 
 
@@ -55,10 +56,11 @@ def fit(
 
     Parameters
     ----------
-    source : array_like, torch.Tensor or Mapping
+    source : array_like, torch.Tensor, Quantiles or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
-    target : array_like, torch.Tensor or Mapping
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers. Of more than
+        memory holds, a `Quantiles` that has seen them; docs/quantiles.md says how close its maps are.
+    target : array_like, torch.Tensor, Quantiles or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"
         "linear": the least-squares line through the quantiles, ``w = cov(u_(), v_()) / var(u)`` (Lin-AcT,
@@ -112,8 +114,8 @@ def fit(
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
         column are named), `method` is unknown, a penalty is negative, not finite, or not for `method`, `shrinkage` is
-        out of range, comes with penalties, or is "auto" where a side has a single row with a weight, or both are
-        `Activations` of different models, tokens or poolings.
+        out of range, comes with penalties, or is "auto" where a side has a single row with a weight, both are
+        `Activations` of different models, tokens or poolings, or weights or `shrinkage` come with a `Quantiles`.
 
     Examples
     --------
@@ -129,7 +131,7 @@ def fit(
     shrinkage = as_shrinkage(shrinkage)
     if (l1 or group) and shrinkage is not None:
         raise ValueError(f"shrinkage is for maps without penalties, got l1={l1:g} and group={group:g}")
-    pairs = paired_samples(source, target, source_weights, target_weights)
+    pairs = paired_samples(source, target, source_weights, target_weights, summaries=True)
     metadata = describe(method, **origin({"source": source, "target": target}))
     if l1 or group:
         return as_maps(pairs, _fit_sparse(pairs, l1, group), metadata | {"l1": l1, "group": group})
@@ -137,7 +139,13 @@ def fit(
     def kernel(us: list, vs: list, u_masses: list, v_masses: list, *names_and_threads: Any) -> Iterable[Any]:
         return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
 
+    if shrinkage is not None and any(pair.moments is not None for pair in pairs.values()):
+        raise ValueError("shrinkage is for arrays, got Quantiles: after so many rows little is left to chance")
     found = by_working_type(pairs, kernel)
+    for module, pair in pairs.items():
+        if pair.moments is not None:
+            found[module] = map_of(pair.moments, pair.counts, method, working_dtype(pair.u))
+    found = {module: found[module] for module in pairs}
     if shrinkage is not None:
         found = shrunk(pairs, found, shrinkage)
         metadata |= {"shrinkage": shrinkage}

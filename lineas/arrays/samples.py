@@ -11,13 +11,20 @@ from .._checks import as_mass, as_sample, same_working_type, working_dtype
 from .._threads import get_num_threads
 from ..maps.affine import AffineMap, rounded
 from ..maps.steering import SteeringMaps
+from .quantiles import Quantiles
+from .summaries import paired_moments, rows_of
 
-Samples = ArrayLike | Mapping[str, ArrayLike]
+Sample = ArrayLike | Quantiles
+Samples = Sample | Mapping[str, Sample]
 Weights = ArrayLike | Mapping[str, ArrayLike] | None
 
 
 class Pair(NamedTuple):
-    """Source and target of one module in one working type, the weights of their rows, and their names in messages."""
+    """Source and target of one module in one working type, the weights of their rows, and their names in messages.
+
+    Of a pair with a `Quantiles` there are the moments of the paired quantiles and the numbers of rows, but no rows:
+    those of all modules at once would take too much memory.
+    """
 
     u: NDArray
     v: NDArray
@@ -25,6 +32,8 @@ class Pair(NamedTuple):
     v_mass: NDArray | None
     u_name: str
     v_name: str
+    moments: NDArray | None = None
+    counts: tuple[int, int] = (0, 0)
 
 
 def two_samples(u: Any, v: Any, u_name: str, v_name: str, *, min_rows: int = 1) -> tuple[NDArray, NDArray]:
@@ -36,10 +45,46 @@ def two_samples(u: Any, v: Any, u_name: str, v_name: str, *, min_rows: int = 1) 
     return same_working_type(u, v)
 
 
+def summarised(
+    u: Any, v: Any, u_name: str, v_name: str, weights: tuple[Any, Any] = (None, None), *, min_rows: int = 1
+) -> Pair | None:
+    """The pair of samples of which one at least is a `Quantiles`; None if none is.
+
+    ValueError for weights, which rows that were seen have not, and as `two_samples`.
+    """
+    if not (isinstance(u, Quantiles) or isinstance(v, Quantiles)):
+        return None
+    if any(given is not None for given in weights):
+        raise ValueError(f"{u_name} and {v_name} must be arrays to have row weights, got Quantiles")
+    rows, masses = [], []
+    for x, name in ((u, u_name), (v, v_name)):
+        found, mass = (
+            rows_of(x, name, min_rows) if isinstance(x, Quantiles) else (as_sample(x, name, min_rows=min_rows), None)
+        )
+        rows.append(found)
+        masses.append(mass)
+    counts = [x.count if isinstance(x, Quantiles) else len(found) for x, found in zip((u, v), rows, strict=True)]
+    if rows[0].shape[1] != rows[1].shape[1]:
+        shapes = " and ".join(str((count, x.shape[1])) for count, x in zip(counts, rows, strict=True))
+        raise ValueError(f"{u_name} and {v_name} must have the same number of columns, got shapes {shapes}")
+    moments = paired_moments(u, v, *rows, (masses[0], masses[1]), [u_name, v_name])
+    empty = np.empty((0, moments.shape[1]), np.result_type(*map(working_dtype, rows)))
+    return Pair(empty, empty, None, None, u_name, v_name, moments, (counts[0], counts[1]))
+
+
 def paired_samples(
-    source: Samples, target: Samples, source_weights: Weights = None, target_weights: Weights = None, prefix: str = ""
+    source: Samples,
+    target: Samples,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    prefix: str = "",
+    *,
+    summaries: bool = False,
 ) -> dict[Any, Pair]:
-    """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages."""
+    """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages.
+
+    TypeError for a `Quantiles` unless `summaries` are welcome.
+    """
     if isinstance(source, Mapping) != isinstance(target, Mapping):
         kinds = f"{type(source).__name__} and {type(target).__name__}"
         raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
@@ -57,6 +102,12 @@ def paired_samples(
     for module, x in sources.items():
         at = "" if module is None else f"[{module!r}]"
         u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
+        weights = source_weights, target_weights
+        if (pair := summarised(x, targets[module], u_name, v_name, weights, min_rows=2)) is not None:
+            if not summaries:
+                raise TypeError(f"{u_name} and {v_name} must be arrays here, got Quantiles")
+            pairs[module] = pair
+            continue
         u, v = two_samples(x, targets[module], u_name, v_name, min_rows=2)
         u_mass = _mass(source_weights, module, len(u), "source_weights")
         v_mass = _mass(target_weights, module, len(v), "target_weights")
@@ -87,20 +138,22 @@ def check_modules(wanted: Sequence[Any], seen: Iterable[Any], argument: str) -> 
 def by_working_type(pairs: Mapping[Any, Pair], kernel: Callable[..., Iterable[Any]]) -> dict[Any, Any]:
     """What `kernel` gives for each module: the engine takes many at once, but of one working type.
 
-    It is called with six lists, one for each field of `Pair`, and the number of threads.
+    It is called with six lists, of samples, weights and names, and the number of threads; not with summaries.
     """
     found: dict[Any, Any] = {}
     for dtype in (np.float32, np.float64):
-        batch = {module: pair for module, pair in pairs.items() if working_dtype(pair.u) == dtype}
+        batch = {module: pair for module, pair in pairs.items() if pair.moments is None and working_dtype(pair.u) == dtype}
         if batch:
-            columns = map(list, zip(*batch.values(), strict=True))
+            columns = map(list, zip(*(pair[:6] for pair in batch.values()), strict=True))
             found |= zip(batch, kernel(*columns, get_num_threads()), strict=True)
-    return {module: found[module] for module in pairs}
+    return found
 
 
 def moments_of(pairs: Mapping[Any, Pair]) -> list[NDArray]:
     """The moments [5, d] of the paired quantiles of every module; ValueError if a value or its square is not finite."""
-    found = by_working_type(pairs, _core.quantile_moments)
+    summaries = {module: pair.moments for module, pair in pairs.items() if pair.moments is not None}
+    found = by_working_type(pairs, _core.quantile_moments) | summaries
+    found = {module: found[module] for module in pairs}
     for module, moments in found.items():
         if not np.isfinite(moments).all():
             raise ValueError(f"the squares of {pairs[module].u_name} or its target overflow float64")

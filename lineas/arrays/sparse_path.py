@@ -43,8 +43,9 @@ def sparse_path(
 
     Parameters
     ----------
-    source, target : array_like, torch.Tensor or Mapping
-        Activations [n, d] and [m, d], or mappings from module name to such arrays, as in `lineas.fit`.
+    source, target : array_like, torch.Tensor, Quantiles or Mapping
+        Activations [n, d] and [m, d], or mappings from module name to such arrays, or `Quantiles` that have seen them,
+        as in `lineas.fit`.
     n_penalties : int, default 50
         The number of points, from the smallest penalty that leaves every neuron alone down to `min_ratio` of it,
         evenly on a logarithmic scale. At least 2.
@@ -93,7 +94,7 @@ def sparse_path(
     array([0, 1, 2, 3, 4])
     """
     l1_ratio = as_share(l1_ratio, "l1_ratio")
-    pairs = paired_samples(source, target, source_weights, target_weights)
+    pairs = paired_samples(source, target, source_weights, target_weights, summaries=True)
     moments, trial_moments = moments_of(pairs), None
     samples = {"source": source, "target": target}
     if held_out is not None:
@@ -101,7 +102,7 @@ def sparse_path(
         samples |= {"held_out source": held_source, "held_out target": held_target}
         if isinstance(held_source, Mapping) != isinstance(source, Mapping):
             raise TypeError("held_out must hold mappings where source is one, and arrays where it is an array")
-        trials = paired_samples(held_source, held_target, prefix="held_out ")
+        trials = paired_samples(held_source, held_target, prefix="held_out ", summaries=True)
         check_modules(list(pairs), trials, "held_out")
         for module, pair in pairs.items():
             d, trial = pair.u.shape[1], trials[module]

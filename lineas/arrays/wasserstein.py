@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_mass, as_not_negative, as_vector
+from .._checks import as_mass, as_not_negative, as_vector, working_dtype
 from .._threads import get_num_threads
-from .samples import two_samples
+from .samples import Sample, summarised, two_samples
+from .summaries import distance_of
 
 
 def _distance(
@@ -26,8 +28,8 @@ def _distance(
 
 
 def wasserstein(
-    u: ArrayLike,
-    v: ArrayLike,
+    u: Sample,
+    v: Sample,
     *,
     u_weights: ArrayLike | None = None,
     v_weights: ArrayLike | None = None,
@@ -40,9 +42,11 @@ def wasserstein(
 
     Parameters
     ----------
-    u : array_like or torch.Tensor
+    u : array_like, torch.Tensor or Quantiles
         Sample [n, d], n >= 1: one row a prompt, one column a neuron; float16, bfloat16, float32, float64 or integers.
-    v : array_like or torch.Tensor
+        Of more rows than memory holds, a `Quantiles` that has seen them: the parts of the distance that come from means
+        and standard deviations are exact then, the part from the shapes is that of the values kept.
+    v : array_like, torch.Tensor or Quantiles
         Sample [m, d], m >= 1.
     u_weights, v_weights : array_like, optional
         Weights of the rows [n], [m]: not negative, with a positive sum; only their proportions count, and a row of
@@ -61,7 +65,7 @@ def wasserstein(
         If a dtype is another one.
     ValueError
         If shapes do not fit, a value is not finite (its row and column are named), the weights are not weights, or
-        `v_sorted` comes with `v_weights`.
+        `v_sorted` comes with `v_weights`, or weights with a `Quantiles`.
 
     Examples
     --------
@@ -69,6 +73,10 @@ def wasserstein(
     >>> lineas.wasserstein(np.array([[0.0], [2.0]]), np.array([[3.0], [1.0]]))
     array([1.])
     """
+    if (pair := summarised(u, v, "u", "v", (u_weights, v_weights))) is not None:
+        assert pair.moments is not None
+        with np.errstate(over="ignore"):
+            return distance_of(pair.moments).astype(working_dtype(pair.u))
     return _distance(u, v, u_weights, v_weights, v_sorted, 0)[0]
 
 
