@@ -271,8 +271,8 @@ LNS_API lns_status lns_moments_merge(lns_moments *state, const lns_moments *othe
 enum { LNS_MOST_SLOTS = 64 };
 
 /* A summary of the distribution of every column, in memory that does not grow with the rows seen. It keeps some of the
- * values in slots; what a slot's rows stand for is the same in all columns. At the start weight, open, filled, won, lost
- * and turn are 0, and the moments as lns_moments wants them; keys need no value. */
+ * values in slots; what a slot's rows stand for is the same in all columns. At the start weight, open, filled and error
+ * are 0, and the moments as lns_moments wants them; keys need no value. */
 typedef struct lns_quantiles {
     lns_dtype dtype;                /* LNS_F32 or LNS_F64: of the values kept */
     int64_t d, slots;               /* columns >= 1; slots, 2 to LNS_MOST_SLOTS */
@@ -280,8 +280,7 @@ typedef struct lns_quantiles {
     void *keys;                     /* [ceil(d / L), slots, rows, L], L = 16 (LNS_F32) or 8 (LNS_F64) */
     int64_t weight[LNS_MOST_SLOTS]; /* rows seen that each row of a slot stands for, a power of two; 0 = free */
     int64_t open, filled;           /* the slot that takes new rows (its weight is 0) and how many it has; 0 = no slot */
-    int64_t won, lost;              /* at most so many rows are counted too much, or too few, below any value */
-    uint64_t turn;                  /* bit h: whether the next pair of weight 2^h loses */
+    int64_t error;                  /* below any value are at most so many rows more, or fewer, than told */
     lns_moments moments;            /* of all rows seen */
 } lns_quantiles;
 
@@ -289,9 +288,9 @@ typedef struct lns_quantiles {
  * is 0. */
 LNS_API int64_t lns_quantiles_worksize(const lns_quantiles *state, int64_t n, int threads);
 
-/* Takes the rows of the sample in. No value is left out before slots * rows of them have been seen. Afterwards two slots
- * of equal weight are merged and every second of their rows kept, whenever a slot is wanted, which changes the number of
- * rows below a value by their weight at most, up and down in turn: won and lost add that up. LNS_BAD_SIZE: the summary
+/* Takes the rows of the sample in. All values are kept while slots * rows rows or fewer have been seen. Afterwards,
+ * whenever a slot is wanted, two of equal weight are merged and neighbours in the merged order replaced by their mean.
+ * That changes the number of rows below a value by their weight at most: `error` adds it up. LNS_BAD_SIZE: the summary
  * would have seen more than (2^(slots - 1) - 1) * rows rows. LNS_BAD_TYPE: not the working type of the state.
  * LNS_NOT_FINITE. The state is updated only on LNS_OK. */
 LNS_API lns_status lns_quantiles_update(const lns_sample *sample, int threads, void *work, lns_quantiles *state,

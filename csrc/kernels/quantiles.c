@@ -1,5 +1,5 @@
-/* Streaming quantiles: sorted runs of equally weighted rows, of which pairs are merged and halved (Munro and Paterson
- * 1980; Manku, Rajagopalan and Lindsay 1998). */
+/* Streaming quantiles: sorted runs of equally weighted rows. Two of them are merged, and neighbours in the merged order
+ * replaced by their mean (Munro and Paterson 1980; Manku, Rajagopalan and Lindsay 1998, who keep one of the two). */
 #include "lineas.h"
 
 #include <math.h>
@@ -12,10 +12,9 @@
 
 /* ---- the schedule: which slot takes what, the same for all columns ---- */
 
-/* The rows of slots `into` and `from` merged, and every second one kept in `into`, from `offset` on. */
+/* The rows of slots `into` and `from` merged, and the means of neighbours put into `into`. */
 typedef struct collapse {
     int64_t into, from; /* into < 0: none */
-    int64_t offset;
 } collapse;
 
 static int64_t slot_of_weight(const lns_quantiles *q, int64_t begin, int64_t weight)
@@ -35,21 +34,16 @@ static int64_t free_slot(lns_quantiles *q, collapse *made)
     if (found < q->slots) {
         return found;
     }
-    for (int level = 0;; level++) {
-        const int64_t weight = INT64_C(1) << level;
+    for (int64_t weight = 1;; weight *= 2) {
         made->into = slot_of_weight(q, 0, weight);
         made->from = slot_of_weight(q, made->into + 1, weight);
-        if (made->from >= q->slots) {
-            continue;
+        if (made->from < q->slots) {
+            /* Where an odd number of the rows merged is below a value, one of them becomes none or two. */
+            q->error += weight;
+            q->weight[made->into] = 2 * weight;
+            q->weight[made->from] = 0;
+            return made->from;
         }
-        /* Where an odd number of the rows up to some value were merged, half a kept row is lost or won. The two take
-         * turns, so that errors cancel. */
-        made->offset = q->turn >> level & 1;
-        *(made->offset ? &q->lost : &q->won) += weight;
-        q->turn ^= UINT64_C(1) << level;
-        q->weight[made->into] = 2 * weight;
-        q->weight[made->from] = 0;
-        return made->from;
     }
 }
 
@@ -100,7 +94,7 @@ static int state_ok(const lns_quantiles *q)
 {
     if (q->d < 1 || q->slots < 2 || q->slots > LNS_MOST_SLOTS || q->rows < LNS_RUN || q->rows > INT64_C(1) << 20 ||
         q->rows != INT64_C(1) << levels_of(q->rows) || q->open < 0 || q->open >= q->slots || q->filled < 0 ||
-        q->filled >= q->rows || (q->filled > 0 && q->weight[q->open] != 0) || q->won < 0 || q->lost < 0 ||
+        q->filled >= q->rows || (q->filled > 0 && q->weight[q->open] != 0) || q->error < 0 ||
         lns_mul(lns_mul(tiles_of(q), q->slots), q->rows * LNS_TILE_ROW) < 0) {
         return 0;
     }
@@ -241,8 +235,7 @@ lns_status lns_quantiles_merge(const lns_quantiles *other, int threads, void *wo
         count = rows_to_take(state, other->filled - i, &made);
         take_rows(state, count);
     }
-    state->won += other->won;
-    state->lost += other->lost;
+    state->error += other->error;
     return lns_moments_merge(&state->moments, &other->moments, state->d);
 }
 

@@ -9,6 +9,16 @@ static inline key *VNAME(slot)(const lns_quantiles *q, int64_t unit, int64_t slo
     return (key *)q->keys + (unit * q->slots + slot) * q->rows * LANES;
 }
 
+/* Means of neighbours, each between the two: halves of subnormal numbers are rounded. */
+static inline VNAME(vec) VNAME(mean_of)(VNAME(vec) low, VNAME(vec) high)
+{
+    const VNAME(reals) x = (VNAME(reals))VNAME(vec_flip)(low), y = (VNAME(reals))VNAME(vec_flip)(high);
+    VNAME(vec) mean = VNAME(vec_flip)((VNAME(vec))(x * (real)0.5 + y * (real)0.5));
+    VNAME(vec_exchange)(&low, &mean);
+    VNAME(vec_exchange)(&mean, &high);
+    return mean;
+}
+
 static void VNAME(collapse_slots)(const lns_quantiles *q, int64_t unit, const collapse *made, key *work)
 {
     const size_t bytes = (size_t)q->rows * LNS_TILE_ROW;
@@ -16,8 +26,10 @@ static void VNAME(collapse_slots)(const lns_quantiles *q, int64_t unit, const co
     memcpy(work, into, bytes);
     memcpy(work + q->rows * LANES, VNAME(slot)(q, unit, made->from), bytes);
     VNAME(merge)(work, levels_of(q->rows), 2 * q->rows);
-    for (int64_t i = 0; i < q->rows; i++) {
-        memcpy(into + i * LANES, work + (2 * i + made->offset) * LANES, LNS_TILE_ROW);
+    for (int64_t i = 0; i < q->rows; i++, into += LANES, work += 2 * LANES) {
+        for (int p = 0; p < LANES; p += VEC_LANES) {
+            VNAME(vec_store)(into + p, VNAME(mean_of)(VNAME(vec_load)(work + p), VNAME(vec_load)(work + LANES + p)));
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 #include "python/functions.h"
 
-/* How a state travels: count, mean, m2, low, high, keys, schedule; the last is weight, open, filled, won, lost, turn. */
-enum { STATE = 7, ARRAYS = STATE - 1, SCHEDULE = LNS_MOST_SLOTS + 5 };
+/* How a state travels: count, mean, m2, low, high, keys, schedule; the last is weight, open, filled, error. */
+enum { STATE = 7, ARRAYS = STATE - 1, SCHEDULE = LNS_MOST_SLOTS + 3 };
 
 static const char *const NAMES[2 * ARRAYS + 1] = {"mean",   "m2",    "low",    "high",   "keys",   "schedule",  "mean_b",
                                                   "m2_b",   "low_b", "high_b", "keys_b", "schedule_b"};
@@ -41,9 +41,7 @@ static int take_state(PyObject *const *args, const char *const *names, int64_t s
                              .keys = PyArray_DATA(arrays[4]),
                              .open = rest[0],
                              .filled = rest[1],
-                             .won = rest[2],
-                             .lost = rest[3],
-                             .turn = (uint64_t)rest[4],
+                             .error = rest[2],
                              .moments = {seen, PyArray_DATA(arrays[0]), PyArray_DATA(arrays[1]),
                                          PyArray_DATA(arrays[2]), PyArray_DATA(arrays[3])}};
     memcpy(state->weight, schedule, sizeof state->weight);
@@ -53,7 +51,7 @@ static int take_state(PyObject *const *args, const char *const *names, int64_t s
 /* The schedule as a call has left it; the other arrays were written where they lie. */
 static void put_schedule(const lns_quantiles *state, PyArrayObject *array)
 {
-    const int64_t rest[5] = {state->open, state->filled, state->won, state->lost, (int64_t)state->turn};
+    const int64_t rest[3] = {state->open, state->filled, state->error};
     int64_t *schedule = PyArray_DATA(array);
     memcpy(schedule, state->weight, sizeof state->weight);
     memcpy(schedule + LNS_MOST_SLOTS, rest, sizeof rest);

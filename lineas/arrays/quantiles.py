@@ -17,7 +17,7 @@ from .moments import Moments, take_batches
 _LEAST_SIZE, _MOST_SIZE = 512, 1 << 24
 _SLOTS = 16  # at least; fewer and larger ones would promise less for long streams, more and smaller ones for short ones
 _MOST_SLOTS = 64  # LNS_MOST_SLOTS of the engine
-_OPEN, _FILLED, _WON, _LOST = range(_MOST_SLOTS, _MOST_SLOTS + 4)  # where they stand in a schedule
+_FILLED, _ERROR = _MOST_SLOTS + 1, _MOST_SLOTS + 2  # where they stand in a schedule
 
 
 class _State(NamedTuple):
@@ -29,7 +29,7 @@ class _State(NamedTuple):
     low: NDArray
     high: NDArray
     keys: NDArray  # [tiles, slots, rows, lanes] int32 or int64: bits of float32 or float64 in an order of integers
-    schedule: NDArray  # [_MOST_SLOTS + 5] int64: weights of the slots, the open slot and its rows, bounds, whose turn
+    schedule: NDArray  # [_MOST_SLOTS + 3] int64: weights of the slots, the open slot, its rows, the error
 
     def copy(self) -> _State:
         return _State(self.count, *(array.copy() for array in self[1:]))
@@ -41,7 +41,7 @@ class _State(NamedTuple):
     @property
     def bound(self) -> int:
         """Most rows by which the number of rows below a value is off."""
-        return int(self.schedule[[_WON, _LOST]].max())
+        return int(self.schedule[_ERROR])
 
 
 def _lanes(dtype: np.dtype) -> int:
@@ -52,7 +52,7 @@ def _lanes(dtype: np.dtype) -> int:
 def _start(d: int, rows: int, dtype: np.dtype) -> _State:
     keys = np.zeros((-(-d // _lanes(dtype)), 0, rows, _lanes(dtype)), f"i{dtype.itemsize}")
     moments = np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
-    return _State(0, *moments, keys, np.zeros(_MOST_SLOTS + 5, np.int64))
+    return _State(0, *moments, keys, np.zeros(_MOST_SLOTS + 3, np.int64))
 
 
 def _flip(keys: NDArray) -> NDArray:
@@ -77,9 +77,9 @@ class Quantiles:
     """The distribution of d neurons, updated batch by batch, in memory that does not grow with the rows seen.
 
     Kept are at most `size` values of each neuron. While no more rows than that came, they are all there and everything
-    read is exact. Afterwards pairs of sorted runs of equal weight are merged and every second value of theirs is kept
-    with twice the weight (Munro and Paterson 1980; Manku, Rajagopalan and Lindsay 1998), those at even and at odd places
-    in turn, so that errors cancel. How far the number of rows below any value can be off follows from the merges that
+    read is exact. Afterwards two sorted runs of equal weight are merged, again and again, and neighbours in the merged
+    order replaced by their mean, with twice the weight (after Munro and Paterson 1980 and Manku, Rajagopalan and Lindsay
+    1998, who keep one of the two). How far the number of rows below any value can be off follows from the merges that
     were made: `rank_error` tells it, as a bound that holds for every order of the rows, not an estimate. Count, mean,
     variance, minimum and maximum stay exact, as `Moments` has them.
 
@@ -206,7 +206,7 @@ class Quantiles:
             return self._seen().high.copy()
 
     def quantile(self, q: ArrayLike) -> NDArray:
-        """Return quantiles of each neuron: values that were seen, as ``np.quantile(..., method="inverted_cdf")``.
+        """Return quantiles of each neuron: while `exact`, those of ``np.quantile(..., method="inverted_cdf")``.
 
         Parameters
         ----------

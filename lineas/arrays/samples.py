@@ -12,7 +12,7 @@ from .._threads import get_num_threads
 from ..maps.affine import AffineMap, rounded
 from ..maps.steering import SteeringMaps
 from .quantiles import Quantiles
-from .summaries import paired_moments, rows_of
+from .summaries import paired_moments
 
 Sample = ArrayLike | Quantiles
 Samples = Sample | Mapping[str, Sample]
@@ -56,20 +56,22 @@ def summarised(
         return None
     if any(given is not None for given in weights):
         raise ValueError(f"{u_name} and {v_name} must be arrays to have row weights, got Quantiles")
-    rows, masses = [], []
+    sides, shapes = [], []
     for x, name in ((u, u_name), (v, v_name)):
-        found, mass = (
-            rows_of(x, name, min_rows) if isinstance(x, Quantiles) else (as_sample(x, name, min_rows=min_rows), None)
-        )
-        rows.append(found)
-        masses.append(mass)
-    counts = [x.count if isinstance(x, Quantiles) else len(found) for x, found in zip((u, v), rows, strict=True)]
-    if rows[0].shape[1] != rows[1].shape[1]:
-        shapes = " and ".join(str((count, x.shape[1])) for count, x in zip(counts, rows, strict=True))
-        raise ValueError(f"{u_name} and {v_name} must have the same number of columns, got shapes {shapes}")
-    moments = paired_moments(u, v, *rows, (masses[0], masses[1]), [u_name, v_name])
-    empty = np.empty((0, moments.shape[1]), np.result_type(*map(working_dtype, rows)))
-    return Pair(empty, empty, None, None, u_name, v_name, moments, (counts[0], counts[1]))
+        if not isinstance(x, Quantiles):
+            x = as_sample(x, name, min_rows=min_rows)
+        elif x.count < min_rows:
+            raise ValueError(f"{name} must have seen at least {min_rows} row{'s' * (min_rows > 1)}, got {x.count}")
+        sides.append(x)
+        shapes.append((x.count, x.d) if isinstance(x, Quantiles) else x.shape)
+    if shapes[0][1] != shapes[1][1]:
+        both = " and ".join(map(str, shapes))
+        raise ValueError(f"{u_name} and {v_name} must have the same number of columns, got shapes {both}")
+    moments, dtypes = paired_moments(*sides, [u_name, v_name]), []
+    for x in sides:
+        dtypes.append(x.dtype if isinstance(x, Quantiles) else working_dtype(x))
+    empty = np.empty((0, moments.shape[1]), np.result_type(*dtypes))
+    return Pair(empty, empty, None, None, u_name, v_name, moments, (shapes[0][0], shapes[1][0]))
 
 
 def paired_samples(

@@ -10,41 +10,39 @@ from numpy.typing import NDArray
 from .. import _core
 from .._checks import same_working_type, working_dtype
 from .._threads import get_num_threads
-from .quantiles import Quantiles
+from .quantiles import Quantiles, quantiles
 
 
-def rows_of(x: Quantiles, name: str, min_rows: int) -> tuple[NDArray, NDArray | None]:
-    """The values kept and their weights, None where all are there; ValueError if it has seen too few rows."""
-    if x.count < min_rows:
-        raise ValueError(f"{name} must have seen at least {min_rows} row{'s' * (min_rows > 1)}, got {x.count}")
-    rows, weights = x.weighted_sample()
-    return rows, None if weights.max() == 1 else weights
+_PARTS = 2048  # more of them change slopes by less than the error of 16384 values kept
 
 
-def paired_moments(
-    u: Any, v: Any, u_rows: NDArray, v_rows: NDArray, weights: tuple[NDArray | None, NDArray | None], names: list[str]
-) -> NDArray:
-    """Moments [5, d] of the paired quantiles of `u` and `v`, arrays or `Quantiles`, as the engine has them.
+def paired_moments(u: Any, v: Any, names: list[str]) -> NDArray:
+    """Moments [5, d] of the paired quantiles of `u` and `v`, `Quantiles` or checked arrays, as the engine has them.
 
-    Means and variances of a `Quantiles` are those of all rows that it has seen, which are exact. Of the values it kept
-    comes the correlation of the quantile functions alone, close to 1 where the two have similar shapes, so that the
-    error of the covariance is of second order in that of the quantiles.
+    Means and variances are those of all rows, which are exact. If values were left out, the covariance of the quantile
+    functions is that of their means over equal parts of [0, 1], plus what is within the parts: there their covariance is
+    at least 0, since both rise, and at most the root of the product of their variances, which are what the parts leave
+    of the exact ones. They are taken as so large: it is right where both rise alike, as any two smooth functions do
+    over short parts.
     """
-    u_rows, v_rows = same_working_type(u_rows, v_rows)
-    masses = [None if mass is None else [mass] for mass in weights]
-    found = _core.quantile_moments([u_rows], [v_rows], *masses, names[:1], names[1:], get_num_threads())[0]
-    kept = found[[2, 4]].copy()
-    for side, mean, variance in ((u, 0, 2), (v, 1, 4)):
-        if isinstance(side, Quantiles) and not side.exact:
-            seen = side.moments
-            found[mean], found[variance] = seen.mean, seen.variance(ddof=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        correlation = found[3] / np.sqrt(kept[0]) / np.sqrt(kept[1])
-    # Where the values kept are constant and those seen were not, they say nothing about the shape.
-    correlation = np.where(kept.min(axis=0) > 0, np.clip(correlation, 0, 1), 1)
-    found[3] = correlation * np.sqrt(found[2]) * np.sqrt(found[4])
-    constant = _constant(found[0], found[2], u.count if isinstance(u, Quantiles) else len(u_rows), u_rows)
-    found[2:4, constant] = 0
+    exact = all(x.exact for x in (u, v) if isinstance(x, Quantiles))
+    if exact:
+        rows = [x.weighted_sample()[0] if isinstance(x, Quantiles) else x for x in (u, v)]
+    else:
+        seen = [x if isinstance(x, Quantiles) else quantiles(x) for x in (u, v)]
+        rows = [x.sample(_PARTS) for x in seen]
+    rows = list(same_working_type(*rows))
+    found = _core.quantile_moments([rows[0]], [rows[1]], None, None, names[:1], names[1:], get_num_threads())[0]
+    if exact:
+        return found
+    within = np.ones_like(found[0])
+    for x, mean, variance in ((seen[0], 0, 2), (seen[1], 1, 4)):
+        moments = x.moments
+        total = moments.variance(ddof=0)
+        within *= np.sqrt(np.maximum(total - found[variance], 0))
+        found[mean], found[variance] = moments.mean, total
+    found[3] = np.minimum(found[3] + within, np.sqrt(found[2]) * np.sqrt(found[4]))
+    found[2:4, _constant(found[0], found[2], seen[0].count, rows[0])] = 0
     return found
 
 
