@@ -16,8 +16,8 @@ from .moments import Moments, take_batches
 
 _LEAST_SIZE, _MOST_SIZE = 512, 1 << 24
 _SLOTS = 16  # at least; fewer and larger ones would promise less for long streams, more and smaller ones for short ones
-_MOST_SLOTS = 64  # LNS_MOST_SLOTS of the engine
-_FILLED, _ERROR = _MOST_SLOTS + 1, _MOST_SLOTS + 2  # where they stand in a schedule
+MOST_SLOTS = 64  # LNSMOST_SLOTS of the engine
+OPEN, FILLED, ERROR = MOST_SLOTS, MOST_SLOTS + 1, MOST_SLOTS + 2  # where they stand in a schedule
 
 
 class _State(NamedTuple):
@@ -29,7 +29,7 @@ class _State(NamedTuple):
     low: NDArray
     high: NDArray
     keys: NDArray  # [tiles, slots, rows, lanes] int32 or int64: bits of float32 or float64 in an order of integers
-    schedule: NDArray  # [_MOST_SLOTS + 3] int64: weights of the slots, the open slot, its rows, the error
+    schedule: NDArray  # [MOST_SLOTS + 3] int64: weights of the slots, the open slot, its rows, the error
 
     def copy(self) -> _State:
         return _State(self.count, *(array.copy() for array in self[1:]))
@@ -41,7 +41,7 @@ class _State(NamedTuple):
     @property
     def bound(self) -> int:
         """Most rows by which the number of rows below a value is off."""
-        return int(self.schedule[_ERROR])
+        return int(self.schedule[ERROR])
 
 
 def _lanes(dtype: np.dtype) -> int:
@@ -52,10 +52,10 @@ def _lanes(dtype: np.dtype) -> int:
 def _start(d: int, rows: int, dtype: np.dtype) -> _State:
     keys = np.zeros((-(-d // _lanes(dtype)), 0, rows, _lanes(dtype)), f"i{dtype.itemsize}")
     moments = np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
-    return _State(0, *moments, keys, np.zeros(_MOST_SLOTS + 3, np.int64))
+    return _State(0, *moments, keys, np.zeros(MOST_SLOTS + 3, np.int64))
 
 
-def _flip(keys: NDArray) -> NDArray:
+def flip(keys: NDArray) -> NDArray:
     """Bits of floats as integers of the same order, and back."""
     bits = 8 * keys.itemsize - 1
     return keys ^ ((keys >> bits) & np.array((1 << bits) - 1, keys.dtype))
@@ -66,10 +66,10 @@ def _doubled(state: _State) -> _State:
     if state.dtype == np.float64:
         return state
     tiles, slots, rows, lanes = state.keys.shape
-    values = _flip(state.keys).view(np.float32).astype(np.float64).transpose(1, 2, 0, 3).reshape(slots, rows, -1)
+    values = flip(state.keys).view(np.float32).astype(np.float64).transpose(1, 2, 0, 3).reshape(slots, rows, -1)
     wide = np.zeros((slots, rows, -(-state.mean.size // 8) * 8))
     wide[:, :, : state.mean.size] = values[:, :, : state.mean.size]
-    keys = _flip(np.ascontiguousarray(wide.reshape(slots, rows, -1, 8).transpose(2, 0, 1, 3)).view(np.int64))
+    keys = flip(np.ascontiguousarray(wide.reshape(slots, rows, -1, 8).transpose(2, 0, 1, 3)).view(np.int64))
     return state._replace(keys=keys)
 
 
@@ -289,13 +289,13 @@ class Quantiles:
 
         `seen` rows in all ask for one slot more for each doubling beyond what `self._slots` of different weights hold.
         """
-        weights, had = state.schedule[:_MOST_SLOTS], state.keys.shape[1]
-        wanted = int(np.count_nonzero(weights)) + full + -(-(int(state.schedule[_FILLED]) + rows) // self._rows)
+        weights, had = state.schedule[:MOST_SLOTS], state.keys.shape[1]
+        wanted = int(np.count_nonzero(weights)) + full + -(-(int(state.schedule[FILLED]) + rows) // self._rows)
         most = max(self._slots, (seen // self._rows + 1).bit_length() + 1)
         slots = max(2, min(wanted, most))
         if slots <= had:
             return state
-        slots = min(max(slots, 2 * had), most, _MOST_SLOTS)  # doubled, so that rows which come one by one cost little
+        slots = min(max(slots, 2 * had), most, MOST_SLOTS)  # doubled, so that rows which come one by one cost little
         keys = np.zeros((state.keys.shape[0], slots, *state.keys.shape[2:]), state.keys.dtype)
         keys[:, :had] = state.keys
         return state._replace(keys=keys)
@@ -356,7 +356,7 @@ class Quantiles:
                 raise ValueError(f"cannot merge quantiles of {state.mean.size} and {theirs.mean.size} neurons")
             if state.dtype != theirs.dtype:
                 state, theirs = _doubled(state), _doubled(theirs)
-            full, filled = int(np.count_nonzero(theirs.schedule[:_MOST_SLOTS])), int(theirs.schedule[_FILLED])
+            full, filled = int(np.count_nonzero(theirs.schedule[:MOST_SLOTS])), int(theirs.schedule[FILLED])
             state = self._with_room(state, filled, full, state.count + theirs.count)
             self._state = state._replace(count=_core.quantiles_merge(*state, *theirs, get_num_threads()))
         return self
