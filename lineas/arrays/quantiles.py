@@ -287,15 +287,16 @@ class Quantiles:
     def _with_room(self, state: _State, rows: int, full: int, seen: int) -> _State:
         """The state with the slots that `rows` more rows and `full` slots want, if it may have so many.
 
-        `seen` rows in all ask for one slot more for each doubling beyond what `self._slots` of different weights hold.
+        As many as there are doublings of a run in `seen` rows it has in any case: so many weights can there be.
         """
         weights, had = state.schedule[:MOST_SLOTS], state.keys.shape[1]
         wanted = int(np.count_nonzero(weights)) + full + -(-(int(state.schedule[FILLED]) + rows) // self._rows)
-        most = max(self._slots, (seen // self._rows + 1).bit_length() + 1)
-        slots = max(2, min(wanted, most))
+        levels = (seen // self._rows + 1).bit_length() + 1
+        most = max(self._slots, levels)
+        slots = max(levels, min(wanted, most))
         if slots <= had:
             return state
-        slots = min(max(slots, 2 * had), most, MOST_SLOTS)  # doubled, so that rows which come one by one cost little
+        slots = min(max(slots, 2 * had), most, MOST_SLOTS)  # doubled, so that few rows at a time cost little
         keys = np.zeros((state.keys.shape[0], slots, *state.keys.shape[2:]), state.keys.dtype)
         keys[:, :had] = state.keys
         return state._replace(keys=keys)
