@@ -7,9 +7,9 @@ again: sorting networks do not depend on values), against `np.partition`, the me
     python benchmarks/quantiles.py --trade-off        # memory against errors; with --write into docs/quantiles.md
     python benchmarks/quantiles.py --large 40         # maps of two streams, 40 GB together, and the memory it took
 
-The trade-off is measured on 1 million rows of each of `FAMILIES`, drawn for a source and a target: the largest error of
-the rank of any value kept, in share of the rows, and that of the slopes of `lineas.fit`, relative to those of the fit to
-all values.
+The trade-off is measured on 1 million rows of each of `FAMILIES`, drawn for a source and a target: the largest error
+of the rank of any value kept, in share of the rows, and that of the slopes of `lineas.fit`, relative to those of the
+fit to all values.
 """
 
 from __future__ import annotations
@@ -160,7 +160,12 @@ def draw(points: NDArray) -> None:
     from lineas.notebook.plot import BLUE, GREEN, GREY, ORANGE
 
     _, ax = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    labels = ("rank error, promised", "rank error, worst measured", "rank error, typical", "slope, worst of all families")
+    labels = (
+        "rank error, promised",
+        "rank error, worst measured",
+        "rank error, typical",
+        "slope, worst of all families",
+    )
     for k, (label, color, marker) in enumerate(zip(labels, (GREY, BLUE, GREEN, ORANGE), "s^vo", strict=True), start=1):
         ax.loglog(points[:, 0], points[:, k], color=color, marker=marker, markersize=4, label=label)
     ax.set_xlabel("memory a neuron (KB)")

@@ -92,7 +92,8 @@ def quantiles_update(
     """Take the rows of x [n, d] into a summary, in place; returns the new count. `struct lns_quantiles` of lineas.h.
 
     keys: int32 [ceil(d / 16), slots, rows, 16] for x that is worked on in float32, int64 [ceil(d / 8), slots, rows, 8]
-    for float64. schedule: int64 [67]: the weights of 64 slots, open, filled, error; zeros at the start. The others as those of moments_update. Nothing is changed when an error is raised.
+    for float64. schedule: int64 [67]: the weights of 64 slots, open, filled, error; zeros at the start. The others as
+    those of moments_update. Nothing is changed when an error is raised.
     """
 
 def quantiles_merge(

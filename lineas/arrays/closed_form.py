@@ -36,9 +36,7 @@ def fit(source: Sample, target: Sample, **settings: Unpack[_Settings]) -> Affine
 
 
 @overload
-def fit(
-    source: Mapping[str, Sample], target: Mapping[str, Sample], **settings: Unpack[_Settings]
-) -> SteeringMaps: ...
+def fit(source: Mapping[str, Sample], target: Mapping[str, Sample], **settings: Unpack[_Settings]) -> SteeringMaps: ...
 
 
 def fit(

@@ -23,7 +23,7 @@ OPEN, FILLED, ERROR = MOST_SLOTS, MOST_SLOTS + 1, MOST_SLOTS + 2  # where they s
 class _State(NamedTuple):
     """What the engine keeps, in the order in which it takes it."""
 
-    count: int
+    seen: int
     mean: NDArray  # [d] float64, as those below
     m2: NDArray
     low: NDArray
@@ -32,7 +32,7 @@ class _State(NamedTuple):
     schedule: NDArray  # [MOST_SLOTS + 3] int64: weights of the slots, the open slot, its rows, the error
 
     def copy(self) -> _State:
-        return _State(self.count, *(array.copy() for array in self[1:]))
+        return _State(self.seen, *(array.copy() for array in self[1:]))
 
     @property
     def dtype(self) -> np.dtype:
@@ -65,7 +65,7 @@ def _doubled(state: _State) -> _State:
     """The same values in float64."""
     if state.dtype == np.float64:
         return state
-    tiles, slots, rows, lanes = state.keys.shape
+    slots, rows = state.keys.shape[1:3]
     values = flip(state.keys).view(np.float32).astype(np.float64).transpose(1, 2, 0, 3).reshape(slots, rows, -1)
     wide = np.zeros((slots, rows, -(-state.mean.size // 8) * 8))
     wide[:, :, : state.mean.size] = values[:, :, : state.mean.size]
@@ -78,10 +78,10 @@ class Quantiles:
 
     Kept are at most `size` values of each neuron. While no more rows than that came, they are all there and everything
     read is exact. Afterwards two sorted runs of equal weight are merged, again and again, and neighbours in the merged
-    order replaced by their mean, with twice the weight (after Munro and Paterson 1980 and Manku, Rajagopalan and Lindsay
-    1998, who keep one of the two). How far the number of rows below any value can be off follows from the merges that
-    were made: `rank_error` tells it, as a bound that holds for every order of the rows, not an estimate. Count, mean,
-    variance, minimum and maximum stay exact, as `Moments` has them.
+    order replaced by their mean, with twice the weight (after Munro and Paterson 1980 and Manku, Rajagopalan and
+    Lindsay 1998, who keep one of the two). How far the number of rows below any value can be off follows from the
+    merges that were made: `rank_error` tells it, as a bound that holds for every order of the rows, not an estimate.
+    Count, mean, variance, minimum and maximum stay exact, as `Moments` has them.
 
     No random numbers are used: the same batches in the same order give the same bits, for any number of threads.
     Summaries may be merged in any order and grouping; the errors then add up. Several threads may update, merge and
@@ -152,7 +152,7 @@ class Quantiles:
     def count(self) -> int:
         """The number of rows seen."""
         state = self._state
-        return 0 if state is None else state.count
+        return 0 if state is None else state.seen
 
     @property
     def d(self) -> int | None:
@@ -176,7 +176,12 @@ class Quantiles:
     def rank_error(self) -> float:
         """Most by which the share of rows below any value is off, from 0 to 1: a bound, usually far from reached."""
         with self._lock:
-            return 0.0 if self._state is None else self._state.bound / self._state.count
+            return 0.0 if self._state is None else self._state.bound / self._state.seen
+
+    @property
+    def run(self) -> int:
+        """The values in a sorted run: a power of two, a 16th to a 31st of `size`."""
+        return self._rows
 
     @property
     def nbytes(self) -> int:
@@ -190,7 +195,8 @@ class Quantiles:
         found = Moments()
         with self._lock:
             if self._state is not None:
-                found.__setstate__((self._state.count, tuple(array.copy() for array in self._state[1:5])))
+                seen, mean, m2, low, high = self._state.copy()[:5]
+                found.__setstate__((seen, (mean, m2, low, high)))
         return found
 
     @property
@@ -232,11 +238,11 @@ class Quantiles:
             raise ValueError(f"q must be from 0 to 1, got {shares[wrong].flat[0]}")
         with self._lock:
             state = self._seen()
-            ranks = np.clip(np.ceil(shares.ravel() * state.count), 1, state.count).astype(np.int64)
+            ranks = np.clip(np.ceil(shares.ravel() * state.seen), 1, state.seen).astype(np.int64)
             order, found = np.argsort(ranks, kind="stable"), np.empty((ranks.size, state.mean.size), state.dtype)
             if ranks.size:
                 found[order] = _core.quantiles_read(*state, ranks[order], 1, get_num_threads())
-            found[ranks == 1], found[ranks == state.count] = state.low, state.high
+            found[ranks == 1], found[ranks == state.seen] = state.low, state.high
         return found[0] if shares.ndim == 0 else found
 
     def sample(self, m: int) -> NDArray:
@@ -330,8 +336,8 @@ class Quantiles:
                 state = _doubled(state)
             elif state.dtype == np.float64:
                 x = widen(x).astype(np.float64)
-            state = self._with_room(state, len(x), 0, state.count + len(x))
-            self._state = state._replace(count=_core.quantiles_update(x, *state, name, threads))
+            state = self._with_room(state, len(x), 0, state.seen + len(x))
+            self._state = state._replace(seen=_core.quantiles_update(x, *state, name, threads))
         return self
 
     def merge(self, other: Quantiles) -> Quantiles:
@@ -358,8 +364,8 @@ class Quantiles:
             if state.dtype != theirs.dtype:
                 state, theirs = _doubled(state), _doubled(theirs)
             full, filled = int(np.count_nonzero(theirs.schedule[:MOST_SLOTS])), int(theirs.schedule[FILLED])
-            state = self._with_room(state, filled, full, state.count + theirs.count)
-            self._state = state._replace(count=_core.quantiles_merge(*state, *theirs, get_num_threads()))
+            state = self._with_room(state, filled, full, state.seen + theirs.seen)
+            self._state = state._replace(seen=_core.quantiles_merge(*state, *theirs, get_num_threads()))
         return self
 
     def __repr__(self) -> str:
@@ -367,13 +373,11 @@ class Quantiles:
             state = self._state
             if state is None:
                 return f"Quantiles(size={self.size}, count=0, d=None)"
-            known = "exact" if state.bound == 0 else f"rank_error={state.bound / state.count:.3g}"
-            return f"Quantiles(size={self.size}, count={state.count}, d={state.mean.size}, {known})"
+            known = "exact" if state.bound == 0 else f"rank_error={state.bound / state.seen:.3g}"
+            return f"Quantiles(size={self.size}, count={state.seen}, d={state.mean.size}, {known})"
 
 
-def quantiles(
-    data: ArrayLike | Iterable[ArrayLike], *, size: int = 16384, chunk_rows: int | None = None
-) -> Quantiles:
+def quantiles(data: ArrayLike | Iterable[ArrayLike], *, size: int = 16384, chunk_rows: int | None = None) -> Quantiles:
     """Distributions of one array, or of batches as they come, without holding them all in memory.
 
     Parameters

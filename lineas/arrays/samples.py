@@ -67,9 +67,8 @@ def summarised(
     if shapes[0][1] != shapes[1][1]:
         both = " and ".join(map(str, shapes))
         raise ValueError(f"{u_name} and {v_name} must have the same number of columns, got shapes {both}")
-    moments, dtypes = paired_moments(*sides, [u_name, v_name]), []
-    for x in sides:
-        dtypes.append(x.dtype if isinstance(x, Quantiles) else working_dtype(x))
+    moments = paired_moments(sides[0], sides[1], [u_name, v_name])
+    dtypes = [x.dtype if isinstance(x, Quantiles) else working_dtype(x) for x in sides]
     empty = np.empty((0, moments.shape[1]), np.result_type(*dtypes))
     return Pair(empty, empty, None, None, u_name, v_name, moments, (shapes[0][0], shapes[1][0]))
 
@@ -144,7 +143,9 @@ def by_working_type(pairs: Mapping[Any, Pair], kernel: Callable[..., Iterable[An
     """
     found: dict[Any, Any] = {}
     for dtype in (np.float32, np.float64):
-        batch = {module: pair for module, pair in pairs.items() if pair.moments is None and working_dtype(pair.u) == dtype}
+        batch = {
+            module: pair for module, pair in pairs.items() if pair.moments is None and working_dtype(pair.u) == dtype
+        }
         if batch:
             columns = map(list, zip(*(pair[:6] for pair in batch.values()), strict=True))
             found |= zip(batch, kernel(*columns, get_num_threads()), strict=True)

@@ -13,24 +13,23 @@ from .._threads import get_num_threads
 from .quantiles import Quantiles, quantiles
 
 
-_PARTS = 2048  # more of them change slopes by less than the error of 16384 values kept
-
-
 def paired_moments(u: Any, v: Any, names: list[str]) -> NDArray:
     """Moments [5, d] of the paired quantiles of `u` and `v`, `Quantiles` or checked arrays, as the engine has them.
 
     Means and variances are those of all rows, which are exact. If values were left out, the covariance of the quantile
-    functions is that of their means over equal parts of [0, 1], plus what is within the parts: there their covariance is
-    at least 0, since both rise, and at most the root of the product of their variances, which are what the parts leave
-    of the exact ones. They are taken as so large: it is right where both rise alike, as any two smooth functions do
-    over short parts.
+    functions is that of their means over equal parts of [0, 1], plus what is within the parts: there their covariance
+    is at least 0, since both rise, and at most the root of the product of their variances, which are what the parts
+    leave of the exact ones. It is taken as so large, which is right where both rise alike, as smooth functions do over
+    short parts.
     """
     exact = all(x.exact for x in (u, v) if isinstance(x, Quantiles))
     if exact:
         rows = [x.weighted_sample()[0] if isinstance(x, Quantiles) else x for x in (u, v)]
     else:
         seen = [x if isinstance(x, Quantiles) else quantiles(x) for x in (u, v)]
-        rows = [x.sample(_PARTS) for x in seen]
+        # In as many parts as a run has values: runs of different weights overlap, and blur what is finer.
+        parts = min(x.run for x in seen if not x.exact)
+        rows = [x.sample(parts) for x in seen]
     rows = list(same_working_type(*rows))
     found = _core.quantile_moments([rows[0]], [rows[1]], None, None, names[:1], names[1:], get_num_threads())[0]
     if exact:

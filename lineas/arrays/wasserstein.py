@@ -65,7 +65,7 @@ def wasserstein(
         If a dtype is another one.
     ValueError
         If shapes do not fit, a value is not finite (its row and column are named), the weights are not weights, or
-        `v_sorted` comes with `v_weights`, or weights with a `Quantiles`.
+        `v_sorted` comes with `v_weights`, or weights or `v_sorted` with a `Quantiles`.
 
     Examples
     --------
@@ -75,6 +75,8 @@ def wasserstein(
     """
     if (pair := summarised(u, v, "u", "v", (u_weights, v_weights))) is not None:
         assert pair.moments is not None
+        if v_sorted:
+            raise ValueError("v_sorted is for arrays, got Quantiles")
         with np.errstate(over="ignore"):
             return distance_of(pair.moments).astype(working_dtype(pair.u))
     return _distance(u, v, u_weights, v_weights, v_sorted, 0)[0]

@@ -394,7 +394,6 @@ def test_merging_empty_moments(rng):
     assert _core.moments_merge(0, *fresh(3), 0, *fresh(3)) == 0
 
 
-
 # --- quantiles ---
 
 
