@@ -279,9 +279,9 @@ typedef struct lns_quantiles {
     int64_t rows;                   /* of a slot: a power of two from 32 to 2^20 */
     void *keys;                     /* [ceil(d / L), slots, rows, L], L = 16 (LNS_F32) or 8 (LNS_F64) */
     int64_t weight[LNS_MOST_SLOTS]; /* rows seen that each row of a slot stands for, a power of two; 0 = free */
-    int64_t open, filled;           /* the slot that takes new rows (its weight is 0) and how many it has; 0 = no slot */
-    int64_t error;                  /* below any value are at most so many rows more, or fewer, than told */
-    lns_moments moments;            /* of all rows seen */
+    int64_t open, filled; /* the slot that takes new rows (its weight is 0) and how many it has; 0 = no slot */
+    int64_t error;        /* below any value are at most so many rows more, or fewer, than told */
+    lns_moments moments;  /* of all rows seen */
 } lns_quantiles;
 
 /* For lns_quantiles_update with n rows; for lns_quantiles_merge with n = the other's lns_quantiles_held, or 1 if that
@@ -296,8 +296,8 @@ LNS_API int64_t lns_quantiles_worksize(const lns_quantiles *state, int64_t n, in
 LNS_API lns_status lns_quantiles_update(const lns_sample *sample, int threads, void *work, lns_quantiles *state,
                                         lns_place *place);
 
-/* Takes in what `other` (not modified, not the state itself; of the same dtype, d and rows) has seen; the errors of both
- * add up. LNS_BAD_SIZE and LNS_BAD_TYPE as above. */
+/* Takes in what `other` (not modified, not the state itself; of the same dtype, d and rows) has seen; the errors of
+ * both add up. LNS_BAD_SIZE and LNS_BAD_TYPE as above. */
 LNS_API lns_status lns_quantiles_merge(const lns_quantiles *other, int threads, void *work, lns_quantiles *state);
 
 /* Rows that the state holds; -1 where it is not a state. */

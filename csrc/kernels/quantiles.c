@@ -200,8 +200,7 @@ lns_status lns_quantiles_update(const lns_sample *sample, int threads, void *wor
     if (status != LNS_OK) {
         return status; /* nothing was taken in */
     }
-    quantiles_context c = {
-        .state = state, .sample = sample, .work = work, .work_each = update_work_each(state)};
+    quantiles_context c = {.state = state, .sample = sample, .work = work, .work_each = update_work_each(state)};
     run(UPDATE, &c, update_threads(state, sample->n, threads));
     collapse made;
     for (int64_t i = 0, count; i < sample->n; i += count) {
@@ -256,7 +255,8 @@ lns_status lns_quantiles_rows(const lns_quantiles *state, int threads, void *out
         return LNS_BAD_SIZE;
     }
     quantiles_context c = {.state = state, .out = out};
-    run(ROWS, &c, lns_thread_count(tiles_of(state), lns_cost(0.5 * (double)held_rows(state) * (double)state->d), threads));
+    run(ROWS, &c,
+        lns_thread_count(tiles_of(state), lns_cost(0.5 * (double)held_rows(state) * (double)state->d), threads));
     const int64_t count = held_slots(state, slots);
     for (int64_t s = 0; s < count; s++) {
         for (int64_t i = 0; i < slots[s].rows; i++) {
@@ -300,12 +300,8 @@ lns_status lns_quantiles_read(const lns_quantiles *state, const int64_t *ranks, 
             return LNS_BAD_SIZE;
         }
     }
-    quantiles_context c = {.state = state,
-                           .ranks = ranks,
-                           .count = count,
-                           .work = work,
-                           .work_each = read_work_each(state),
-                           .out = out};
+    quantiles_context c = {
+        .state = state, .ranks = ranks, .count = count, .work = work, .work_each = read_work_each(state), .out = out};
     run(READ, &c, read_threads(state, threads));
     return LNS_OK;
 }

@@ -33,7 +33,8 @@ static void VNAME(collapse_slots)(const lns_quantiles *q, int64_t unit, const co
     }
 }
 
-/* `count` rows behind those of the open slot, from tile `unit` of the sample (its rows from `first` on), or from `keys`.
+/* `count` rows behind those of the open slot, from tile `unit` of the sample (its rows from `first` on), or from
+ * `keys`.
  */
 static void VNAME(fill_slot)(const lns_quantiles *q, int64_t unit, const lns_sample *s, int64_t first, const key *keys,
                              int64_t count)

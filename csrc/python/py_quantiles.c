@@ -3,8 +3,8 @@
 /* How a state travels: count, mean, m2, low, high, keys, schedule; the last is weight, open, filled, error. */
 enum { STATE = 7, ARRAYS = STATE - 1, SCHEDULE = LNS_MOST_SLOTS + 3 };
 
-static const char *const NAMES[2 * ARRAYS + 1] = {"mean",   "m2",    "low",    "high",   "keys",   "schedule",  "mean_b",
-                                                  "m2_b",   "low_b", "high_b", "keys_b", "schedule_b"};
+static const char *const NAMES[2 * ARRAYS + 1] = {"mean",   "m2",   "low",   "high",   "keys",   "schedule",
+                                                  "mean_b", "m2_b", "low_b", "high_b", "keys_b", "schedule_b"};
 
 static int take_state(PyObject *const *args, const char *const *names, int64_t seen, int writeable,
                       lns_quantiles *state, PyArrayObject **arrays)
