@@ -13,7 +13,7 @@ from ..maps.affine import AffineMap
 from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .activations import origin
-from .samples import Pair, Sample, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
+from .samples import MEMORY, Pair, Sample, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
 from .shrinkage import as_shrinkage, shrunk
 from .summaries import map_of
 
@@ -29,6 +29,7 @@ class _Settings(TypedDict, total=False):
     shrinkage: float | str | None
     source_weights: Weights
     target_weights: Weights
+    memory: int
 
 
 @overload
@@ -49,6 +50,7 @@ def fit(
     shrinkage: float | str | None = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
+    memory: int = MEMORY,
 ) -> AffineMap | SteeringMaps:
     """Fit maps that move source activations to target activations, one slope and one shift a neuron, in closed form.
 
@@ -57,7 +59,8 @@ def fit(
     source : array_like, torch.Tensor, Quantiles or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
         `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers. Of more than
-        memory holds, a `Quantiles` that has seen them; docs/quantiles.md says how close its maps are.
+        memory holds: a `Quantiles` that has seen them, an iterator of blocks of rows, or a memory map;
+        docs/quantiles.md says how close the maps are.
     target : array_like, torch.Tensor, Quantiles or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"
@@ -78,13 +81,17 @@ def fit(
         Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
         positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance. A row of
         weight 0 is not there, whatever it holds.
+    memory : int, default 2**30
+        Bytes for the values kept of the two sides of a module that are read as a stream, in one pass: iterators, and
+        memory maps (`numpy.memmap`) of more bytes than that. While all rows fit, the maps are those of the arrays.
 
     Returns
     -------
     AffineMap or SteeringMaps
         An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
         activations of a module (either side) are float64 or integers, else float32. Their metadata take over from
-        `Activations` what these were collected from: attached, they act on the tokens that they were fitted to.
+        `Activations` what these were collected from: attached, they act on the tokens that they were fitted to. If
+        values were left out of a stream, they hold the largest `Quantiles.rank_error` as "rank_error".
 
     Notes
     -----
@@ -129,7 +136,7 @@ def fit(
     shrinkage = as_shrinkage(shrinkage)
     if (l1 or group) and shrinkage is not None:
         raise ValueError(f"shrinkage is for maps without penalties, got l1={l1:g} and group={group:g}")
-    pairs = paired_samples(source, target, source_weights, target_weights, summaries=True)
+    pairs = paired_samples(source, target, source_weights, target_weights, memory=memory)
     metadata = describe(method, **origin({"source": source, "target": target}))
     if l1 or group:
         return as_maps(pairs, _fit_sparse(pairs, l1, group), metadata | {"l1": l1, "group": group})

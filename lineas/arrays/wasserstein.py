@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_mass, as_not_negative, as_vector, working_dtype
 from .._threads import get_num_threads
-from .samples import Sample, summarised, two_samples
+from .samples import MEMORY, Sample, summarised, two_samples
 from .summaries import distance_of
 
 
@@ -34,6 +34,7 @@ def wasserstein(
     u_weights: ArrayLike | None = None,
     v_weights: ArrayLike | None = None,
     v_sorted: bool = False,
+    memory: int = MEMORY,
 ) -> NDArray:
     """Squared 2-Wasserstein distance of two samples, neuron by neuron (LinEAS, arXiv 2503.10679).
 
@@ -53,6 +54,9 @@ def wasserstein(
         weight 0 is not there, whatever it holds. Default: equal.
     v_sorted : bool, default False
         The columns of `v` ascend already: the sort is left out (and the order not checked).
+    memory : int, default 2**30
+        Bytes for what is kept of iterators of blocks and of larger memory maps, which are read in one pass, as in
+        `lineas.fit`.
 
     Returns
     -------
@@ -73,7 +77,7 @@ def wasserstein(
     >>> lineas.wasserstein(np.array([[0.0], [2.0]]), np.array([[3.0], [1.0]]))
     array([1.])
     """
-    if (pair := summarised(u, v, "u", "v", (u_weights, v_weights))) is not None:
+    if (pair := summarised(u, v, "u", "v", (u_weights, v_weights), memory=memory)) is not None:
         assert pair.moments is not None
         if v_sorted:
             raise ValueError("v_sorted is for arrays, got Quantiles")

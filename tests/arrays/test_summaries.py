@@ -159,3 +159,57 @@ def test_bad_use(rng):
     ):
         with pytest.raises(error, match=text):
             use()
+
+
+def test_iterators(rng):
+    """What fits into memory is exact; what does not is a summary, and the metadata say so."""
+    source, target = samples(rng, 3000, 2500, np.float32)
+    exact = lineas.fit(iter(np.array_split(source, 7)), iter([target]))
+    expected = lineas.fit(source, target)
+    np.testing.assert_allclose(exact.weight, expected.weight, rtol=1e-6)
+    blocks = lambda x: {"a": iter(np.array_split(x, 9))}  # noqa: E731
+    memory = 2 * 1024 * 24 * 4  # 1024 values of each neuron and side
+    for maps in (lineas.fit(blocks(source), blocks(target)), lineas.fit({"a": source}, {"a": target})):
+        assert "rank_error" not in maps.metadata
+    maps = lineas.fit(blocks(source), blocks(target), memory=memory)
+    same = lineas.fit(*({"a": lineas.quantiles(x, size=1024)} for x in (source, target)))
+    np.testing.assert_allclose(maps["a"].weight, same["a"].weight, rtol=1e-6)
+    assert maps.metadata["rank_error"] == lineas.quantiles(source, size=1024).rank_error > 0
+    path = lineas.sparse_path(blocks(source), blocks(target), n_penalties=3, memory=memory)
+    assert path.metadata["rank_error"] == maps.metadata["rank_error"]
+    distance = lineas.wasserstein(iter([source]), target, memory=memory)
+    np.testing.assert_allclose(distance, lineas.wasserstein(source, target), rtol=0.05, atol=0.02)
+
+
+def test_large_memory_maps(rng, tmp_path):
+    source, target = samples(rng, 3000, 2500, np.float32)
+    np.save(tmp_path / "source.npy", source)
+    mapped = np.load(tmp_path / "source.npy", mmap_mode="r")
+    for memory in (source.nbytes, 1 << 30):  # read as any array
+        assert np.array_equal(lineas.fit(mapped, target, memory=memory).weight, lineas.fit(source, target).weight)
+    summary = lineas.quantiles(source, size=1024)
+    assert np.array_equal(
+        lineas.fit(mapped, target, memory=2 * 1024 * 24 * 4).weight, lineas.fit(summary, target).weight
+    )
+    maps = lineas.fit({"a": mapped}, {"a": target}, memory=1)
+    assert maps.metadata["rank_error"] == lineas.quantiles(source, size=512).rank_error
+
+
+def test_bad_streams(rng):
+    x = rng.normal(size=(5, 3))
+    bad = np.full((1, 3), np.nan)
+    for use, error, text in (
+        (lambda: lineas.fit(iter([]), x), ValueError, r"source, batch 0 must have shape \[n, d\], got shape \(0,\)"),
+        (
+            lambda: lineas.fit({"a": iter([x, x[:, :2]])}, {"a": x}),
+            ValueError,
+            r"^source\['a'\], batch 1 must have 3 col",
+        ),
+        (lambda: lineas.fit(iter([x, bad]), x), ValueError, "^source, batch 1: nan at row 0, column 0"),
+        (lambda: lineas.fit(x, iter([x[:1]])), ValueError, "target must have seen at least 2 rows, got 1"),
+        (lambda: lineas.fit(iter([x]), x, source_weights=np.ones(5)), ValueError, "must be arrays to have row weights"),
+        (lambda: lineas.fit(x, x, memory=0), ValueError, "memory must be at least 1, got 0"),
+        (lambda: lineas.wasserstein(x, x, memory=1e9), TypeError, "memory must be an int, got float"),
+    ):
+        with pytest.raises(error, match=text):
+            use()
