@@ -95,7 +95,8 @@ static int state_ok(const lns_quantiles *q)
     if (q->d < 1 || q->d > INT64_C(1) << 56 || q->slots < 2 || q->slots > LNS_MOST_SLOTS || q->rows < LNS_RUN ||
         q->rows > INT64_C(1) << 20 || q->rows != INT64_C(1) << levels_of(q->rows) || q->open < 0 ||
         q->open >= q->slots || q->filled < 0 || q->filled >= q->rows || (q->filled > 0 && q->weight[q->open] != 0) ||
-        q->error < 0 || lns_mul(lns_mul(tiles_of(q), q->slots), q->rows * LNS_TILE_ROW) < 0) {
+        q->error < 0 || q->error > INT64_C(1) << 60 ||
+        lns_mul(lns_mul(tiles_of(q), q->slots), q->rows * LNS_TILE_ROW) < 0) {
         return 0;
     }
     int64_t count = q->filled;

@@ -49,8 +49,8 @@ static void VNAME(fill_slot)(const lns_quantiles *q, int64_t unit, const lns_sam
 }
 
 /* All rows of the sample, or those of the open slot of `other`, into the tiles [begin, end). */
-static void VNAME(take_all)(lns_quantiles *q, const quantiles_context *c, int64_t n, int64_t begin, int64_t end,
-                            key *work)
+static LNS_NOINLINE void VNAME(take_all)(lns_quantiles *q, const quantiles_context *c, int64_t n, int64_t begin,
+                                         int64_t end, key *work)
 {
     for (int64_t i = 0, count; i < n; i += count) {
         collapse made;
@@ -64,7 +64,7 @@ static void VNAME(take_all)(lns_quantiles *q, const quantiles_context *c, int64_
             const key *keys = c->sample == NULL ? VNAME(slot)(c->other, unit, c->other->open) : NULL;
             VNAME(fill_slot)(&before, unit, c->sample, i, keys, count);
             if (full) {
-                VNAME(sort_tile)(VNAME(slot)(q, unit, q->open), q->rows);
+                VNAME(sort_rows)(VNAME(slot)(q, unit, q->open), q->rows);
             }
         }
     }
