@@ -23,6 +23,7 @@ ROWS = (
     "sparse_path",
     "pool",
     "moments",
+    "quantiles",
     "affine",
     "call_overhead",
     "scaling",

@@ -266,6 +266,54 @@ LNS_API lns_status lns_moments_update(const lns_sample *sample, int threads, voi
 /* Merges `other` (not modified) into the state (Chan, Golub and LeVeque 1979). */
 LNS_API lns_status lns_moments_merge(lns_moments *state, const lns_moments *other, int64_t d);
 
+/* ---- quantiles.c: streaming quantiles ---- */
+
+enum { LNS_MOST_SLOTS = 64 };
+
+/* A summary of the distribution of every column, in memory that does not grow with the rows seen. It keeps some of the
+ * values in slots; what a slot's rows stand for is the same in all columns. At the start weight, open, filled and error
+ * are 0, and the moments as lns_moments wants them; keys need no value. */
+typedef struct lns_quantiles {
+    lns_dtype dtype;                /* LNS_F32 or LNS_F64: of the values kept */
+    int64_t d, slots;               /* columns >= 1; slots, 2 to LNS_MOST_SLOTS */
+    int64_t rows;                   /* of a slot: a power of two from 32 to 2^20 */
+    void *keys;                     /* [ceil(d / L), slots, rows, L], L = 16 (LNS_F32) or 8 (LNS_F64) */
+    int64_t weight[LNS_MOST_SLOTS]; /* rows seen that each row of a slot stands for, a power of two; 0 = free */
+    int64_t open, filled; /* the slot that takes new rows (its weight is 0) and how many it has; 0 = no slot */
+    int64_t error;        /* below any value are at most so many rows more, or fewer, than told */
+    lns_moments moments;  /* of all rows seen */
+} lns_quantiles;
+
+/* For lns_quantiles_update with n rows; for lns_quantiles_merge with n = the other's lns_quantiles_held, or 1 if that
+ * is 0. */
+LNS_API int64_t lns_quantiles_worksize(const lns_quantiles *state, int64_t n, int threads);
+
+/* Takes the rows of the sample in. All values are kept while slots * rows rows or fewer have been seen. Afterwards,
+ * whenever a slot is wanted, two of equal weight are merged and neighbours in the merged order replaced by their mean.
+ * That changes the number of rows below a value by their weight at most: `error` adds it up. LNS_BAD_SIZE: the summary
+ * would have seen more than (2^(slots - 1) - 1) * rows rows. LNS_BAD_TYPE: not the working type of the state.
+ * LNS_NOT_FINITE. The state is updated only on LNS_OK. */
+LNS_API lns_status lns_quantiles_update(const lns_sample *sample, int threads, void *work, lns_quantiles *state,
+                                        lns_place *place);
+
+/* Takes in what `other` (not modified, not the state itself; of the same dtype, d and rows) has seen; the errors of
+ * both add up. LNS_BAD_SIZE and LNS_BAD_TYPE as above. */
+LNS_API lns_status lns_quantiles_merge(const lns_quantiles *other, int threads, void *work, lns_quantiles *state);
+
+/* Rows that the state holds; -1 where it is not a state. */
+LNS_API int64_t lns_quantiles_held(const lns_quantiles *state);
+
+/* The state as a weighted sample: out [held, d] of its dtype, in no order that columns share, and weights [held], their
+ * sum the number of rows seen; both overwritten. */
+LNS_API lns_status lns_quantiles_rows(const lns_quantiles *state, int threads, void *out, double *weights);
+
+LNS_API int64_t lns_quantiles_read_worksize(const lns_quantiles *state, int threads);
+
+/* out [count, d] of the state's dtype, overwritten. With ranks [count], ascending, from 1 to the number of rows seen:
+ * the values of these ranks. Without (NULL): the means of the quantile function over `count` equal parts of [0, 1]. */
+LNS_API lns_status lns_quantiles_read(const lns_quantiles *state, const int64_t *ranks, int64_t count, int threads,
+                                      void *work, void *out);
+
 /* ---- prox.c: sparse-group lasso ---- */
 
 /* out [d] = prox of tau (l1 ||.||_1 + group sqrt(d) ||.||_2) at x [d], dtype LNS_F32 or LNS_F64. In place allowed.

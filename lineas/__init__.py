@@ -18,6 +18,7 @@ from .arrays.closed_form import fit
 from .arrays.gate import fit_gate
 from .arrays.gaussian import GaussianMap, bures_map, covariance
 from .arrays.moments import Moments, moments
+from .arrays.quantiles import Quantiles, quantiles
 from .arrays.sparse_path import sparse_path
 from .arrays.wasserstein import prox_sparse_group, wasserstein, wasserstein_grad
 from .maps.affine import AffineMap
@@ -92,6 +93,7 @@ __all__ = [
     "Handle",
     "Moments",
     "NeuronGate",
+    "Quantiles",
     "SequenceHandle",
     "SequenceResult",
     "Sites",
@@ -120,6 +122,7 @@ __all__ = [
     "plot",
     "plot_gate",
     "prox_sparse_group",
+    "quantiles",
     "set_num_threads",
     "sites",
     "sparse_path",

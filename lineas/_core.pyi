@@ -85,6 +85,35 @@ def moments_merge(
 ) -> int:
     """Merge state b into the first one in place; returns the new count."""
 
+def quantiles_update(
+    x: Array, count: int, mean: Array, m2: Array, low: Array, high: Array, keys: Array, schedule: Array,
+    name: str, threads: int,
+) -> int:
+    """Take the rows of x [n, d] into a summary, in place; returns the new count. `struct lns_quantiles` of lineas.h.
+
+    keys: int32 [ceil(d / 16), slots, rows, 16] for x that is worked on in float32, int64 [ceil(d / 8), slots, rows, 8]
+    for float64. schedule: int64 [67]: the weights of 64 slots, open, filled, error; zeros at the start. The others as
+    those of moments_update. Nothing is changed when an error is raised.
+    """
+
+def quantiles_merge(
+    count: int, mean: Array, m2: Array, low: Array, high: Array, keys: Array, schedule: Array,
+    count_b: int, mean_b: Array, m2_b: Array, low_b: Array, high_b: Array, keys_b: Array, schedule_b: Array,
+    threads: int,
+) -> int:
+    """Take summary b into the first one, in place; returns the new count."""
+
+def quantiles_rows(
+    count: int, mean: Array, m2: Array, low: Array, high: Array, keys: Array, schedule: Array, threads: int
+) -> tuple[Array, Array]:
+    """The values that a summary holds [held, d], float32 or float64, and their weights: float64 [held]."""
+
+def quantiles_read(
+    count: int, mean: Array, m2: Array, low: Array, high: Array, keys: Array, schedule: Array,
+    ranks: Array | None, parts: int, threads: int,
+) -> Array:
+    """Values at int64 ranks [k], ascending from 1 to count: [k, d]; with None, means over equal parts: [parts, d]."""
+
 def prox_sparse_group(x: Array, tau: float, l1: float, group: float) -> Array:
     """prox of tau (l1 ||x||_1 + group sqrt(d) ||x||_2) at x [d], float32 or float64, as a new array."""
 

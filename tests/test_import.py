@@ -32,7 +32,8 @@ def test_the_public_surface_is_there():
 
 
 def test_every_public_method_has_a_docstring():
-    for cls in (lineas.AffineMap, lineas.SteeringMaps, lineas.SparsePath, lineas.Moments, lineas.GaussianMap):
+    arrays = (lineas.Moments, lineas.Quantiles, lineas.GaussianMap)
+    for cls in (lineas.AffineMap, lineas.SteeringMaps, lineas.SparsePath, *arrays):
         for name, member in inspect.getmembers(cls):
             if not name.startswith("_") and (callable(member) or isinstance(member, property)):
                 assert member.__doc__, f"{cls.__name__}.{name}"
@@ -53,6 +54,7 @@ def test_every_kernel_has_a_twin():
         "arrays.baselines",
         "arrays.closed_form",
         "arrays.moments",
+        "arrays.quantiles",
         "arrays.sparse_path",
         "arrays.wasserstein",
         "maps.affine",

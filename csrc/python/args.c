@@ -48,6 +48,8 @@ static const char *dtype_names(int dtypes)
         return "int64";
     case LNS_TAKE_U8:
         return "uint8";
+    case LNS_TAKE_I32 | LNS_TAKE_I64:
+        return "int32 or int64";
     default:
         return "another dtype";
     }

@@ -4,17 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .. import _core
-from .._checks import as_choice, as_not_negative
+from .._checks import as_choice, as_not_negative, working_dtype
 from .._threads import get_num_threads
 from ..maps.affine import AffineMap
 from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .activations import origin
-from .samples import Pair, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
+from .samples import MEMORY, Pair, Sample, Samples, Weights, as_maps, by_working_type, moments_of, paired_samples
 from .shrinkage import as_shrinkage, shrunk
+from .summaries import map_of
 
 METHODS = ("mean", "gaussian", "linear")
 
@@ -28,16 +29,15 @@ class _Settings(TypedDict, total=False):
     shrinkage: float | str | None
     source_weights: Weights
     target_weights: Weights
+    memory: int
 
 
 @overload
-def fit(source: ArrayLike, target: ArrayLike, **settings: Unpack[_Settings]) -> AffineMap: ...
+def fit(source: Sample, target: Sample, **settings: Unpack[_Settings]) -> AffineMap: ...
 
 
 @overload
-def fit(
-    source: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike], **settings: Unpack[_Settings]
-) -> SteeringMaps: ...
+def fit(source: Mapping[str, Sample], target: Mapping[str, Sample], **settings: Unpack[_Settings]) -> SteeringMaps: ...
 
 
 def fit(
@@ -50,15 +50,18 @@ def fit(
     shrinkage: float | str | None = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
+    memory: int = MEMORY,
 ) -> AffineMap | SteeringMaps:
     """Fit maps that move source activations to target activations, one slope and one shift a neuron, in closed form.
 
     Parameters
     ----------
-    source : array_like, torch.Tensor or Mapping
+    source : array_like, torch.Tensor, Quantiles or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers.
-    target : array_like, torch.Tensor or Mapping
+        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers. Of more than
+        memory holds: a `Quantiles` that has seen them, an iterator of blocks of rows, or a memory map;
+        docs/quantiles.md says how close the maps are.
+    target : array_like, torch.Tensor, Quantiles or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"
         "linear": the least-squares line through the quantiles, ``w = cov(u_(), v_()) / var(u)`` (Lin-AcT,
@@ -78,13 +81,17 @@ def fit(
         Weights of the rows, one array for all modules or a mapping with the names of `source`: not negative, with a
         positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance. A row of
         weight 0 is not there, whatever it holds.
+    memory : int, default 2**30
+        Bytes for the values kept of the two sides of a module that are read as a stream, in one pass: iterators, and
+        memory maps (`numpy.memmap`) of more bytes than that. While all rows fit, the maps are those of the arrays.
 
     Returns
     -------
     AffineMap or SteeringMaps
         An `AffineMap` for one array, `SteeringMaps` in the order of `source` for a mapping. float64 where the
         activations of a module (either side) are float64 or integers, else float32. Their metadata take over from
-        `Activations` what these were collected from: attached, they act on the tokens that they were fitted to.
+        `Activations` what these were collected from: attached, they act on the tokens that they were fitted to. If
+        values were left out of a stream, they hold the largest `Quantiles.rank_error` as "rank_error".
 
     Notes
     -----
@@ -112,8 +119,8 @@ def fit(
     ValueError
         If names, shapes or weights do not fit, there are fewer than 2 rows, a value is not finite (module, row and
         column are named), `method` is unknown, a penalty is negative, not finite, or not for `method`, `shrinkage` is
-        out of range, comes with penalties, or is "auto" where a side has a single row with a weight, or both are
-        `Activations` of different models, tokens or poolings.
+        out of range, comes with penalties, or is "auto" where a side has a single row with a weight, both are
+        `Activations` of different models, tokens or poolings, or weights or `shrinkage` come with a `Quantiles`.
 
     Examples
     --------
@@ -129,7 +136,7 @@ def fit(
     shrinkage = as_shrinkage(shrinkage)
     if (l1 or group) and shrinkage is not None:
         raise ValueError(f"shrinkage is for maps without penalties, got l1={l1:g} and group={group:g}")
-    pairs = paired_samples(source, target, source_weights, target_weights)
+    pairs = paired_samples(source, target, source_weights, target_weights, memory=memory)
     metadata = describe(method, **origin({"source": source, "target": target}))
     if l1 or group:
         return as_maps(pairs, _fit_sparse(pairs, l1, group), metadata | {"l1": l1, "group": group})
@@ -137,7 +144,13 @@ def fit(
     def kernel(us: list, vs: list, u_masses: list, v_masses: list, *names_and_threads: Any) -> Iterable[Any]:
         return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
 
+    if shrinkage is not None and any(pair.moments is not None for pair in pairs.values()):
+        raise ValueError("shrinkage is for arrays, got Quantiles: after so many rows little is left to chance")
     found = by_working_type(pairs, kernel)
+    for module, pair in pairs.items():
+        if pair.moments is not None:
+            found[module] = map_of(pair.moments, pair.counts, method, working_dtype(pair.u))
+    found = {module: found[module] for module in pairs}
     if shrinkage is not None:
         found = shrunk(pairs, found, shrinkage)
         metadata |= {"shrinkage": shrinkage}

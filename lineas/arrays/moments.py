@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -212,25 +213,45 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     >>> lineas.moments(np.array([[1.0, 5.0], [3.0, 5.0]])).variance()
     array([2., 0.])
     """
+    return take_batches(Moments(), data, chunk_rows)
+
+
+class _Taker(Protocol):
+    """What takes in batches, which messages call by a name."""
+
+    @property
+    def count(self) -> int: ...
+
+    def _update(self, x: ArrayLike, name: str) -> Any: ...
+
+
+Taker = TypeVar("Taker", bound=_Taker)
+
+
+def take_batches(out: Taker, data: ArrayLike | Iterable[ArrayLike], chunk_rows: int | None, of: str = "") -> Taker:
+    """`out`, with one array taken in by chunks of rows, or batches as they come.
+
+    Errors are those of `moments`; with the name of what the data are `of`, messages call them by it.
+    """
     if chunk_rows is not None:
         chunk_rows = as_int(chunk_rows, "chunk_rows", low=1)
-    out = Moments()
     if is_tensor(data):
-        check_dense(data, "data")
+        check_dense(data, of or "data")
     if isinstance(data, np.ndarray) or is_tensor(data):
         if data.ndim != 2 or len(data) == 0:
-            as_sample(data, "data")  # for its error message
+            as_sample(data, of or "data")  # for its error message
         rows = chunk_rows or max(1, _CHUNK // max(1, data.shape[1]))
         for start in range(0, len(data), rows):
             # The name carries the offset, as the row that an error message gives is that in the chunk.
             end = min(start + rows, len(data))
-            name = "data" if end - start == len(data) else f"data[{start}:{end}]"
+            name = of or "data"
+            name = name if end - start == len(data) else f"{name}[{start}:{end}]"
             out._update(data[start:end], name)
         return out
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be an array or an iterable of arrays, got {type(data).__name__}")
     for number, batch in enumerate(data):
-        out._update(batch, f"batch {number}")
+        out._update(batch, f"{of}, batch {number}" if of else f"batch {number}")
     if out.count == 0:
         raise ValueError("data must hold at least one batch")
     return out

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .._checks import widen
 from ..maps.affine import at_strength
+from .quantiles import ERROR, FILLED, MOST_SLOTS, OPEN, flip
 
 
 def narrow(x: NDArray, like: NDArray) -> NDArray:
@@ -179,6 +180,111 @@ def moments_merge(
         np.minimum(low, low_b, out=low)
         np.maximum(high, high_b, out=high)
     return total
+
+
+def _by_row(keys: NDArray) -> NDArray:
+    """Keys [tiles, slots, rows, lanes] of a summary as [slots, rows, columns]: a copy."""
+    return keys.transpose(1, 2, 0, 3).reshape(*keys.shape[1:3], -1)
+
+
+def _by_tile(slots: NDArray, keys: NDArray) -> None:
+    """Write slots [slots, rows, columns] back into the keys of a summary."""
+    keys[...] = slots.reshape(*slots.shape[:2], keys.shape[0], -1).transpose(2, 0, 1, 3)
+
+
+def _free_slot(slots: NDArray, schedule: NDArray) -> int:
+    """A free slot; where there is none, two of the least equal weight become one, of the means of neighbours."""
+    weights = schedule[: len(slots)]
+    taken = weights > 0
+    taken[schedule[OPEN]] |= schedule[FILLED] > 0
+    if not taken.all():
+        return int(np.argmin(taken))
+    weight = min(w for w in weights if w > 0 and np.sum(weights == w) > 1)
+    into, other = np.flatnonzero(weights == weight)[:2]
+    merged = np.sort(np.concatenate([slots[into], slots[other]]), axis=0)
+    low, high = merged[::2], merged[1::2]
+    real = np.dtype(f"f{slots.itemsize}").type
+    mean = flip(low).view(real) * real(0.5) + flip(high).view(real) * real(0.5)
+    slots[into] = np.clip(flip(mean.view(slots.dtype)), low, high)  # halves of subnormal numbers are rounded
+    schedule[into], schedule[other] = 2 * weight, 0
+    schedule[ERROR] += weight
+    return int(other)
+
+
+def _take_row(row: NDArray, slots: NDArray, schedule: NDArray) -> None:
+    """Put one row into the open slot, which is sorted and closed when it is full."""
+    if schedule[FILLED] == 0:
+        schedule[OPEN] = _free_slot(slots, schedule)
+    slot = slots[schedule[OPEN]]
+    slot[schedule[FILLED]] = row
+    schedule[FILLED] = (schedule[FILLED] + 1) % len(slot)
+    if schedule[FILLED] == 0:
+        slot.sort(axis=0)
+        schedule[schedule[OPEN]] = 1
+
+
+def quantiles_update(
+    x: NDArray, count: int, mean: NDArray, m2: NDArray, low: NDArray, high: NDArray, keys: NDArray, schedule: NDArray
+) -> int:
+    """Take the rows of `x` [n, d] into a summary in place; returns the new count."""
+    slots, row = _by_row(keys), np.zeros((len(x), keys.shape[0] * keys.shape[3]), f"f{keys.itemsize}")
+    row[:, : x.shape[1]] = widen(x)
+    for one in flip(row.view(keys.dtype)):
+        _take_row(one, slots, schedule)
+    _by_tile(slots, keys)
+    return moments_update(x, count, mean, m2, low, high)
+
+
+def quantiles_merge(
+    count: int, mean: NDArray, m2: NDArray, low: NDArray, high: NDArray, keys: NDArray, schedule: NDArray,
+    count_b: int, mean_b: NDArray, m2_b: NDArray, low_b: NDArray, high_b: NDArray, keys_b: NDArray, schedule_b: NDArray,
+) -> int:  # fmt: skip
+    """Take summary b into the first one in place; returns the new count."""
+    slots, others = _by_row(keys), _by_row(keys_b)
+    for weight, other in zip(schedule_b[:MOST_SLOTS], others, strict=False):
+        if weight > 0:
+            at = _free_slot(slots, schedule)
+            slots[at], schedule[at] = other, weight
+    for row in others[schedule_b[OPEN], : schedule_b[FILLED]] if len(others) else ():
+        _take_row(row, slots, schedule)
+    schedule[ERROR] += schedule_b[ERROR]
+    _by_tile(slots, keys)
+    return moments_merge(count, mean, m2, low, high, count_b, mean_b, m2_b, low_b, high_b)
+
+
+def quantiles_rows(
+    count: int, mean: NDArray, m2: NDArray, low: NDArray, high: NDArray, keys: NDArray, schedule: NDArray
+) -> tuple[NDArray, NDArray]:
+    """The values that a summary holds [held, d], slot by slot, and their weights [held]."""
+    rows, weights = [], []
+    for number, slot in enumerate(_by_row(keys)):
+        weight, held = schedule[number], len(slot) if schedule[number] else 0
+        if number == schedule[OPEN] and schedule[FILLED]:
+            weight, held = 1, schedule[FILLED]
+        rows.append(flip(slot[:held, : mean.size]).view(f"f{keys.itemsize}"))
+        weights.append(np.full(held, float(weight)))
+    return np.concatenate(rows), np.concatenate(weights)
+
+
+def quantiles_read(
+    count: int, mean: NDArray, m2: NDArray, low: NDArray, high: NDArray, keys: NDArray, schedule: NDArray,
+    ranks: NDArray | None, parts: int,
+) -> NDArray:  # fmt: skip
+    """Values at ascending `ranks` from 1 to count, or means over equal parts where these are None."""
+    rows, weights = quantiles_rows(count, mean, m2, low, high, keys, schedule)
+    found = np.empty((parts if ranks is None else len(ranks), mean.size), rows.dtype)
+    for j, column in enumerate(rows.T):
+        order = np.argsort(column, kind="stable")
+        reached = np.cumsum(weights[order])
+        if ranks is not None:
+            found[:, j] = column[order][np.searchsorted(reached, ranks)]
+            continue
+        ends = np.union1d(reached, count * (np.arange(parts) + 1) / parts)
+        middles = (ends + np.append(0, ends[:-1])) / 2
+        values = column[order][np.searchsorted(reached, middles)].astype(np.float64)
+        part = np.minimum(middles * parts // count, parts - 1).astype(int)
+        found[:, j] = np.bincount(part, values * np.diff(ends, prepend=0), parts) * parts / count
+    return found
 
 
 def _soft(h: NDArray, l1: float) -> NDArray:

@@ -1,23 +1,34 @@
 """Source and target samples of one or several modules: checked and paired, handed to the engine, and made maps of."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_mass, as_sample, same_working_type, working_dtype
+from .._checks import as_int, as_mass, as_sample, same_working_type, working_dtype
 from .._threads import get_num_threads
 from ..maps.affine import AffineMap, rounded
 from ..maps.steering import SteeringMaps
+from .moments import take_batches
+from .quantiles import LEAST_SIZE, MOST_SIZE, Quantiles
+from .summaries import paired_moments
 
-Samples = ArrayLike | Mapping[str, ArrayLike]
+Sample = ArrayLike | Quantiles | Iterator[ArrayLike]
+Samples = Sample | Mapping[str, Sample]
+# Bytes of the values kept of a module, both sides together, where iterators or large memory maps are summarised.
+MEMORY = 1 << 30
 Weights = ArrayLike | Mapping[str, ArrayLike] | None
 
 
 class Pair(NamedTuple):
-    """Source and target of one module in one working type, the weights of their rows, and their names in messages."""
+    """Source and target of one module in one working type, the weights of their rows, and their names in messages.
+
+    Of a pair with a `Quantiles` there are the moments of the paired quantiles and the numbers of rows, but no rows:
+    those of all modules at once would take too much memory.
+    """
 
     u: NDArray
     v: NDArray
@@ -25,6 +36,9 @@ class Pair(NamedTuple):
     v_mass: NDArray | None
     u_name: str
     v_name: str
+    moments: NDArray | None = None
+    counts: tuple[int, int] = (0, 0)
+    rank_error: float = 0.0
 
 
 def two_samples(u: Any, v: Any, u_name: str, v_name: str, *, min_rows: int = 1) -> tuple[NDArray, NDArray]:
@@ -36,10 +50,75 @@ def two_samples(u: Any, v: Any, u_name: str, v_name: str, *, min_rows: int = 1) 
     return same_working_type(u, v)
 
 
+def _streamed(x: Any, name: str, memory: int) -> Any:
+    """`x`, or a `Quantiles` in its place where it is an iterator or a memory map of more than `memory` bytes.
+
+    What it keeps takes half of `memory` at most: the other side of the pair takes as much.
+    """
+    if isinstance(x, Iterator):
+        first = as_sample(next(x, ()), f"{name}, batch 0")
+        return take_batches(Quantiles(_size_within(memory, first)), chain([first], x), None, name)
+    if isinstance(x, np.memmap) and x.ndim == 2 and x.nbytes > memory:
+        return take_batches(Quantiles(_size_within(memory, as_sample(x[:1], name))), x, None, name)
+    return x
+
+
+def _size_within(memory: int, rows: NDArray) -> int:
+    """The most values of each neuron that half of `memory` holds, as far as a `Quantiles` takes it."""
+    return min(max(memory // (2 * rows.shape[1] * working_dtype(rows).itemsize), LEAST_SIZE), MOST_SIZE)
+
+
+def summarised(
+    u: Any,
+    v: Any,
+    u_name: str,
+    v_name: str,
+    weights: tuple[Any, Any] = (None, None),
+    *,
+    min_rows: int = 1,
+    memory: int = MEMORY,
+) -> Pair | None:
+    """The pair of samples of which one at least is a `Quantiles`, or one is made of it; None if none is.
+
+    ValueError for weights, which rows that were seen have not, and as `two_samples`.
+    """
+    memory = as_int(memory, "memory", low=1)
+    u, v = _streamed(u, u_name, memory), _streamed(v, v_name, memory)
+    if not (isinstance(u, Quantiles) or isinstance(v, Quantiles)):
+        return None
+    if any(given is not None for given in weights):
+        raise ValueError(f"{u_name} and {v_name} must be arrays to have row weights, got Quantiles")
+    sides, shapes = [], []
+    for x, name in ((u, u_name), (v, v_name)):
+        if not isinstance(x, Quantiles):
+            x = as_sample(x, name, min_rows=min_rows)
+        elif x.count < min_rows:
+            raise ValueError(f"{name} must have seen at least {min_rows} row{'s' * (min_rows > 1)}, got {x.count}")
+        sides.append(x)
+        shapes.append((x.count, x.d) if isinstance(x, Quantiles) else x.shape)
+    if shapes[0][1] != shapes[1][1]:
+        both = " and ".join(map(str, shapes))
+        raise ValueError(f"{u_name} and {v_name} must have the same number of columns, got shapes {both}")
+    moments = paired_moments(sides[0], sides[1], [u_name, v_name])
+    dtypes = [x.dtype if isinstance(x, Quantiles) else working_dtype(x) for x in sides]
+    error = max(x.rank_error for x in sides if isinstance(x, Quantiles))
+    empty = np.empty((0, moments.shape[1]), np.result_type(*dtypes))
+    return Pair(empty, empty, None, None, u_name, v_name, moments, (shapes[0][0], shapes[1][0]), error)
+
+
 def paired_samples(
-    source: Samples, target: Samples, source_weights: Weights = None, target_weights: Weights = None, prefix: str = ""
+    source: Samples,
+    target: Samples,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    prefix: str = "",
+    *,
+    memory: int | None = None,
 ) -> dict[Any, Pair]:
-    """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages."""
+    """The samples of `fit` by module, None for one array, checked; `prefix` goes before their names in messages.
+
+    TypeError for a `Quantiles` where there is no `memory` for summaries.
+    """
     if isinstance(source, Mapping) != isinstance(target, Mapping):
         kinds = f"{type(source).__name__} and {type(target).__name__}"
         raise TypeError(f"{prefix}source and target must both be arrays or both be mappings, got {kinds}")
@@ -57,7 +136,15 @@ def paired_samples(
     for module, x in sources.items():
         at = "" if module is None else f"[{module!r}]"
         u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
-        u, v = two_samples(x, targets[module], u_name, v_name, min_rows=2)
+        y, weights = targets[module], (source_weights, target_weights)
+        if memory is None and (isinstance(x, Quantiles) or isinstance(y, Quantiles)):
+            raise TypeError(f"{u_name} and {v_name} must be arrays here, got Quantiles")
+        if memory is not None:
+            pair = summarised(x, y, u_name, v_name, weights, min_rows=2, memory=memory)
+            if pair is not None:
+                pairs[module] = pair
+                continue
+        u, v = two_samples(x, y, u_name, v_name, min_rows=2)
         u_mass = _mass(source_weights, module, len(u), "source_weights")
         v_mass = _mass(target_weights, module, len(v), "target_weights")
         pairs[module] = Pair(u, v, u_mass, v_mass, u_name, v_name)
@@ -87,20 +174,24 @@ def check_modules(wanted: Sequence[Any], seen: Iterable[Any], argument: str) -> 
 def by_working_type(pairs: Mapping[Any, Pair], kernel: Callable[..., Iterable[Any]]) -> dict[Any, Any]:
     """What `kernel` gives for each module: the engine takes many at once, but of one working type.
 
-    It is called with six lists, one for each field of `Pair`, and the number of threads.
+    It is called with six lists, of samples, weights and names, and the number of threads; not with summaries.
     """
     found: dict[Any, Any] = {}
     for dtype in (np.float32, np.float64):
-        batch = {module: pair for module, pair in pairs.items() if working_dtype(pair.u) == dtype}
+        batch = {
+            module: pair for module, pair in pairs.items() if pair.moments is None and working_dtype(pair.u) == dtype
+        }
         if batch:
-            columns = map(list, zip(*batch.values(), strict=True))
+            columns = map(list, zip(*(pair[:6] for pair in batch.values()), strict=True))
             found |= zip(batch, kernel(*columns, get_num_threads()), strict=True)
-    return {module: found[module] for module in pairs}
+    return found
 
 
 def moments_of(pairs: Mapping[Any, Pair]) -> list[NDArray]:
     """The moments [5, d] of the paired quantiles of every module; ValueError if a value or its square is not finite."""
-    found = by_working_type(pairs, _core.quantile_moments)
+    summaries = {module: pair.moments for module, pair in pairs.items() if pair.moments is not None}
+    found = by_working_type(pairs, _core.quantile_moments) | summaries
+    found = {module: found[module] for module in pairs}
     for module, moments in found.items():
         if not np.isfinite(moments).all():
             raise ValueError(f"the squares of {pairs[module].u_name} or its target overflow float64")
@@ -118,4 +209,10 @@ def as_maps(
             maps[module] = rounded(weight, bias, dtype)
         except ValueError as error:
             raise ValueError(f"the map of {pair.u_name} overflows {dtype}: {error}") from None
-    return maps[None] if None in maps else SteeringMaps(maps, metadata)
+    return maps[None] if None in maps else SteeringMaps(maps, metadata | rank_error_of(pairs))
+
+
+def rank_error_of(pairs: Mapping[Any, Pair]) -> dict[str, Any]:
+    """What metadata say of summaries that do not hold all values: the largest `Quantiles.rank_error`."""
+    error = max(pair.rank_error for pair in pairs.values())
+    return {"rank_error": error} if error > 0 else {}

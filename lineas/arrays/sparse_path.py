@@ -15,7 +15,7 @@ from .._warn import warn
 from ..maps.metadata import describe
 from ..maps.path import SparsePath
 from .activations import origin
-from .samples import Samples, Weights, check_modules, moments_of, paired_samples
+from .samples import MEMORY, Samples, Weights, check_modules, moments_of, paired_samples, rank_error_of
 
 
 def sparse_path(
@@ -29,6 +29,7 @@ def sparse_path(
     held_out: tuple[Any, Any] | None = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
+    memory: int = MEMORY,
 ) -> SparsePath:
     """Fit the maps of all penalties at once: the exact minima of the distance plus a sparse group lasso.
 
@@ -43,8 +44,9 @@ def sparse_path(
 
     Parameters
     ----------
-    source, target : array_like, torch.Tensor or Mapping
-        Activations [n, d] and [m, d], or mappings from module name to such arrays, as in `lineas.fit`.
+    source, target : array_like, torch.Tensor, Quantiles or Mapping
+        Activations [n, d] and [m, d], or mappings from module name to such arrays, or streams of more than memory
+        holds, as in `lineas.fit`.
     n_penalties : int, default 50
         The number of points, from the smallest penalty that leaves every neuron alone down to `min_ratio` of it,
         evenly on a logarithmic scale. At least 2.
@@ -61,6 +63,8 @@ def sparse_path(
         point with the least.
     source_weights, target_weights : array_like or Mapping, optional
         Weights of the rows, as in `lineas.fit`.
+    memory : int, default 2**30
+        Bytes for what is kept of streams, as in `lineas.fit`.
 
     Returns
     -------
@@ -93,7 +97,7 @@ def sparse_path(
     array([0, 1, 2, 3, 4])
     """
     l1_ratio = as_share(l1_ratio, "l1_ratio")
-    pairs = paired_samples(source, target, source_weights, target_weights)
+    pairs = paired_samples(source, target, source_weights, target_weights, memory=memory)
     moments, trial_moments = moments_of(pairs), None
     samples = {"source": source, "target": target}
     if held_out is not None:
@@ -101,14 +105,14 @@ def sparse_path(
         samples |= {"held_out source": held_source, "held_out target": held_target}
         if isinstance(held_source, Mapping) != isinstance(source, Mapping):
             raise TypeError("held_out must hold mappings where source is one, and arrays where it is an array")
-        trials = paired_samples(held_source, held_target, prefix="held_out ")
+        trials = paired_samples(held_source, held_target, prefix="held_out ", memory=memory)
         check_modules(list(pairs), trials, "held_out")
         for module, pair in pairs.items():
             d, trial = pair.u.shape[1], trials[module]
             if trial.u.shape[1] != d:
                 raise ValueError(f"{trial.u_name} must have {d} columns like {pair.u_name}, got {trial.u.shape[1]}")
         trial_moments = moments_of({module: trials[module] for module in pairs})
-    metadata = describe("sparse linear", **origin(samples), l1_ratio=l1_ratio)
+    metadata = describe("sparse linear", **origin(samples), l1_ratio=l1_ratio) | rank_error_of(pairs)
     largest = float(np.max(_core.largest_penalty(moments, l1_ratio)))
     if not largest > 0:
         raise ValueError("source already has the quantiles of target: no penalty changes anything")

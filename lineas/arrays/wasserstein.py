@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_mass, as_not_negative, as_vector
+from .._checks import as_mass, as_not_negative, as_vector, working_dtype
 from .._threads import get_num_threads
-from .samples import two_samples
+from .samples import MEMORY, Sample, summarised, two_samples
+from .summaries import distance_of
 
 
 def _distance(
@@ -26,12 +28,13 @@ def _distance(
 
 
 def wasserstein(
-    u: ArrayLike,
-    v: ArrayLike,
+    u: Sample,
+    v: Sample,
     *,
     u_weights: ArrayLike | None = None,
     v_weights: ArrayLike | None = None,
     v_sorted: bool = False,
+    memory: int = MEMORY,
 ) -> NDArray:
     """Squared 2-Wasserstein distance of two samples, neuron by neuron (LinEAS, arXiv 2503.10679).
 
@@ -40,15 +43,20 @@ def wasserstein(
 
     Parameters
     ----------
-    u : array_like or torch.Tensor
+    u : array_like, torch.Tensor or Quantiles
         Sample [n, d], n >= 1: one row a prompt, one column a neuron; float16, bfloat16, float32, float64 or integers.
-    v : array_like or torch.Tensor
+        Of more rows than memory holds, a `Quantiles` that has seen them: the parts of the distance that come from means
+        and standard deviations are exact then, the part from the shapes is that of the values kept.
+    v : array_like, torch.Tensor or Quantiles
         Sample [m, d], m >= 1.
     u_weights, v_weights : array_like, optional
         Weights of the rows [n], [m]: not negative, with a positive sum; only their proportions count, and a row of
         weight 0 is not there, whatever it holds. Default: equal.
     v_sorted : bool, default False
         The columns of `v` ascend already: the sort is left out (and the order not checked).
+    memory : int, default 2**30
+        Bytes for what is kept of iterators of blocks and of larger memory maps, which are read in one pass, as in
+        `lineas.fit`.
 
     Returns
     -------
@@ -61,7 +69,7 @@ def wasserstein(
         If a dtype is another one.
     ValueError
         If shapes do not fit, a value is not finite (its row and column are named), the weights are not weights, or
-        `v_sorted` comes with `v_weights`.
+        `v_sorted` comes with `v_weights`, or weights or `v_sorted` with a `Quantiles`.
 
     Examples
     --------
@@ -69,6 +77,12 @@ def wasserstein(
     >>> lineas.wasserstein(np.array([[0.0], [2.0]]), np.array([[3.0], [1.0]]))
     array([1.])
     """
+    if (pair := summarised(u, v, "u", "v", (u_weights, v_weights), memory=memory)) is not None:
+        assert pair.moments is not None
+        if v_sorted:
+            raise ValueError("v_sorted is for arrays, got Quantiles")
+        with np.errstate(over="ignore"):
+            return distance_of(pair.moments).astype(working_dtype(pair.u))
     return _distance(u, v, u_weights, v_weights, v_sorted, 0)[0]
 
 

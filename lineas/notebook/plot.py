@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import as_int
+from ..arrays.quantiles import Quantiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..maps.steering import SteeringMaps
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+_DRAWN = 1000  # points of a quantile function that are drawn of many more
 MOST_LABELS = 16  # more of them along one axis run into each other
 _FITTED: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3.5}
 _HELD_OUT: dict[str, Any] = {"color": ORANGE, "marker": "s", "markersize": 3.5}
@@ -98,8 +100,8 @@ def support(maps: SteeringMaps, ax: Axes | None = None) -> Axes:
 
 
 def quantiles(
-    source: ArrayLike,
-    target: ArrayLike,
+    source: ArrayLike | Quantiles,
+    target: ArrayLike | Quantiles,
     map: AffineMap,
     neuron: int,
     *,
@@ -113,8 +115,8 @@ def quantiles(
 
     Parameters
     ----------
-    source, target : array_like, shape (n, d) and (m, d)
-        Activations, one row a prompt; n and m may differ.
+    source, target : array_like, shape (n, d) and (m, d), or Quantiles
+        Activations, one row a prompt; n and m may differ. Of a `Quantiles`, 1000 points are drawn.
     map : AffineMap
         A map of width d.
     neuron : int
@@ -151,8 +153,8 @@ def quantiles(
 
 
 def most_changed(
-    source: ArrayLike,
-    target: ArrayLike,
+    source: ArrayLike | Quantiles,
+    target: ArrayLike | Quantiles,
     map: AffineMap,
     n: int = 6,
     *,
@@ -188,7 +190,7 @@ def most_changed(
     n = as_int(n, "n")
     if not 1 <= n <= map.d:
         raise ValueError(f"n: expected 1 <= n <= {map.d}, the map's width, got {n}")
-    source = _sample(source, "source", map.d)
+    source, target = _sample(source, "source", map.d), _sample(target, "target", map.d)
     moved = np.mean((map.transform(source) - source) ** 2, axis=0)
     columns = min(n, 3)
     rows = -(-n // columns)
@@ -383,8 +385,8 @@ def _module_shares(ax: Axes, path: SparsePath, edges: NDArray) -> None:
     ax.set_title(pattern, loc="left", fontsize="small")
 
 
-def _sample(sample: ArrayLike, name: str, width: int) -> NDArray[np.float64]:
-    array = np.asarray(sample)
+def _sample(sample: ArrayLike | Quantiles, name: str, width: int) -> NDArray[np.float64]:
+    array = sample.sample(min(sample.count, _DRAWN)) if isinstance(sample, Quantiles) else np.asarray(sample)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] != width:
         raise ValueError(f"{name}: expected shape (n, {width}) with n >= 1, the map's width, got {array.shape}")
     return array.astype(np.float64)

@@ -38,6 +38,7 @@ void test_transport(void);
 void test_affine(void);
 void test_pool(void);
 void test_moments(void);
+void test_quantiles(void);
 void test_prox(void);
 void test_path(void);
 void test_range(void);

@@ -61,6 +61,7 @@ int main(int argc, char **argv)
         test_affine();
         test_pool();
         test_moments();
+        test_quantiles();
         test_prox();
         test_path();
         test_range();

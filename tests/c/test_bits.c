@@ -343,6 +343,55 @@ static void moments_bits(lns_dtype dtype)
     expect("moments", dtype, hash);
 }
 
+/* A summary of so few slots that most values are means, merged with one of the same rows; and what is read from it. */
+static void quantiles_bits(lns_dtype dtype)
+{
+    enum { SLOTS = 9, ROWS = 32, PARTS = 17 };
+    const lns_dtype real = dtype == LNS_F64 ? LNS_F64 : LNS_F32;
+    const int64_t lanes = 64 / (int64_t)real_size(dtype);
+    uint64_t hash = 0;
+    for (size_t k = 0; k < COUNT(shapes); k++) {
+        const int64_t n = shapes[k][0] % 2000, d = shapes[k][1], keys = (d + lanes - 1) / lanes * SLOTS * ROWS;
+        void *x = numbers(dtype, n * d, (uint32_t)k), *out = memory(PARTS * d * 8);
+        double *moments = memory(8 * d * 8);
+        lns_quantiles states[2];
+        for (int s = 0; s < 2; s++) {
+            double *const row = moments + 4 * d * s;
+            states[s] = (lns_quantiles){.dtype = real, .d = d, .slots = SLOTS, .rows = ROWS, .keys = memory(keys * 64)};
+            states[s].moments = (lns_moments){0, row, row + d, row + 2 * d, row + 3 * d};
+            for (int64_t j = 0; j < d; j++) {
+                row[j] = row[d + j] = 0;
+                row[2 * d + j] = INFINITY;
+                row[3 * d + j] = -INFINITY;
+            }
+            const lns_sample sample = {x, dtype, n, d, NULL};
+            void *work = memory(lns_quantiles_worksize(&states[s], n, THREADS));
+            CHECK(lns_quantiles_update(&sample, THREADS, work, &states[s], NULL) == LNS_OK);
+            free(work);
+        }
+        const int64_t held = lns_quantiles_held(&states[1]);
+        void *work = memory(lns_quantiles_worksize(&states[0], held, THREADS));
+        CHECK(lns_quantiles_merge(&states[1], THREADS, work, &states[0]) == LNS_OK);
+        free(work);
+        work = memory(lns_quantiles_read_worksize(&states[0], THREADS));
+        CHECK(lns_quantiles_read(&states[0], NULL, PARTS, THREADS, work, out) == LNS_OK);
+        free(work);
+        mix(&hash, out, PARTS * d, real_size(dtype));
+        const int64_t rows = lns_quantiles_held(&states[0]);
+        void *all = memory(rows * d * 8);
+        double *weights = memory(rows * 8);
+        CHECK(lns_quantiles_rows(&states[0], THREADS, all, weights) == LNS_OK);
+        mix(&hash, all, rows * d, real_size(dtype));
+        mix(&hash, weights, rows, 8);
+        mix(&hash, &states[0].error, 1, 8);
+        void *const blocks[] = {x, out, moments, states[0].keys, states[1].keys, all, weights};
+        for (size_t b = 0; b < COUNT(blocks); b++) {
+            free(blocks[b]);
+        }
+    }
+    expect("quantiles", dtype, hash);
+}
+
 /* The rates make the powers of Adam's correction exact, so that the C library's pow plays no part. */
 static void prox_bits(lns_dtype dtype)
 {
@@ -456,6 +505,7 @@ void test_bits(void)
         affine_bits(types[k]);
         pool_bits(types[k]);
         moments_bits(types[k]);
+        quantiles_bits(types[k]);
         path_bits(types[k]);
         if (real_size(types[k]) == item_size(types[k])) {
             prox_bits(types[k]);

@@ -86,6 +86,30 @@ static void streams(caller *c)
     free(work);
 }
 
+static void summaries(caller *c)
+{
+    enum { SLOTS = 8, ROWS = 32, TILES = (D + 15) / 16 };
+    double *moments = output(c, 4 * D * sizeof *moments);
+    lns_quantiles q = {.dtype = LNS_F32, .d = D, .slots = SLOTS, .rows = ROWS};
+    q.keys = output(c, TILES * SLOTS * ROWS * 64);
+    memset(q.keys, 0, TILES * SLOTS * ROWS * 64);
+    q.moments = (lns_moments){0, moments, moments + D, moments + 2 * D, moments + 3 * D};
+    for (int j = 0; j < D; j++) {
+        moments[j] = moments[D + j] = 0;
+        moments[2 * D + j] = INFINITY;
+        moments[3 * D + j] = -INFINITY;
+    }
+    const lns_sample sample = {c->in->u, LNS_F32, N, D, NULL};
+    for (int k = 0; k < 5; k++) {
+        void *work = memory(lns_quantiles_worksize(&q, N, c->threads));
+        c->failed |= lns_quantiles_update(&sample, c->threads, work, &q, NULL);
+        free(work);
+    }
+    void *work = memory(lns_quantiles_read_worksize(&q, c->threads));
+    c->failed |= lns_quantiles_read(&q, NULL, N, c->threads, work, output(c, N * D * 4));
+    free(work);
+}
+
 static void steps(caller *c)
 {
     static const int64_t offsets[] = {0, 1, 40, 41, D};
@@ -114,6 +138,7 @@ static void *run(void *argument)
     sort_and_fit(c);
     distances(c);
     streams(c);
+    summaries(c);
     steps(c);
     return NULL;
 }

@@ -259,6 +259,8 @@ def test_errors_leak_no_references():
     [
         *(("moments_update", *pair) for pair in (("mean", "m2"), ("low", "high"), ("m2", "x"))),
         *(("moments_merge", *pair) for pair in (("mean", "high"), ("mean", "mean_b"), ("low", "high_b"))),
+        *(("quantiles_update", *pair) for pair in (("mean", "m2"), ("low", "high"), ("m2", "x"))),
+        *(("quantiles_merge", *pair) for pair in (("mean", "high"), ("mean", "mean_b"), ("low", "high_b"))),
         *(("step", *pair) for pair in (("weight", "bias"), ("weight", "grad_weight"), ("bias", "grad_weight"))),
     ],
 )

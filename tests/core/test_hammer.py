@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from bad_calls import WRITTEN
 from calls import NAMES, arrays_in, bits, sound
-from samples import DTYPES, encode
+from samples import DTYPES, empty_summary, encode, summarise
 
 from lineas import _core
 
@@ -47,6 +47,12 @@ def random_calls(rng, threads):
             state = [np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)]
             yield "moments_update", (u, 0, *state, "u", threads)
             yield "moments_merge", (3, *rng.normal(size=(4, d)), 5, *rng.normal(size=(4, d)))
+            yield "quantiles_update", (u, *empty_summary(d, 8, work), "u", threads)
+            summary = summarise(u, 8, 1)
+            yield "quantiles_merge", (*summary, *[x.copy() if np.ndim(x) else x for x in summary], threads)
+            yield "quantiles_rows", (*summary, threads)
+            yield "quantiles_read", (*summary, np.array([1, n // 2, n]), 1, threads)
+            yield "quantiles_read", (*summary, None, 5, threads)
     for dtype in (np.float32, np.float64):
         w, b, *grads = rng.normal(size=(4, 100)).astype(dtype)
         adam = (*rng.uniform(size=(4, 100)).astype(dtype), 3, 0.9, 0.99, 1e-8)

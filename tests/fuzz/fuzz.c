@@ -372,9 +372,9 @@ int near_wide(double a, long double b, long double tolerance)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static void (*const functions[])(void) = {
-        fuzz_sort,        fuzz_wasserstein, fuzz_fit,  fuzz_affine, fuzz_affine_backward, fuzz_pool,
-        fuzz_moments,     fuzz_covariance,  fuzz_prox, fuzz_step,   fuzz_sizes,           fuzz_bures_map,
-        fuzz_wasserstein, fuzz_path,        fuzz_sort, fuzz_fit,
+        fuzz_sort,        fuzz_wasserstein, fuzz_fit,       fuzz_affine, fuzz_affine_backward, fuzz_pool,
+        fuzz_moments,     fuzz_covariance,  fuzz_prox,      fuzz_step,   fuzz_sizes,           fuzz_bures_map,
+        fuzz_wasserstein, fuzz_path,        fuzz_quantiles, fuzz_fit,
     };
     next_byte = data;
     end_byte = data + size;

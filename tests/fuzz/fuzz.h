@@ -81,6 +81,7 @@ void fuzz_affine(void);
 void fuzz_affine_backward(void);
 void fuzz_pool(void);
 void fuzz_moments(void);
+void fuzz_quantiles(void);
 void fuzz_covariance(void);
 void fuzz_bures_map(void);
 void fuzz_prox(void);

@@ -55,6 +55,18 @@ void fuzz_sizes(void)
     REQUIRE(lns_moments_worksize(n, d) >= -1);
     REQUIRE(!s_bad || lns_moments_update(&s, 1, NULL, &state, NULL) == LNS_BAD_SIZE);
     REQUIRE(d >= 1 || lns_moments_merge(&state, &state, d) == LNS_BAD_SIZE);
+    lns_quantiles q = {.dtype = s.dtype, .d = d, .slots = m, .rows = n};
+    q.weight[byte() % LNS_MOST_SLOTS] = any_size();
+    q.filled = any_size();
+    q.moments.count = any_size();
+    REQUIRE(lns_quantiles_worksize(&q, n, threads) >= -1 && lns_quantiles_read_worksize(&q, threads) >= -1);
+    if (d < 1 || m < 2 || m > LNS_MOST_SLOTS || n < 32 || (n & (n - 1)) != 0 || s.dtype == LNS_F16 ||
+        s.dtype == LNS_BF16) {
+        REQUIRE(lns_quantiles_held(&q) == -1 && lns_quantiles_worksize(&q, 1, 1) == -1);
+        REQUIRE(lns_quantiles_update(&s, 1, NULL, &q, NULL) != LNS_OK);
+        REQUIRE(lns_quantiles_merge(&q, 1, NULL, &q) != LNS_OK && lns_quantiles_rows(&q, 1, NULL, NULL) != LNS_OK);
+        REQUIRE(lns_quantiles_read(&q, NULL, 1, 1, NULL, NULL) != LNS_OK);
+    }
     REQUIRE(d >= 1 || lns_prox(NULL, LNS_F32, d, 1, 1, 1, NULL) == LNS_BAD_SIZE);
 
     /* Types and options that do not exist, or not here. */

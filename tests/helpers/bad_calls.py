@@ -1,13 +1,15 @@
 """Calls of the extension that must be refused, with their messages, and the arguments that calls write to."""
 
 import numpy as np
-from calls import ones
+from calls import ones, schedule
 
 F32 = np.float32
 
 WRITTEN = {
     "moments_update": ("mean", "m2", "low", "high"),
     "moments_merge": ("mean", "m2", "low", "high"),
+    "quantiles_update": ("mean", "m2", "low", "high", "keys", "schedule"),
+    "quantiles_merge": ("mean", "m2", "low", "high", "keys", "schedule"),
     "step": ("weight", "bias"),
 }
 
@@ -40,6 +42,15 @@ TYPE_ERRORS = [
     ("pool_backward", {"mode": "max"}, r"^index must be a NumPy array, got NoneType"),
     ("pool_backward", {"mode": "max", "index": np.zeros((2, 3))}, r"^index must have dtype int32, got float64"),
     ("moments_update", {"m2": np.zeros(3, F32)}, r"^m2 must have dtype float64, got float32"),
+    ("quantiles_update", {"keys": np.zeros((1, 4, 32, 8))}, r"^keys must have dtype int32 or int64, got float64"),
+    ("quantiles_update", {"schedule": ones(67)}, r"^schedule must have dtype int64, got float64"),
+    ("quantiles_update", {"low": np.zeros(3, F32)}, r"^low must have dtype float64, got float32"),
+    ("quantiles_update", {"name": 3}, r"^sample: names must be str"),
+    ("quantiles_merge", {"keys_b": 3}, r"^keys_b must be a NumPy array, got int"),
+    ("quantiles_merge", {"count_b": 1.5}, r"^count_b must be an int, got float"),
+    ("quantiles_rows", {"count": None}, r"^count must be an int, got NoneType"),
+    ("quantiles_read", {"ranks": ones(2)}, r"^ranks must have dtype int64, got float64"),
+    ("quantiles_read", {"parts": 1.5}, r"^parts must be an int, got float"),
     ("step", {"grad_weight": ones(5, dtype=F32)}, r"^grad_weight must have dtype float64, got float32"),
     ("step", {"offsets": np.array([0, 5], np.int32)}, r"^offsets must have dtype int64, got int32"),
     ("step", {"adam": (1, 2)}, r"^adam must be a tuple \(m_weight, v_weight, .*eps\)"),
@@ -90,6 +101,29 @@ VALUE_ERRORS = [
     ("moments_merge", {"high": ones(2)}, r"^high must have 3 entries, got 2"),
     ("moments_merge", {"low_b": ones(2)}, r"^low_b must have 3 entries, got 2"),
     ("moments_merge", {"count_b": -1}, r"^count_b must be from 0 to \d+, got -1"),
+    ("quantiles_update", {"mean": np.zeros(9)}, r"^keys must have shape \[2, slots, rows, 8\], got \[1, 4, 32, 8\]"),
+    ("quantiles_update", {"m2": np.zeros(2)}, r"^m2 must have 3 entries, got 2"),
+    ("quantiles_update", {"schedule": np.zeros(66, np.int64)}, r"^schedule must have 67 entries, got 66"),
+    ("quantiles_update", {"x": ones(4, 2)}, r"^x: a size is zero, negative or too large"),
+    ("quantiles_update", {"x": ones(4, 3, dtype=F32)}, r"^x: an element type or an option that the function does"),
+    ("quantiles_update", {"x": np.full((1, 3), np.nan)}, r"^x: nan at row 0, column 0"),
+    ("quantiles_update", {"count": 5}, r"^the arrays are too large, or empty"),
+    ("quantiles_merge", {"count_b": 5}, r"^a size is zero, negative or too large"),
+    ("quantiles_merge", {"count": 5}, r"^the arrays are too large, or empty"),
+    (
+        "quantiles_merge",
+        {"keys_b": np.zeros((1, 4, 32, 16), np.int32)},
+        r"^an element type or an option that the function does",
+    ),
+    ("quantiles_rows", {"schedule": schedule(32)}, r"^a size is zero, negative or too large"),
+    ("quantiles_rows", {"schedule": schedule(-1)}, r"^a size is zero, negative or too large"),
+    ("quantiles_rows", {"keys": np.zeros((1, 1, 32, 8), np.int64)}, r"^a size is zero, negative or too large"),
+    ("quantiles_rows", {"keys": np.zeros((1, 4, 48, 8), np.int64)}, r"^a size is zero, negative or too large"),
+    ("quantiles_read", {"count": 0, "schedule": schedule(0)}, r"^the arrays are too large, or empty"),
+    ("quantiles_read", {"parts": 0}, r"^parts must be from 1 to \d+, got 0"),
+    ("quantiles_read", {"ranks": np.array([3, 1])}, r"^a size is zero, negative or too large"),
+    ("quantiles_read", {"ranks": np.array([0])}, r"^a size is zero, negative or too large"),
+    ("quantiles_read", {"ranks": np.array([5])}, r"^a size is zero, negative or too large"),
     ("prox_sparse_group", {"tau": -1.0}, r"^tau must not be negative, got -1.0"),
     ("prox_sparse_group", {"l1": np.nan}, r"^l1 must be finite, got nan"),
     ("prox_sparse_group", {"group": -0.5}, r"^group must not be negative, got -0.5"),

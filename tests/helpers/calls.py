@@ -15,11 +15,20 @@ def ones(*shape, dtype=np.float64):
     return np.ones(shape, dtype)
 
 
+def schedule(filled=4):
+    """The schedule of a summary that holds a few rows in its first slot."""
+    array = np.zeros(67, np.int64)
+    array[65] = filled
+    return array
+
+
 def sound(name, d=3):
     """Arguments of a sound call of one function, in order, on arrays of d columns."""
     rows, other, vector, z = ones(4, d), ones(5, d), ones(d), ones(2, d, 4)
     tokens, threads = ones(2, 4, dtype=np.uint8), {"threads": 1}
     state = {"mean": np.zeros(d), "m2": np.zeros(d), "low": np.full(d, np.inf), "high": np.full(d, -np.inf)}
+    summary = {"count": 4} | state | {"keys": np.zeros((-(-d // 8), 4, 32, 8), np.int64), "schedule": schedule()}
+    other_summary = {f"{key}_b": np.copy(value) if np.ndim(value) else value for key, value in summary.items()}
     pair = {"u": [rows], "v": [other], "weight": [vector], "bias": [ones(d)], "u_mass": None, "v_mass": None}
     flat = {part: ones(2 + d) for part in ("weight", "bias", "grad_weight", "grad_bias")}
     penalties = {"lr": 0.1, "l1": 0.1, "group": 0.1, "l1_bias": 0.1, "group_bias": 0.1}
@@ -33,6 +42,10 @@ def sound(name, d=3):
         "pool_backward": {"grad_out": ones(2, d), "mask": tokens, "mode": "mean", "index": None, "tokens": 4} | threads,
         "moments_update": {"x": rows, "count": 0} | state | {"name": "x"} | threads,
         "moments_merge": {"count": 1} | state | {"count_b": 2} | {f"{key}_b": ones(d) for key in state},
+        "quantiles_update": {"x": rows} | summary | {"name": "x"} | threads,
+        "quantiles_merge": summary | other_summary | threads,
+        "quantiles_rows": summary | threads,
+        "quantiles_read": summary | {"ranks": np.array([1, 3]), "parts": 1} | threads,
         "prox_sparse_group": {"x": vector, "tau": 1.0, "l1": 1.0, "group": 1.0},
         "step": flat | {"offsets": np.array([0, 2, 2 + d])} | penalties | {"adam": None} | threads,
         "fit_local": fit | {"source_names": ["u"], "target_names": ["v"]} | threads,

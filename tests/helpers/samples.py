@@ -41,6 +41,22 @@ def assert_same_bits(actual, expected):
     assert actual.tobytes() == expected.tobytes()
 
 
+def empty_summary(d, slots, dtype, rows=32):
+    """Count, moments, keys and schedule of a summary that has seen nothing, for values of dtype float32 or float64."""
+    bytes_each = np.dtype(dtype).itemsize
+    lanes = 64 // bytes_each
+    keys = np.zeros((-(-d // lanes), slots, rows, lanes), f"i{bytes_each}")
+    moments = np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
+    return [0, *moments, keys, np.zeros(67, np.int64)]
+
+
+def summarise(x, slots, threads):
+    """A summary that has seen the rows of x."""
+    summary = empty_summary(x.shape[1], slots, widen(x[:1]).dtype)
+    summary[0] = _core.quantiles_update(x, *summary, "x", threads)
+    return summary
+
+
 def all_kernels(threads, seed=0, scale=1):
     """Results of every kernel of our own (not BLAS products) on fixed data, as a flat list of arrays."""
     rng = np.random.default_rng(seed)
@@ -76,6 +92,11 @@ def all_kernels(threads, seed=0, scale=1):
         count = _core.moments_update(us[3], 0, *state, "x", threads)
         count = _core.moments_update(vs[3], count, *state, "x", threads)
         out += [np.array(count), *state]
+        summary, other = summarise(us[3], 8, threads), summarise(vs[3], 8, threads)
+        summary[0] = _core.quantiles_merge(*summary, *other, threads)
+        out += [np.array(summary[0]), *summary[1:], *_core.quantiles_rows(*summary, threads)]
+        out.append(_core.quantiles_read(*summary, np.arange(1, summary[0], 7), 1, threads))
+        out.append(_core.quantiles_read(*summary, None, 50, threads))
     for dtype in (np.float32, np.float64):
         size = 1000 * scale
         offsets = np.array([0, 300, 301, size])

@@ -1,6 +1,6 @@
 /* Template body: sorting a tile and remembering the order, and taking it back to that order.
  *
- * Included by   wasserstein_body.h and transport_body.h: once per working type and CPU variant.
+ * Included by   wasserstein_body.h, transport_body.h and quantiles_body.h: once per working type and CPU variant.
  * Expects       what real.h sets, and rank.h.
  * Leaves        no macro of its own.
  *
