@@ -1,4 +1,7 @@
-"""Models with maps as ONNX files: what onnxruntime makes of them is what the hooks do; and the code of docs/onnx.md."""
+"""Models with maps as ONNX files: what onnxruntime makes of them is what the hooks do; and the code of docs/onnx.md.
+
+Other models are in the table of benchmarks/parity.py, which `make runtimes` runs.
+"""
 
 import logging
 import re
@@ -101,22 +104,3 @@ def test_what_is_refused_says_why_through_torch(tmp_path):
         with pytest.raises(torch.onnx.OnnxExporterError, match="tokens='generated' must know where the prompt ends"):
             export(Logits(model), tmp_path / "model.onnx", MADE_WITH, TEXT)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "glob"), [("gpt2", "**.ln_[12]"), ("gemma3_text", "**.*layernorm"), ("SD-type UNet", "**.*norm*")]
-)
-def test_other_models(kind, glob, tmp_path):
-    model = fold_cases.build(kind).float()
-    maps = fold_cases.random_maps(model, glob)
-    if kind != "SD-type UNet":
-        with maps.attach(model, strength=0.7):
-            path = export(Logits(model), tmp_path / "model.onnx", MADE_WITH, TEXT)
-        return check(model, Session(path), maps, 0.7, texts(3, 9, 4))
-    inputs = {
-        "sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(7), "encoder_hidden_states": torch.randn(2, 5, 8)
-    }  # fmt: skip
-    with torch.no_grad(), maps.attach(model, strength=0.7):
-        session = Session(export(model, tmp_path / "model.onnx", inputs))
-        torch.testing.assert_close(session(**inputs), model(**inputs).sample, **CLOSE)
