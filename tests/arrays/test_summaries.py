@@ -153,12 +153,18 @@ def test_bad_use(rng):
         (lambda: lineas.wasserstein(seen, x, v_sorted=True), ValueError, "v_sorted is for arrays, got Quantiles"),
         (lambda: lineas.fit(seen, x, shrinkage="auto"), ValueError, "shrinkage is for arrays, got Quantiles"),
         (lambda: lineas.wasserstein_grad(seen, x), TypeError, "u must be float16, .* got dtype object"),
-        (lambda: lineas.baselines.iti_c(seen, x), TypeError, "source and target must be arrays here, got Quantiles"),
         (lambda: lineas.fit(seen, {"a": x}), TypeError, "source and target must both be arrays or both be mappings"),
         (lambda: lineas.fit(x, [*x, [np.nan, 0, 0]]), ValueError, "target: nan at row 5, column 0"),
     ):
         with pytest.raises(error, match=text):
             use()
+
+
+def test_baselines_need_rows(rng):
+    pytest.importorskip("sklearn")
+    x = rng.normal(size=(5, 3))
+    with pytest.raises(TypeError, match="source and target must be arrays here, got Quantiles"):
+        lineas.baselines.iti_c(lineas.quantiles(x), x)
 
 
 def test_iterators(rng):
