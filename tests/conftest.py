@@ -1,5 +1,7 @@
 """Fixtures of all tests. torch is not imported here: the array tests run without it."""
 
+import gc
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,8 @@ def golden():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "xdist_group: tests of one group run in one process, one after the other")
+    # torch writes every step of every graph to its trace, which pytest would format and keep: many times as slow.
+    logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_collection_modifyitems(items):
@@ -38,3 +42,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         alone = item.path.name == "test_notebooks.py"
         item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of every garbage collection to come: a tenth of all time would go there."""
+    gc.collect()
+    gc.freeze()

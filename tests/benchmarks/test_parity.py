@@ -40,13 +40,6 @@ def test_some_families_by_the_light_routes():
     )
 
 
-def test_onnx():
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    for row in parity.measure(["CNN"], ["ONNX"]).values():
-        assert 0 <= row.cells["ONNX"].steered < 1e-5
-
-
 def test_a_route_that_is_wrong_is_seen(monkeypatch):
     def half(job):
         return job.apart(job.maps.fold(job.model, parity.STRENGTH / 2)), None

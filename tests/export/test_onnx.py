@@ -29,8 +29,6 @@ CLOSE = {"atol": 1e-5, "rtol": 0.0}
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """torch writes every step of a graph to its trace, which pytest would keep: many times as slow."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     monkeypatch.setattr(logging.getLogger("torch.onnx"), "level", logging.ERROR)
 
 
