@@ -221,6 +221,8 @@ def draw(found: Mapping[str, Found], path: Path) -> None:
     figure, axes = plt.subplots(
         len(found), len(JUDGES), figsize=(10, 3.8 * len(found)), squeeze=False, layout="constrained"
     )
+    methods = dict.fromkeys(method for by_method in found.values() for method in by_method if method != "none")
+    colors = {method: f"C{k}" for k, method in enumerate(methods)}  # of a variant the same in every panel
     for row, (model, by_method) in zip(axes, found.items(), strict=True):
         curves = Curves(by_method)
         for k, (panel, judge) in enumerate(zip(row, JUDGES, strict=True)):
@@ -228,12 +230,12 @@ def draw(found: Mapping[str, Found], path: Path) -> None:
                 if method == "none":
                     continue
                 rises, shares = curves.curve(method, 0)
-                panel.plot(rises, 100 * shares[k], marker="o", label=method)
+                panel.plot(rises, 100 * shares[k], marker="o", label=method, color=colors[method])
                 low, high = (
                     np.quantile([curves.curve(method, draw)[1][k] for draw in range(1, min(DRAWS, 200) + 1)], q, axis=0)
                     for q in (0.025, 0.975)
                 )
-                panel.fill_between(rises, 100 * low, 100 * high, alpha=0.12)
+                panel.fill_between(rises, 100 * low, 100 * high, alpha=0.12, color=colors[method])
             panel.set(title=f"{model}, {judge}", xlabel="rise of the loss on clean texts (nats)", ylabel="toxic (%)")
             panel.set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)
