@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from ..hooks.modules import check_model
 from ..hooks.settings import optional
 from ..inputs.call import unwrap
 from ..maps.digest import digest
-from ..maps.files import whole_or_nothing, with_sorted_header
+from ..maps.files import check_output, whole_or_nothing, with_sorted_header
 from ..maps.gates import refuse_gates
 from ..maps.metadata import as_strength
 from ..maps.steering import SteeringMaps
 from .low_rank import LowRank, low_rank_changes
-from .readers import Readers, check_arguments
+from .readers import Readers, check_arguments, check_bias
 
 LAYOUTS = ("diffusers", "kohya")
 # An inverse multiplies by 1 / slope: beyond this it would blow up what rounding is in the activations.
@@ -112,8 +113,7 @@ def to_diffusers_lora(
     strength = as_strength(strength, getattr(maps, "metadata", {}))
     as_choice(layout, "layout", LAYOUTS)
     max_rank = optional(as_int, max_rank, "max_rank", low=1)
-    if bias is not None and not isinstance(bias, bool):
-        raise TypeError(f"bias must be True, False or None, got {bias!r}")
+    check_bias(bias)
     target = _check_path(path, "path")
     second = None if inverse is None else _check_path(inverse, "inverse")
     if second is not None and os.path.realpath(second) == os.path.realpath(target):
@@ -144,12 +144,9 @@ def _check_path(value: str | os.PathLike[str], name: str) -> str:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a string or a path, got {type(value).__name__}")
     path = os.fsdecode(value)
-    if os.path.isdir(path):
-        raise ValueError(f"{name} must be a file, and {path} is a folder")
+    check_output(path, name)
     if not path.endswith(_SUFFIX):
         raise ValueError(f"{name} must end in {_SUFFIX}, by which loaders know the file, got {path!r}")
-    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-        raise ValueError(f"{name}: the folder of {path} does not exist")
     return path
 
 
@@ -259,10 +256,7 @@ def _settings(changes: dict[str, LowRank], prefix: str, bias: bool) -> dict[str,
 
 def _write(files: dict[str, bytes]) -> None:
     """All files or none, as far as an error comes before the last of them is complete on disk."""
-    if not files:
-        return
-    path, *others = files
-    with whole_or_nothing(path) as temporary:
-        with open(temporary, "xb") as file:
-            file.write(files[path])
-        _write({other: files[other] for other in others})
+    with ExitStack() as opened:
+        for path, data in files.items():
+            with open(opened.enter_context(whole_or_nothing(path)), "xb") as file:
+                file.write(data)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .readers import Readers, is_from
+from .readers import Readers, is_from, name_readers
 from .refusal import Refusal
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -17,32 +17,17 @@ _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def find_image_readers(model: nn.Module, name: str, given: Readers, uses: Counter[int]) -> list[str]:
-    """Full names of the modules that alone read the output of norm `name`, from `given` where it says them.
+    """`name_readers` for blocks of diffusers.
 
-    `uses` is what `count_uses` says of the model. Refusal where they are not known, or where the output goes through
-    something else before it comes to weights.
+    Refusal also where the output goes through something else before it comes to weights.
     """
-    if name in given:
-        readers = list(given[name])
-    else:
-        parent, _, last = name.rpartition(".")
-        layer = model.get_submodule(parent)
-        found = _found(layer, last) if is_from(layer, "diffusers.models") else ()
-        if not found:
-            raise Refusal(
-                f"it is not known which Linears or convolutions alone read the output of {last!r} in "
-                f"{type(layer).__name__} (readers= can say it, where there are such)"
-            )
-        readers = [f"{parent}.{reader}" if parent else reader for reader in found]
-    for used in (name, *readers):
-        count = uses[id(model.get_submodule(used))]
-        if count > 1:
-            raise Refusal(f"{used!r} is used in {count} places of the model")
-    return readers
+    return name_readers(model, name, given, uses, _found, "Linears or convolutions")
 
 
 def _found(layer: Any, last: str) -> tuple[str, ...]:
     """What reads the norm `last` of a block; empty where it is not known."""
+    if not is_from(layer, "diffusers.models"):
+        return ()
     kind = type(layer).__name__
     if kind.startswith("ResnetBlock") or last == "conv_norm_out":
         raise Refusal(

@@ -24,6 +24,7 @@ from .parameter_changes import WIDE
 from .readers import (
     Readers,
     check_arguments,
+    check_bias,
     count_uses,
     dense_weight,
     find_readers,
@@ -101,8 +102,7 @@ def to_peft_lora(
 
     refuse_gates(maps, "to_peft_lora")
     strength = as_strength(strength, getattr(maps, "metadata", {}))
-    if bias is not None and not isinstance(bias, bool):
-        raise TypeError(f"bias must be True, False or None, got {bias!r}")
+    check_bias(bias)
     rank = optional(as_int, rank, "rank", low=1)
     maps, model, readers = check_arguments(maps, model, readers, "an adapter")
     pairs = _pairs(maps, model, readers)

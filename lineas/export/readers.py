@@ -6,7 +6,7 @@ or said by the user.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -124,28 +124,57 @@ def count_uses(model: nn.Module) -> Counter[int]:
     return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
 
 
-def find_readers(model: nn.Module, name: str, width: int, given: Readers, uses: Counter[int]) -> list[str]:
-    """Full names of the Linears that read the output, of `width` neurons, of norm `name`, and that nothing else feeds.
+def check_bias(bias: bool | None) -> None:
+    """TypeError if `bias`, an option of LoRA, is neither a bool nor None."""
+    if bias is not None and not isinstance(bias, bool):
+        raise TypeError(f"bias must be True, False or None, got {bias!r}")
 
-    `uses` is what `count_uses` says of the model. Refusal when it is not known what reads the output, or a reader is no
-    plain Linear of that width.
+
+def name_readers(
+    model: nn.Module,
+    name: str,
+    given: Readers,
+    uses: Counter[int],
+    known: Callable[[nn.Module, str], Sequence[str]],
+    kinds: str,
+) -> list[str]:
+    """Full names of the modules that alone read the output of norm `name`, from `given` where it says them.
+
+    Elsewhere `known` gives their names in the layer that holds the norm, of which it gets the name in the layer; none
+    where it is not known. `uses` is what `count_uses` says of the model, `kinds` what the modules are in messages.
+    Refusal where it is not known what reads the output, or one of these modules is used several times.
     """
     if name in given:
         readers = list(given[name])
     else:
         parent, _, last = name.rpartition(".")
         layer = model.get_submodule(parent)
-        known = DECODER_LAYERS.get(type(layer).__name__, {}) if is_from(layer, "transformers.models") else {}
-        if last not in known:
+        found = known(layer, last)
+        if not found:
             raise Refusal(
-                f"it is not known which Linears alone read the output of {last!r} in {type(layer).__name__} "
+                f"it is not known which {kinds} alone read the output of {last!r} in {type(layer).__name__} "
                 "(readers= can say it, where there are such)"
             )
-        readers = [f"{parent}.{reader}" for reader in known[last]]
+        readers = [f"{parent}.{reader}" if parent else reader for reader in found]
     for used in (name, *readers):
         count = uses[id(model.get_submodule(used))]
         if count > 1:
             raise Refusal(f"{used!r} is used in {count} places of the model")
+    return readers
+
+
+def _in_decoder_layer(layer: nn.Module, last: str) -> Sequence[str]:
+    """What reads the norm `last` of a decoder layer of transformers; empty where it is not known."""
+    return DECODER_LAYERS.get(type(layer).__name__, {}).get(last, ()) if is_from(layer, "transformers.models") else ()
+
+
+def find_readers(model: nn.Module, name: str, width: int, given: Readers, uses: Counter[int]) -> list[str]:
+    """Full names of the Linears that read the output, of `width` neurons, of norm `name`, and that nothing else feeds.
+
+    `uses` is what `count_uses` says of the model. Refusal when it is not known what reads the output, or a reader is no
+    plain Linear of that width.
+    """
+    readers = name_readers(model, name, given, uses, _in_decoder_layer, "Linears")
     for reader in readers:
         inputs = dense_weight(model, reader).shape[1]
         if inputs != width:

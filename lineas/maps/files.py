@@ -112,6 +112,14 @@ def _checksum(tensors: Mapping[str, Any], header: Mapping[str, str]) -> str:
     return found.hexdigest()
 
 
+def check_output(path: str, name: str) -> None:
+    """ValueError, which calls it `name`, if a file to write is a folder, or in none."""
+    if os.path.isdir(path):
+        raise ValueError(f"{name} must be a file, and {path} is a folder")
+    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+        raise ValueError(f"{name}: the folder of {path} does not exist")
+
+
 def write_atomically(path: str, data: bytes) -> None:
     """Write a file so that at any moment `path` is the old file or the whole new one, and nothing else stays."""
     with whole_or_nothing(path) as temporary, open(temporary, "xb") as file:

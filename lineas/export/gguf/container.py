@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ...maps.files import whole_or_nothing
+from ...maps import files
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -268,10 +268,7 @@ class GGUFFile:
 def check_output(output: str | PathLike[str], *inputs: str | PathLike[str]) -> str:
     """The path of a file to write; ValueError where it is a folder, in none, or one of the inputs, by any name."""
     path = os.fspath(output)
-    if os.path.isdir(path):
-        raise ValueError(f"output must be a file, and {path} is a folder")
-    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-        raise ValueError(f"output: the folder of {path} does not exist")
+    files.check_output(path, "output")
     for one in inputs:
         if os.path.exists(path) and os.path.samefile(path, one):
             raise ValueError(f"output: {path} is the file {os.fspath(one)} itself, which is never written to")
@@ -308,7 +305,7 @@ def write_copy(
         at = source._padded(at + tensor.bytes)
     header += bytes(source._padded(len(header)) - len(header))
     bar = tqdm(total=at, unit="B", unit_scale=True, desc="fold", delay=1, disable=not progress)
-    with whole_or_nothing(path) as temporary, open(temporary, "xb") as file, bar:
+    with files.whole_or_nothing(path) as temporary, open(temporary, "xb") as file, bar:
         file.write(header)
         for name, tensor in tensors.items():
             pieces = [values[name].astype("<f4").tobytes()] if name in values else source.chunks(tensor)
