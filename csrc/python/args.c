@@ -404,6 +404,11 @@ int lns_apart(PyArrayObject *const *arrays, const char *const *names, int writte
     return 1;
 }
 
+PyObject *lns_count_after(int64_t count, int64_t more)
+{
+    return PyLong_FromLongLong((long long)((uint64_t)count + (uint64_t)more));
+}
+
 PyObject *lns_raise(lns_status status, const lns_place *place, const lns_batch *u, const lns_batch *v)
 {
     const lns_batch *batch = place->argument == 0 ? u : v;

@@ -88,6 +88,10 @@ int lns_int(PyObject *object, const char *name, int64_t least, int64_t most, int
 int lns_threads(PyObject *object, int *out);
 int lns_double(PyObject *object, const char *name, double *out);
 
+/* The number of rows that a state has seen after `more` of them, made before the state is changed: afterwards memory
+ * must not run out. (Where the sum overflows, the engine refuses and the number is not used.) */
+PyObject *lns_count_after(int64_t count, int64_t more);
+
 /* Sets the exception that a status stands for. u and v are the batches of place->argument 0 and 1 (v may be NULL).
  * Returns NULL. */
 PyObject *lns_raise(lns_status status, const lns_place *place, const lns_batch *u, const lns_batch *v);

@@ -16,13 +16,6 @@ static int take_state(PyObject *const *args, const char *const *names, int64_t d
     return 1;
 }
 
-/* The number of rows after `more` of them, made before the state is changed: afterwards memory must not run out.
- * (Where the sum overflows, the engine refuses and the number is not used.) */
-static PyObject *count_after(int64_t count, int64_t more)
-{
-    return PyLong_FromLongLong((long long)((uint64_t)count + (uint64_t)more));
-}
-
 /* moments_update(x, count, mean, m2, low, high, name, threads) */
 LNS_FUNCTION(moments_update)
 {
@@ -42,7 +35,7 @@ LNS_FUNCTION(moments_update)
         goto done;
     }
     arrays[4] = (PyArrayObject *)args[0];
-    if (!lns_apart(arrays, names, 4, 5) || (result = count_after(state.count, x.samples[0].n)) == NULL) {
+    if (!lns_apart(arrays, names, 4, 5) || (result = lns_count_after(state.count, x.samples[0].n)) == NULL) {
         goto done;
     }
     work = lns_work_new(lns_moments_worksize(x.samples[0].n, x.samples[0].d));
@@ -78,7 +71,7 @@ LNS_FUNCTION(moments_merge)
         !lns_apart(arrays, names, 4, 8)) {
         return NULL;
     }
-    PyObject *result = count_after(state.count, other.count);
+    PyObject *result = lns_count_after(state.count, other.count);
     const lns_status status = result == NULL ? LNS_OK : lns_moments_merge(&state, &other, PyArray_DIM(mean, 0));
     if (status != LNS_OK) {
         Py_CLEAR(result);

@@ -57,12 +57,6 @@ static void put_schedule(const lns_quantiles *state, PyArrayObject *array)
     memcpy(schedule + LNS_MOST_SLOTS, rest, sizeof rest);
 }
 
-/* A sum that overflows is refused by the engine. */
-static PyObject *count_after(int64_t count, int64_t more)
-{
-    return PyLong_FromLongLong((long long)((uint64_t)count + (uint64_t)more));
-}
-
 /* quantiles_update(x, *state, name, threads) */
 LNS_FUNCTION(quantiles_update)
 {
@@ -85,7 +79,7 @@ LNS_FUNCTION(quantiles_update)
         goto done;
     }
     arrays[ARRAYS] = (PyArrayObject *)args[0];
-    if (!lns_apart(arrays, names, ARRAYS, ARRAYS + 1) || (result = count_after(seen, x.samples[0].n)) == NULL) {
+    if (!lns_apart(arrays, names, ARRAYS, ARRAYS + 1) || (result = lns_count_after(seen, x.samples[0].n)) == NULL) {
         goto done;
     }
     work = lns_work_new(lns_quantiles_worksize(&state, x.samples[0].n, threads));
@@ -125,7 +119,7 @@ LNS_FUNCTION(quantiles_merge)
         return NULL;
     }
     const int64_t held = lns_quantiles_held(&other);
-    PyObject *result = count_after(seen, more);
+    PyObject *result = lns_count_after(seen, more);
     void *work = result == NULL ? NULL : lns_work_new(lns_quantiles_worksize(&state, held > 0 ? held : 1, threads));
     if (work == NULL) {
         Py_XDECREF(result);

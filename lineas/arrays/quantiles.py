@@ -16,7 +16,7 @@ from .moments import Moments, take_batches
 
 LEAST_SIZE, MOST_SIZE = 512, 1 << 24
 _SLOTS = 16  # at least; fewer and larger ones would promise less for long streams, more and smaller ones for short ones
-MOST_SLOTS = 64  # LNSMOST_SLOTS of the engine
+MOST_SLOTS = 64  # LNS_MOST_SLOTS of the engine
 OPEN, FILLED, ERROR = MOST_SLOTS, MOST_SLOTS + 1, MOST_SLOTS + 2  # where they stand in a schedule
 
 
