@@ -1,17 +1,14 @@
 """The code of the README runs as it stands there, with a tiny model in place of the one from the hub."""
 
-import re
-from pathlib import Path
-
 import pytest
+from pages import python_blocks
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")
 pytest.importorskip("huggingface_hub")
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+BLOCKS = python_blocks("README.md")
 
 
 @pytest.fixture
@@ -42,5 +39,5 @@ def test_there_is_code():
 def test_the_code_of_the_readme_runs(no_hub):
     namespace = {}
     for block in BLOCKS:
-        exec(compile(block, str(README), "exec"), namespace)
+        exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["maps"] == namespace["result"].maps

@@ -3,17 +3,14 @@
 Other models are in the table of benchmarks/parity.py, which `make runtimes` runs.
 """
 
-import logging
-import re
-from pathlib import Path
-
 import fold_cases
 import models_zoo as zoo
 import numpy as np
 import pytest
 import torch
 from fold_cases import language_model
-from onnx_files import TEXT, Logits, Session, export, real_logits, texts
+from onnx_files import TEXT, Logits, Session, export, quiet, real_logits, texts
+from pages import python_blocks
 
 import lineas
 from lineas.hooks import modules
@@ -21,15 +18,9 @@ from lineas.hooks import modules
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-PAGE = Path(__file__).parents[2].joinpath("docs", "onnx.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = python_blocks("docs/onnx.md")
 MADE_WITH = texts(2, 6, 2)
 CLOSE = {"atol": 1e-5, "rtol": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("torch.onnx"), "level", logging.ERROR)
 
 
 @torch.no_grad()
@@ -54,7 +45,8 @@ def test_the_code_of_the_page(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     slider, run, constant = BLOCKS
     known = {"model": model, "tokenizer": tokenizer, "maps": maps}
-    exec(compile(slider, "onnx.md", "exec"), known)
+    with quiet():
+        exec(compile(slider, "onnx.md", "exec"), known)
     lineas.detach(model)
     exec(compile(run, "onnx.md", "exec"), known)
     assert len(capsys.readouterr().out.splitlines()) >= 3
@@ -67,7 +59,8 @@ def test_the_code_of_the_page(tmp_path, monkeypatch, capsys):
     model = fold_cases.pictures().float()
     maps = fold_cases.random_maps(model, "[bgil]*")
     known = {"model": model, "maps": maps, "torch": torch, "batch_of_images": torch.randn(2, 3, 4, 4)}
-    exec(compile(constant, "onnx.md", "exec"), known)
+    with quiet():
+        exec(compile(constant, "onnx.md", "exec"), known)
     known["program"].save("images.onnx")
     images = torch.randn(5, 3, 4, 4)
     with torch.no_grad(), maps.attach(model, strength=0.8):

@@ -1,8 +1,5 @@
 """The code of docs/sliders.md, as it stands there, with a tiny pipeline in place of the one from the hub."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,10 +7,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import diffusers
+import fold_cases
+from pages import python_blocks
 from slider_cases import painter
 
-PAGE = Path(__file__).parents[2].joinpath("docs", "sliders.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = python_blocks("docs/sliders.md")
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
@@ -21,15 +19,14 @@ def test_the_code_of_the_page(tmp_path, monkeypatch):
     pipe = painter()
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda name: pipe)
     monkeypatch.chdir(tmp_path)
-    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    before = fold_cases.state(pipe.unet)
     namespace: dict = {}
     for block in BLOCKS:
         # The tiny model has fewer neurons, of which a fiftieth would be none in most modules.
         exec(compile(block.replace("support=0.02", "support=0.2"), "sliders.md", "exec"), namespace)
     files = {"winter.safetensors", "no-winter.safetensors", "winter-kohya.safetensors"}
     assert len(BLOCKS) == 3 and {path.name for path in tmp_path.iterdir()} == files
-    after = pipe.unet.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    assert fold_cases.same_state(pipe.unet, before)
     maps, image = namespace["maps"], namespace["image"]
     assert all(any(name.endswith(last) for name in maps) for last in ("norm1", "norm3", "conv2"))
 

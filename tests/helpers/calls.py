@@ -6,6 +6,7 @@ import sys
 import numpy as np
 
 from lineas import _core
+from lineas.arrays.quantiles import FILLED, MOST_SLOTS
 
 # A child process imports what this one imports: the installed package, not a checkout that lies around it.
 SAME_PATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -17,8 +18,8 @@ def ones(*shape, dtype=np.float64):
 
 def schedule(filled=4):
     """The schedule of a summary that holds a few rows in its first slot."""
-    array = np.zeros(67, np.int64)
-    array[65] = filled
+    array = np.zeros(MOST_SLOTS + 3, np.int64)
+    array[FILLED] = filled
     return array
 
 

@@ -1,5 +1,6 @@
 """ONNX files for tests and benchmarks: models of transformers exported with their maps, and run by onnxruntime."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -11,17 +12,14 @@ TEXT = {name: {0: BATCH, 1: SEQUENCE} for name in ("input_ids", "attention_mask"
 
 
 class Logits(nn.Module):
-    """A language model as a function of ids and mask alone; with a `handle` also of a strength."""
+    """A language model as a function of ids and mask alone."""
 
-    def __init__(self, model, handle=None):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.handle = model, handle
+        self.model = model
 
-    def forward(self, input_ids, attention_mask, strength=None):
-        if strength is None:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        with self.handle.at(strength):
-            return self(input_ids, attention_mask)
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
 def texts(rows, tokens, padding=0):
@@ -32,17 +30,23 @@ def texts(rows, tokens, padding=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@contextlib.contextmanager
+def quiet():
+    """Without the exporter's warning that torchvision is missing."""
+    noisy = logging.getLogger("torch.onnx")
+    before = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
+
+
 def export(model, path, inputs, shapes=None):
     """Write a model to an ONNX file with the maps that are on it; returns the path. Inputs are by position or name."""
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
-    noisy = logging.getLogger("torch.onnx")
-    before = noisy.level
-    noisy.setLevel(logging.ERROR)  # torchvision is missing
-    try:
-        with torch.no_grad():
-            program = torch.onnx.export(model, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
-    finally:
-        noisy.setLevel(before)
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(model, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
     program.save(path)
     return path
 

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from lineas import _core
+from lineas.arrays.quantiles import MOST_SLOTS
 from lineas.arrays.reference import narrow, widen
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -47,7 +48,7 @@ def empty_summary(d, slots, dtype, rows=32):
     lanes = 64 // bytes_each
     keys = np.zeros((-(-d // lanes), slots, rows, lanes), f"i{bytes_each}")
     moments = np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
-    return [0, *moments, keys, np.zeros(67, np.int64)]
+    return [0, *moments, keys, np.zeros(MOST_SLOTS + 3, np.int64)]
 
 
 def summarise(x, slots, threads):

@@ -5,9 +5,9 @@ import inspect
 
 import diffusers
 import fold_cases
-import models_zoo as zoo
 import numpy as np
 import torch
+from tiny_diffusion import stable_diffusion
 from torch import nn
 
 import lineas
@@ -122,51 +122,11 @@ def pipeline(kind: str):
 
 
 def painter():
-    """A Stable Diffusion of tiny parts with random weights that takes prompts and gives pictures."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            sample_size=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            norm_num_groups=2,
-            attention_head_dim=4,
-        )
-        vae = diffusers.AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=2, sample_size=8)
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_attention_heads=2,
-                num_hidden_layers=1,
-                vocab_size=zoo.VOCABULARY,
-                max_position_embeddings=16,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=1,
-            )
-        )
+    """A tiny Stable Diffusion that takes prompts and gives pictures twice as large as its latents."""
+    made = stable_diffusion(vae_channels=(8, 8))
     with torch.no_grad():
-        for name, weight in unet.named_parameters():
+        for name, weight in made.unet.named_parameters():
             if "attn2" in name and name.endswith("weight"):
                 weight *= 8  # so that prompts matter
-    tokenizer = zoo.tokenizer(padding_side="right")
-    tokenizer.model_max_length = 16
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=100, steps_offset=1, clip_sample=False)
-    made = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=fold_cases.shake(unet, 0).requires_grad_(False),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    made.set_progress_bar_config(disable=True)
+    fold_cases.shake(made.unet, 0).requires_grad_(False)
     return made
