@@ -245,8 +245,8 @@ class Study:
 
         return GateFacts.of(self.kept(f"{self._key(method, seed)}-gate", compute))
 
-    def finished(self) -> tuple[list[str], list[int]]:
-        """The seeds at which all of LinEAS is kept, and the methods that are kept whole at each of them."""
+    def finished(self, methods: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:
+        """Of the seeds those at which all of LinEAS is kept, and the methods that are kept whole at each of these."""
 
         def has(method: str, seed: int) -> bool:
             key = self._key(method, seed)
@@ -254,8 +254,8 @@ class Study:
                 method not in SHOWN_GATES or self.kept.has(f"{key}-gate")
             )
 
-        seeds = [seed for seed in range(100) if has("LinEAS", seed)]
-        return [method for method in METHODS if all(has(method, seed) for seed in seeds)], seeds
+        seeds = [seed for seed in seeds if has("LinEAS", seed)]
+        return [method for method in methods if all(has(method, seed) for seed in seeds)], seeds
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Find everything that is not kept yet."""
@@ -286,7 +286,7 @@ def main() -> None:
     if not given.write:
         for study in studies.values():
             study.run(*asked)
-    finished = {name: study.finished() if given.write else asked for name, study in studies.items()}
+    finished = {name: study.finished(*asked) for name, study in studies.items()}  # all, but with --write
     labels = {name: study.given.label for name, study in studies.items()}
     which = "; ".join(f"{labels[name]}: seeds {', '.join(map(str, seeds))}" for name, (_, seeds) in finished.items())
     found, gates = {}, {}

@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _study import ROOT, write_between
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 MARKS = "<!-- measured: python benchmarks/parity.py --write -->", "<!-- end -->"
@@ -429,8 +429,6 @@ def main() -> None:
     lines = table(rows)
     print("\n".join(lines))
     if args.write:
-        from _study import write_between
-
         write_between(ROOT / "docs" / "compatibility.md", MARKS, lines)
     missed = {f"{name}, {kind}": row.missed for (name, kind), row in rows.items() if row.missed}
     if missed:

@@ -19,17 +19,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from _machine import Case, cpu_name, main, read_floor, set_threads
-from _study import write_between
+from _study import ROOT, write_between
 from numpy.typing import NDArray
 
 import lineas
 
-ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- measured: python benchmarks/quantiles.py --trade-off --write -->", "<!-- end -->"
 BLOCK, NEURONS, SEEN = 65_536, 1024, 1_000_000
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -1,4 +1,4 @@
-"""ONNX files for tests and benchmarks: models of transformers exported with their maps, and run by onnxruntime."""
+"""Exported models for tests and benchmarks: the texts that graphs are made with, and ONNX files run by onnxruntime."""
 
 import contextlib
 import logging

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 from attached import language_model
+from onnx_files import TEXT, real_logits, texts
 from torch import nn
 
 import lineas
 
 WIDTH = 8
 NORMS = ("first", "second")
-ROWS, TOKENS = torch.export.Dim("rows"), torch.export.Dim("tokens")
-SHAPES = {"input_ids": {0: ROWS, 1: TOKENS}, "attention_mask": {0: ROWS, 1: TOKENS}}
 
 
 class Text(nn.Module):
@@ -19,9 +18,9 @@ class Text(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(20, WIDTH)
+        self.embedding = nn.Embedding(50, WIDTH)
         self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.linear, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 20)
+        self.linear, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 50)
 
     def forward(self, input_ids, attention_mask):
         x = torch.tanh(self.linear(self.first(self.embedding(input_ids))))
@@ -45,15 +44,8 @@ def model():
         return Text().eval()
 
 
-def batch(rows, tokens, padding):
-    ids = torch.randint(0, 20, (rows, tokens), generator=torch.Generator().manual_seed(rows))
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-MADE_WITH = batch(2, 6, 2)
-OTHERS = (batch(2, 6, 0), batch(3, 9, 4), batch(1, 2, 0))
+MADE_WITH = texts(2, 6, 2)
+OTHERS = (texts(2, 6), texts(3, 9, 4), texts(1, 2))
 
 
 def some_maps(gates=None):
@@ -85,19 +77,14 @@ def export(model, inputs, shapes, strict=False):
         return torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes, strict=strict).module()
 
 
-def real(found, inputs):
-    return found[inputs["attention_mask"] != 0]
-
-
-@torch.no_grad()
 def check(model, graph, handle, at, **given):
     """The graph gives what hooks give, which is something else than without maps."""
     for inputs in OTHERS:
         handle.strength = at
-        hooked, found = real(model(**inputs), inputs), real(graph(**inputs, **given), inputs)
+        hooked, found = real_logits(model, inputs), real_logits(graph, inputs, **given)
         torch.testing.assert_close(found, hooked, atol=1e-6, rtol=1e-6)
         handle.strength = 0.0
-        changed = real(model(**inputs), inputs) - hooked
+        changed = real_logits(model, inputs) - hooked
         assert at == 0 or changed.abs().max() > 0.05
 
 
@@ -105,7 +92,7 @@ def check(model, graph, handle, at, **given):
 def test_graphs_do_what_hooks_do_with_a_strength_as_input(model, gates, tokens):
     with some_maps(GATES[gates]).attach(model, tokens=tokens) as handle:
         inputs = {**MADE_WITH, "strength": torch.tensor(1.0)}
-        graph = export(Steered(model, handle), inputs, {**SHAPES, "strength": None})
+        graph = export(Steered(model, handle), inputs, {**TEXT, "strength": None})
         assert handle.strength == 1.0
         for strength in (0.7, -1.5, 0.0):
             check(model, graph, handle, strength, strength=torch.tensor(strength))
@@ -116,7 +103,7 @@ def test_without_an_input_the_strength_is_a_constant(model, gates):
     with some_maps(GATES[gates]).attach(model, strength=0.7, tokens=slice(1, None)) as handle:
         with torch.no_grad():
             before = model(**OTHERS[1])
-        graph = export(model, MADE_WITH, SHAPES)
+        graph = export(model, MADE_WITH, TEXT)
         with torch.no_grad():  # the graph has left nothing behind
             assert torch.equal(model(**OTHERS[1]), before)
         check(model, graph, handle, 0.7)
@@ -126,7 +113,7 @@ def test_strength_inputs_of_other_dtypes(model):
     with some_maps().attach(model) as handle:
         for dtype in (torch.int64, torch.float64):
             inputs = {**MADE_WITH, "strength": torch.ones((), dtype=dtype)}
-            graph = export(Steered(model, handle), inputs, {**SHAPES, "strength": None})
+            graph = export(Steered(model, handle), inputs, {**TEXT, "strength": None})
             check(model, graph, handle, 2.0, strength=torch.full((), 2, dtype=dtype))
 
 
@@ -180,7 +167,7 @@ def test_a_cache_among_the_inputs():
 def test_the_end_of_the_prompt_is_refused(model, tokens):
     with some_maps().attach(model, tokens=tokens):
         with pytest.raises(ValueError, match=r"first: tokens=.* where the prompt ends, but a graph is for any text"):
-            export(model, MADE_WITH, SHAPES)
+            export(model, MADE_WITH, TEXT)
         with torch.no_grad():
             model(**MADE_WITH)
 
@@ -188,10 +175,10 @@ def test_the_end_of_the_prompt_is_refused(model, tokens):
 def test_functions_that_would_be_called_once_are_refused(model):
     once = "would be called once, while the graph is made, and be a constant of it"
     with some_maps().attach(model, tokens=lambda tokens: tokens.ids > 3), pytest.raises(ValueError, match=once):
-        export(model, MADE_WITH, SHAPES)
+        export(model, MADE_WITH, TEXT)
     for schedule in (lambda tokens: 0.9**tokens.step, lambda tokens: 0.9**tokens.positions):
         with some_maps().attach(model, strength=schedule), pytest.raises(ValueError, match=f"strength: .*{once}"):
-            export(model, MADE_WITH, SHAPES)
+            export(model, MADE_WITH, TEXT)
 
 
 def test_other_strength_inputs_are_refused(model):
@@ -201,7 +188,7 @@ def test_other_strength_inputs_are_refused(model):
             (torch.tensor(1j), TypeError, "strength must be real, got torch.complex64"),
         ):
             with pytest.raises(error, match=message):
-                export(Steered(model, handle), {**MADE_WITH, "strength": given}, {**SHAPES, "strength": None})
+                export(Steered(model, handle), {**MADE_WITH, "strength": given}, {**TEXT, "strength": None})
         assert handle.strength == 1.0
         with torch.no_grad():
             model(**MADE_WITH)
@@ -210,7 +197,7 @@ def test_other_strength_inputs_are_refused(model):
 def test_a_strength_for_each_row_is_for_so_many_rows(model):
     with some_maps().attach(model, strength=[0.2, 0.9]):
         with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
-            export(model, MADE_WITH, SHAPES)
+            export(model, MADE_WITH, TEXT)
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
