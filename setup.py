@@ -9,6 +9,7 @@ Environment switches, for developers:
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -39,6 +40,15 @@ class BuildExt(build_ext):
     def build_extensions(self):
         # Some Pythons hand on the run path that they were linked with, which would be searched before ours.
         self.compiler.linker_so = [word for word in self.compiler.linker_so if not word.startswith("-Wl,-rpath")]
+        # setuptools compiles the files of an extension one after the other.
+        compile_one = self.compiler.compile
+
+        def compile_all(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: compile_one([source], **options), sources))
+            return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_all
         super().build_extensions()
 
     def get_outputs(self):

@@ -25,7 +25,7 @@ static void VNAME(collapse_slots)(const lns_quantiles *q, int64_t unit, const co
     key *into = VNAME(slot)(q, unit, made->into);
     memcpy(work, into, bytes);
     memcpy(work + q->rows * LANES, VNAME(slot)(q, unit, made->from), bytes);
-    VNAME(merge)(work, levels_of(q->rows), 2 * q->rows);
+    VNAME(lns_merge_rows)(work, levels_of(q->rows), 2 * q->rows);
     for (int64_t i = 0; i < q->rows; i++, into += LANES, work += 2 * LANES) {
         for (int p = 0; p < LANES; p += VEC_LANES) {
             VNAME(vec_store)(into + p, VNAME(mean_of)(VNAME(vec_load)(work + p), VNAME(vec_load)(work + LANES + p)));
@@ -64,7 +64,7 @@ static LNS_NOINLINE void VNAME(take_all)(lns_quantiles *q, const quantiles_conte
             const key *keys = c->sample == NULL ? VNAME(slot)(c->other, unit, c->other->open) : NULL;
             VNAME(fill_slot)(&before, unit, c->sample, i, keys, count);
             if (full) {
-                VNAME(sort_rows)(VNAME(slot)(q, unit, q->open), q->rows);
+                VNAME(lns_sort_rows)(VNAME(slot)(q, unit, q->open), q->rows);
             }
         }
     }

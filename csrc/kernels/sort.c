@@ -1,4 +1,4 @@
-/* Column sort of whole samples. */
+/* Column sort of whole samples; and, compiled once for all kernels, the sort of a tile (simd/sorting_body.h). */
 #include "lineas.h"
 
 #include "core/sizes.h"

@@ -1,7 +1,11 @@
-/* Template body: sorting whole samples.
+/* Template body: sorting whole samples, and the sorting of tiles for all kernels.
  *
  * Included by sort.c through simd/variants.h, once per working type and CPU variant. */
 #include "kernels/simd/tile_body.h"
+
+#include "kernels/simd/network_body.h"
+
+#include "kernels/simd/merge_body.h"
 
 static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thread)
 {
@@ -21,7 +25,7 @@ static void VNAME(sort_units)(void *context, int64_t begin, int64_t end, int thr
         VNAME(load_tiles)(&s, column, count, tiles, 1);
         for (int64_t t = 0; t < count; t++) {
             key *tile = tiles + t * size / (int64_t)sizeof(key);
-            VNAME(sort_tile)(tile, s.n);
+            VNAME(lns_sort_tile)(tile, s.n);
             c->bad[thread] |= !VNAME(sorted_finite)(tile, s.n);
         }
         VNAME(store_tiles)(tiles, &s, column, count, c->out[k], 1);

@@ -136,8 +136,8 @@ static inline int VNAME(fit_sort)(const lns_pairing *pairing, const VNAME(fit_pa
         VNAME(rank_tile)(t->u, n, &work->order_u);
         VNAME(rank_tile)(t->v, m, &work->order_v);
     } else {
-        VNAME(sort_tile)(t->u, n);
-        VNAME(sort_tile)(t->v, m);
+        VNAME(lns_sort_tile)(t->u, n);
+        VNAME(lns_sort_tile)(t->v, m);
     }
     if (!VNAME(sorted_finite)(t->u, n) || !VNAME(sorted_finite)(t->v, m)) {
         return 0;

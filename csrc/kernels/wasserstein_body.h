@@ -254,12 +254,12 @@ static int VNAME(sort_pair)(const VNAME(w2_tile) * t)
     if (t->pairing->weighted || t->g != NULL) {
         VNAME(rank_tile)(t->u, n, &t->work->order_u);
     } else {
-        VNAME(sort_tile)(t->u, n);
+        VNAME(lns_sort_tile)(t->u, n);
     }
     if (t->pairing->weighted) {
         VNAME(rank_tile)(t->v, m, &t->work->order_v);
     } else if (!t->v_sorted) {
-        VNAME(sort_tile)(t->v, m);
+        VNAME(lns_sort_tile)(t->v, m);
     }
     /* A map with weight 0 hides a z that is not finite, except for the product 0 * inf = NaN, which shows. */
     if (!VNAME(sorted_finite)(t->u, n)) {

@@ -1,7 +1,7 @@
 /* Template body: sorting more rows than registers hold, by bitonic merges of sorted runs, all lanes in step.
  *
- * Included by   tile_body.h: once per working type and CPU variant of a kernel.
- * Expects       what real.h sets, and network.h.
+ * Included by   kernels/sort_body.h: once per working type and CPU variant.
+ * Expects       what real.h sets, and network_body.h.
  * Leaves        no macro of its own.
  *
  * Rows lo[0..p) and lo[p..p+m) ascend, p a power of two, m <= p. Comparing rows p - 1 - i and p + i for all i < m (the
@@ -11,7 +11,6 @@
  *
  * Stages are done several at a time, on as many rows as fit into registers, and depth first, so that what fits into
  * the first-level cache is finished there. */
-#include "kernels/simd/network_body.h"
 
 /* Stages of a bitonic stretch of 2, 4, 8, 16 rows from row o on. */
 #define STAGES2(X, o) X(o, o + 1)
@@ -91,8 +90,7 @@ static void VNAME(sort_bitonic)(key *keys, int stages)
     }
 }
 
-/* Merges keys[0..2^stages) with keys[2^stages..rows), 2^stages < rows <= 2^(stages + 1); whole runs of 32. */
-static void VNAME(merge)(key *keys, int stages, int64_t rows)
+void VNAME(lns_merge_rows)(key *keys, int stages, int64_t rows)
 {
     const int64_t p = INT64_C(1) << stages;
     if (rows == 2 * p) {
@@ -132,8 +130,7 @@ static void VNAME(merge)(key *keys, int stages, int64_t rows)
     }
 }
 
-/* Sorts keys [rows, LANES], whole runs. */
-static void VNAME(sort_rows)(key *keys, int64_t rows)
+void VNAME(lns_sort_rows)(key *keys, int64_t rows)
 {
     int stages = 5;
     if (rows <= LNS_RUN) {
@@ -144,18 +141,17 @@ static void VNAME(sort_rows)(key *keys, int64_t rows)
         stages++;
     }
     const int64_t half = INT64_C(1) << stages;
-    VNAME(sort_rows)(keys, half);
-    VNAME(sort_rows)(keys + half * LANES, rows - half);
-    VNAME(merge)(keys, stages, rows);
+    VNAME(lns_sort_rows)(keys, half);
+    VNAME(lns_sort_rows)(keys + half * LANES, rows - half);
+    VNAME(lns_merge_rows)(keys, stages, rows);
 }
 
-/* Sorts every column of a tile of keys, which has room for lns_network_rows(n) rows. */
-static inline void VNAME(sort_tile)(key *keys, int64_t n)
+void VNAME(lns_sort_tile)(key *keys, int64_t n)
 {
-    if (n <= LNS_RUN) {
-        VNAME(network)(keys, n, NULL, LNS_PLAIN);
+    VNAME(fill_up)(keys, n);
+    if (n <= 16) {
+        VNAME(block16)(keys, 1, NULL, LNS_PLAIN, LNS_SORT);
     } else {
-        VNAME(fill_up)(keys, n);
-        VNAME(sort_rows)(keys, lns_network_rows(n));
+        VNAME(lns_sort_rows)(keys, lns_network_rows(n));
     }
 }

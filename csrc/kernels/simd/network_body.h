@@ -1,10 +1,9 @@
 /* Template body: sorting networks over the rows of a tile of keys, all columns in step. A network can record what its
  * comparators did, and be undone: whatever stands in the sorted rows then goes back to where they came from.
  *
- * Included by   merge_body.h: once per working type and CPU variant of a kernel.
- * Expects       what real.h sets, and network.h.
+ * Included by   kernels/sort_body.h: once per working type and CPU variant.
+ * Expects       what real.h sets, and sorting_body.h.
  * Leaves        no macro of its own. */
-#include "kernels/simd/vector_body.h"
 
 /* The next comparator of a network; undoing, the previous one. */
 static LNS_INLINE void VNAME(comparator)(VNAME(vec) * a, VNAME(vec) * b, VNAME(mask) * *mask, const int mode)
@@ -81,24 +80,22 @@ static inline void VNAME(fill_up)(key *keys, int64_t n)
     }
 }
 
-/* The network for n <= LNS_RUN rows. */
-static LNS_INLINE void VNAME(network)(key *keys, int64_t n, VNAME(mask) * mask, const int mode)
+void VNAME(lns_sort_recorded)(key *keys, int64_t n, VNAME(mask) * masks)
 {
     VNAME(fill_up)(keys, n);
     if (n <= 16) {
-        VNAME(block16)(keys, 1, mask, mode, LNS_SORT);
+        VNAME(block16)(keys, 1, masks, LNS_RECORD, LNS_SORT);
     } else {
-        VNAME(run)(keys, mask, mode);
+        VNAME(run)(keys, masks, LNS_RECORD);
     }
 }
 
-/* Undoes a recorded network; what stands in the rows that filled it up does not matter. */
-static inline void VNAME(network_undo)(key *keys, int64_t n, VNAME(mask) * mask)
+void VNAME(lns_sort_undo)(key *keys, int64_t n, VNAME(mask) * masks)
 {
-    mask += lns_network_size(n) * VEC_PARTS;
+    masks += lns_network_size(n) * VEC_PARTS;
     if (n <= 16) {
-        VNAME(block16)(keys, 1, mask, LNS_UNDO, LNS_SORT);
+        VNAME(block16)(keys, 1, masks, LNS_UNDO, LNS_SORT);
     } else {
-        VNAME(run)(keys, mask, LNS_UNDO);
+        VNAME(run)(keys, masks, LNS_UNDO);
     }
 }

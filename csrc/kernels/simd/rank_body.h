@@ -165,7 +165,7 @@ static void VNAME(rank_exact)(key *keys, int64_t n, key row_mask, const VNAME(or
             VNAME(vec_store)(o->rows + i * LANES + l, (k & ~row_mask) | (key)i);
         }
     }
-    VNAME(sort_tile)(o->rows, n);
+    VNAME(lns_sort_tile)(o->rows, n);
     for (int64_t i = 0; i < n * LANES; i += VEC_LANES) {
         const VNAME(vec) packed = VNAME(vec_load)(o->rows + i), bits = VNAME(vec_flip)(packed & ~row_mask) & ~row_mask;
         VNAME(vec_store)(o->rows + i, packed & row_mask);
@@ -205,7 +205,7 @@ static void VNAME(rank_rows)(key *keys, int64_t n, const VNAME(order) * o)
         by_radix[l] = !isfinite(range);
     }
     VNAME(pack)(o->source, n, base, scale, row_bits, o->rows);
-    VNAME(sort_tile)(o->rows, n);
+    VNAME(lns_sort_tile)(o->rows, n);
     for (int64_t i = 0; i < n; i++) {
         for (int l = 0; l < LANES; l++) {
             o->rows[i * LANES + l] &= row_mask;
@@ -226,7 +226,7 @@ static void VNAME(rank_rows)(key *keys, int64_t n, const VNAME(order) * o)
 static inline void VNAME(rank_tile)(key *keys, int64_t n, const VNAME(order) * o)
 {
     if (o->masks != NULL) {
-        VNAME(network)(keys, n, o->masks, LNS_RECORD);
+        VNAME(lns_sort_recorded)(keys, n, o->masks);
     } else {
         VNAME(rank_rows)(keys, n, o);
     }
@@ -236,7 +236,7 @@ static inline void VNAME(rank_tile)(key *keys, int64_t n, const VNAME(order) * o
 static inline void VNAME(unrank_tile)(real *tile, int64_t n, const VNAME(order) * o)
 {
     if (o->masks != NULL) {
-        VNAME(network_undo)((key *)(void *)tile, n, o->masks);
+        VNAME(lns_sort_undo)((key *)(void *)tile, n, o->masks);
         return;
     }
     real *sorted = (real *)(void *)o->source;

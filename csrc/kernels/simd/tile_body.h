@@ -7,7 +7,7 @@
  * Keys are the bits of the reals with the magnitude of negative ones reversed, so that integer order is numerical
  * order: the multiset survives exactly, -0 comes before +0, and whatever is not finite shows in the first or last row.
  */
-#include "kernels/simd/merge_body.h"
+#include "kernels/simd/sorting_body.h"
 
 /* `count` neighbouring whole tiles of the rows that count, row by row over all of them: a row's cache lines follow each
  * other, the rows lie d apart, where no hardware prefetcher looks. Register by register, since gcc copies a row in

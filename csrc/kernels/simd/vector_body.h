@@ -1,6 +1,6 @@
 /* Template body: a register of keys or reals, VEC_BYTES wide, and what a comparator does to a pair of them.
  *
- * Included by   network_body.h and strip_body.h: once per working type and CPU variant of a kernel.
+ * Included by   sorting_body.h and strip_body.h: once per working type and CPU variant of a kernel.
  * Expects       what real.h sets, and load.h.
  * Leaves        VEC_LANES, reals in a register, and VEC_PARTS, registers in a cache line, until real.h undefines them.
  *
