@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,8 @@ def continuations(
     """Sample a continuation of each prompt by top_p 0.9, of as many tokens as `uniforms` [prompts, tokens] says."""
     texts, first = _tokens(tokenizer, prompts, prefix)
     found = [""] * len(texts)
+    # The name that transformers had for it before is deprecated where the new one is known.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     for group in _by_length(texts, size):
         rows = [first + texts[k] for k in group]
         longest = max(map(len, rows))
@@ -77,11 +80,11 @@ def continuations(
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=places,
-                past_key_values=cache,
+                **{name: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = out.past_key_values
+            cache = out[name]
             tokens = nucleus(out.logits[:, -1], uniforms[group, step], 0.9)[:, None]
             new.append(tokens)
             mask = torch.cat([mask, mask.new_ones(len(group), 1)], dim=1)

@@ -18,6 +18,7 @@ import attached
 import lm_eval.evaluator
 import models_zoo
 import torch
+from caches import cache_of, cached
 from lm_eval.api import registry
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -92,8 +93,7 @@ def score_of(model, context, continuation):
     output, total = model(torch.tensor([context]), use_cache=True), 0.0
     for token in continuation:
         total += output.logits[0, -1].double().log_softmax(-1)[token].item()
-        cache = {"cache": output.cache} if hasattr(output, "cache") else {"past_key_values": output.past_key_values}
-        output = model(torch.tensor([[token]]), use_cache=True, **cache)
+        output = model(torch.tensor([[token]]), use_cache=True, **cached(cache_of(output)))
     return total
 
 

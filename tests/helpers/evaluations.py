@@ -2,6 +2,7 @@
 
 import models_zoo as zoo
 import torch
+from caches import cache_of, cached
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 
@@ -59,7 +60,7 @@ def logits_in_steps(model, ids, prompt):
         out = model(torch.tensor([ids[:prompt]]), use_cache=True)
         found = [out.logits[0, -1]]
         for token in ids[prompt:]:
-            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            out = model(torch.tensor([[token]]), **cached(cache_of(out)), use_cache=True)
             found.append(out.logits[0, -1])
     return torch.stack(found).double()
 

@@ -4,6 +4,7 @@ import models_zoo
 import numpy as np
 import torch
 from attached import language_model
+from caches import cached
 from transformers import DynamicCache
 
 import lineas
@@ -59,6 +60,6 @@ def in_steps(model, batch, sizes, cache=None):
         piece = {"input_ids": batch["input_ids"][:, start : start + size]}
         with torch.no_grad():
             mask = batch["attention_mask"][:, : start + size]
-            found.append(model(**piece, attention_mask=mask, past_key_values=cache).logits)
+            found.append(model(**piece, attention_mask=mask, **cached(cache)).logits)
         start += size
     return torch.cat(found, dim=1)

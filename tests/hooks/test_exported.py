@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from attached import language_model
+from caches import cached
 from onnx_files import TEXT, real_logits, texts
 from torch import nn
 
@@ -144,7 +145,7 @@ def test_a_cache_among_the_inputs():
             cache = DynamicCache()
             for k, one in enumerate(keys):
                 cache.update(one, one, k)
-            return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+            return self.model(input_ids=input_ids, **cached(cache), use_cache=True).logits
 
     inputs, others = ({"input_ids": torch.full((2, 3), k), "keys": k * keys} for k in (3, 4))
     shapes = {"input_ids": {1: torch.export.Dim("new")}, "keys": {3: torch.export.Dim("past")}}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attached import FAMILIES, GREEDY, acted_on, encode, hooks_on, ids, language_model, logits, outputs_of, pickled
+from caches import cached
 from gates import WIDTH, by_hand, close, gated_model, in_steps, neurons, scalar
 from torch import nn
 from transformers import DynamicCache
@@ -265,7 +266,7 @@ def test_a_new_gate_does_not_know_what_is_in_a_cache():
         in_steps(model, batch, [5], cache)
         handle.maps = maps.gated({name: scalar("mean", seed=9) for name in maps})
         with pytest.raises(ValueError, match="has 5 columns of it in a cache that this gate has not seen"):
-            model(input_ids=batch["input_ids"][:, 5:], past_key_values=cache)
+            model(input_ids=batch["input_ids"][:, 5:], **cached(cache))
 
 
 def test_a_cache_that_was_filled_without_the_maps_is_refused():
@@ -274,7 +275,7 @@ def test_a_cache_that_was_filled_without_the_maps_is_refused():
     cache = DynamicCache(config=model.config)
     in_steps(model, batch, [5], cache)
     with maps.attach(model), pytest.raises(ValueError, match="fill the cache with the maps on, at strength 0"):
-        model(input_ids=batch["input_ids"][:, 5:], past_key_values=cache)
+        model(input_ids=batch["input_ids"][:, 5:], **cached(cache))
 
 
 def test_copies_and_pickles_of_a_model_bring_their_gates():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from attached import FAMILIES, GREEDY, ids, logits
+from caches import cache_of, cached
 from gates import WIDTH, close, gated_model, in_steps, ones, scalar
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -77,7 +78,7 @@ def test_rows_of_a_cache_that_change_places_take_their_sums_along():
         cache = DynamicCache(config=model.config)
         in_steps(model, {key: x[:, :5] for key, x in batch.items()}, [5], cache)
         cache.reorder_cache(turned)
-        last = model(input_ids=batch["input_ids"][turned, 5:], attention_mask=ones(2, 6), past_key_values=cache).logits
+        last = model(input_ids=batch["input_ids"][turned, 5:], attention_mask=ones(2, 6), **cached(cache)).logits
         whole = logits(model, {"input_ids": batch["input_ids"][turned]})
     torch.testing.assert_close(last[:, 0], whole[:, -1], atol=2e-4, rtol=2e-4)
 
@@ -92,7 +93,7 @@ def test_other_changes_of_rows_are_followed(how):
         in_steps(model, {key: x[:, :5] for key, x in batch.items()}, [5], cache)
         getattr(cache, how)(argument)
         mask = ones(len(rows), 6)
-        last = model(input_ids=batch["input_ids"][rows, 5:], attention_mask=mask, past_key_values=cache).logits
+        last = model(input_ids=batch["input_ids"][rows, 5:], attention_mask=mask, **cached(cache)).logits
         whole = logits(model, {"input_ids": batch["input_ids"][rows]})
     torch.testing.assert_close(last[:, 0], whole[:, -1], atol=2e-4, rtol=2e-4)
 
@@ -106,7 +107,7 @@ def test_a_cropped_cache_goes_back_to_the_sums_of_its_columns():
         in_steps(model, first, [5, 1, 1, 1], cache)
         cache.crop(-4)
         with torch.no_grad():
-            found = model(input_ids=other["input_ids"], attention_mask=ones(1, 12), past_key_values=cache).logits
+            found = model(input_ids=other["input_ids"], attention_mask=ones(1, 12), **cached(cache)).logits
         whole = logits(model, both)
     torch.testing.assert_close(found, whole[:, 4:], atol=2e-4, rtol=2e-4)
 
@@ -123,7 +124,7 @@ def test_copies_of_a_filled_cache_go_on_by_themselves():
             both = torch.cat([prefix["input_ids"], end], dim=1).repeat(2, 1)
             one.batch_repeat_interleave(2)
             with torch.no_grad():
-                found = model(input_ids=end.repeat(2, 1), past_key_values=one).logits
+                found = model(input_ids=end.repeat(2, 1), **cached(one)).logits
             torch.testing.assert_close(found, logits(model, {"input_ids": both})[:, 5:], atol=2e-4, rtol=2e-4)
 
 
@@ -136,7 +137,7 @@ def test_two_texts_in_turn_keep_their_own_sums():
             for k, batch in enumerate(texts):
                 with torch.no_grad():
                     piece = batch["input_ids"][:, start : start + size]
-                    found[k].append(model(input_ids=piece, past_key_values=caches[k]).logits)
+                    found[k].append(model(input_ids=piece, **cached(caches[k])).logits)
         for k, batch in enumerate(texts):
             torch.testing.assert_close(torch.cat(found[k], dim=1), logits(model, batch), atol=2e-4, rtol=2e-4)
 
@@ -146,7 +147,7 @@ def test_a_cache_that_the_model_makes_is_known():
     batch = ids([6])
     with maps.attach(model), torch.no_grad():
         out = model(input_ids=batch["input_ids"][:, :5], use_cache=True)
-        last = model(input_ids=batch["input_ids"][:, 5:], past_key_values=out.past_key_values).logits
+        last = model(input_ids=batch["input_ids"][:, 5:], **cached(cache_of(out))).logits
         torch.testing.assert_close(last[:, 0], logits(model, batch)[:, -1], atol=2e-4, rtol=2e-4)
 
 
@@ -176,7 +177,7 @@ def test_means_go_on_where_the_maps_do_not_act():
         in_steps(model, batch, [6], cache)
         handle.strength = 1.0
         with torch.no_grad():
-            model(input_ids=batch["input_ids"][:, 6:], past_key_values=cache)
+            model(input_ids=batch["input_ids"][:, 6:], **cached(cache))
     close(gates[first][0, -1], late[first])
 
 

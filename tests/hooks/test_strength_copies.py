@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from attached import GREEDY, ids, random_maps, seen_by, steered
+from caches import cache_of, cached
 from torch import nn
 from transformers import DynamicCache
 
@@ -78,7 +79,7 @@ def test_a_loop_by_hand_lets_the_model_make_its_cache():
     def loop():
         out = model(**rows)
         mask = torch.cat([rows["attention_mask"], torch.ones(4, 1)], dim=1)
-        model(torch.tensor([[7], [8], [9], [7]]), attention_mask=mask, past_key_values=out.past_key_values)
+        model(torch.tensor([[7], [8], [9], [7]]), attention_mask=mask, **cached(cache_of(out)))
 
     with maps.attach(model, strength=[0.0, 1.0]):
         before, after = seen_by(model, maps, loop)
@@ -123,10 +124,10 @@ def test_prompts_that_are_alike_at_first_are_refused_where_they_differ():
         with pytest.raises(ValueError, match=SIDE_BY_SIDE.format("4, 2, 16")):
             model.generate(**batch, **GREEDY, prefill_chunk_size=2)
         cache = DynamicCache(config=model.config)
-        model(batch["input_ids"][:, :4], past_key_values=cache)
+        model(batch["input_ids"][:, :4], **cached(cache))
         for rest in (batch["input_ids"][:, 4:], batch["input_ids"][:, 5:]):
             with pytest.raises(ValueError, match=SIDE_BY_SIDE.format(f"4, {rest.shape[1]}, 16")):
-                model(rest, past_key_values=cache)
+                model(rest, **cached(cache))
 
 
 def test_a_static_cache_that_is_used_again_begins_another_text():
@@ -143,9 +144,9 @@ def test_a_cache_from_before_tells_nothing_of_its_rows():
     model, maps = steered("llama")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.full((4, 3), 7), past_key_values=cache)
+        model(torch.full((4, 3), 7), **cached(cache))
     with maps.attach(model, strength=STRENGTHS), pytest.raises(ValueError, match=SIDE_BY_SIDE.format("4, 1, 16")):
-        model(torch.tensor([[7], [8], [9], [7]]), past_key_values=cache)
+        model(torch.tensor([[7], [8], [9], [7]]), **cached(cache))
 
 
 def test_images_and_parts_that_run_alone_are_refused():
@@ -261,8 +262,8 @@ def test_a_schedule_that_is_set_between_passes_counts_the_text_from_there():
 
     with maps.attach(model, strength=STRENGTHS) as handle:
         cache = DynamicCache(config=model.config)
-        model(torch.full((4, 3), 7), past_key_values=cache)
+        model(torch.full((4, 3), 7), **cached(cache))
         handle.strength = schedule
         for _ in range(2):
-            model(torch.full((4, 1), 8), past_key_values=cache)
+            model(torch.full((4, 1), 8), **cached(cache))
     assert steps == [(0, [[3]] * 4), (1, [[4]] * 4)]

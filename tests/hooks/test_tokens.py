@@ -6,6 +6,7 @@ import models_zoo as zoo
 import pytest
 import torch
 from attached import GREEDY, Pools, acted_on, hooks_on, ids, logits, random_maps, steered
+from caches import cache_of, cached
 from fits import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,7 +179,7 @@ def test_a_loop_by_hand_lets_the_model_make_its_cache():
             mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
             token = out.logits[:, -1:].argmax(dim=-1)
             # By position, as far as they go.
-            out = model(token, mask, past_key_values=out.past_key_values)
+            out = model(token, mask, **cached(cache_of(out)))
 
     with maps.attach(model, tokens="generated"):
         assert acted_on(model, maps, loop) == [[[0] * 5] * 2, [[1], [1]], [[1], [1]]]
@@ -190,10 +191,10 @@ def test_generations_in_turn_keep_their_own_positions():
     def loop():
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         for cache, length in zip(caches, (5, 3), strict=True):
-            model(torch.full((1, length), 7), past_key_values=cache)
+            model(torch.full((1, length), 7), **cached(cache))
         for _ in range(2):
             for cache in caches:
-                model(torch.tensor([[8]]), past_key_values=cache)
+                model(torch.tensor([[8]]), **cached(cache))
 
     with maps.attach(model, tokens=slice(4, 6)):
         assert acted_on(model, maps, loop) == [
@@ -210,13 +211,13 @@ def test_a_conversation_that_goes_on_in_its_cache_has_a_new_prompt():
     model, maps = steered("llama")
     cache = DynamicCache(config=model.config)
     with maps.attach(model, tokens="last"):
-        first = model.generate(torch.full((1, 4), 7), past_key_values=cache, **GREEDY)
+        first = model.generate(torch.full((1, 4), 7), **cached(cache), **GREEDY)
         turn = torch.cat([first, torch.tensor([[9, 8, 7]])], dim=1)
         # 3 new tokens, and the last generated one, which was never passed through the model.
         found = acted_on(
             model,
             maps,
-            lambda: model.generate(turn, past_key_values=cache, **{**GREEDY, "max_new_tokens": 2, "min_new_tokens": 2}),
+            lambda: model.generate(turn, **cached(cache), **{**GREEDY, "max_new_tokens": 2, "min_new_tokens": 2}),
         )
     assert found == [[[0, 0, 0, 1]], [[1]]]
 
@@ -226,12 +227,12 @@ def test_a_cache_filled_beforehand_without_the_maps_counts():
     text = torch.randint(3, zoo.VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(3))
     filled = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(text[:, :5], past_key_values=filled)
+        model(text[:, :5], **cached(filled))
     with maps.attach(model, tokens=slice(6, 9)):
-        found = acted_on(model, maps, lambda: model.generate(text, past_key_values=copy.deepcopy(filled), **GREEDY))
+        found = acted_on(model, maps, lambda: model.generate(text, **cached(copy.deepcopy(filled)), **GREEDY))
         assert found[0] == [[0, 1, 1]] and [row[0] for row in found[1:]] == [[1], [0], [0], [0], [0]]
     with maps.attach(model, tokens="prompt"):
-        assert acted_on(model, maps, lambda: model(text[:, 5:], past_key_values=filled)) == [[[1, 1, 1]]]
+        assert acted_on(model, maps, lambda: model(text[:, 5:], **cached(filled))) == [[[1, 1, 1]]]
 
 
 def test_a_prompt_in_parts_is_an_error_where_its_end_matters():
