@@ -14,7 +14,7 @@ from ..maps.affine import AffineMap, rounded
 from ..maps.steering import SteeringMaps
 from .dask_arrays import Work, check_dask, computed, is_dask, summaries
 from .quantiles import LEAST_SIZE, MOST_SIZE, Quantiles
-from .streams import is_stored, take_batches
+from .streams import check_no_path, is_stored, take_batches
 from .summaries import paired_moments
 
 Sample = ArrayLike | Quantiles | Iterator[ArrayLike]
@@ -63,6 +63,7 @@ def read_if_small(sides: Sequence[Mapping[Any, Any]], names: Sequence[str], memo
     stored: dict[tuple[int, Any], Any] = {}
     for side, samples in enumerate(found):
         for module, x in samples.items():
+            check_no_path(x, _name(names[side], module))
             if is_dask(x, _name(names[side], module)):
                 check_dask(x, _name(names[side], module))
                 dask[side, module] = x

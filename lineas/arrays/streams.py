@@ -1,6 +1,7 @@
 """Batches of rows out of arrays, dask arrays, files and iterables, for what takes them in one after another."""
 
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
@@ -47,8 +48,15 @@ class _Taker(State, Protocol):
 Taker = TypeVar("Taker", bound=_Taker)
 
 
+def check_no_path(x: Any, name: str) -> None:
+    """TypeError for a path, or a list of paths, where activations are taken."""
+    first = x[0] if isinstance(x, list | tuple) and x else x
+    if isinstance(first, str | PathLike):
+        raise TypeError(f"{name} must be activations, got a path: lineas.open_activations reads files")
+
+
 def is_stored(x: Any) -> TypeGuard[Stored]:
-    """Whether `x` is an array that is somewhere else, and read by slices of rows: a FileArray, a dataset of HDF5."""
+    """Whether `x` is an array that is somewhere else, and read by slices of rows: a `FileArray`, a dataset of h5py."""
     parts = ("shape", "ndim", "dtype", "nbytes", "__getitem__", "__len__")
     here = isinstance(x, np.ndarray | np.generic | type) or is_tensor(x)
     return not here and all(hasattr(x, part) for part in parts) and isinstance(x.shape, tuple)
@@ -69,6 +77,7 @@ def take_batches(out: Taker, data: Batches, chunk_rows: int | None, of: str = ""
 
     Errors are those of `moments`; with the name of what the data are `of`, messages call them by it.
     """
+    check_no_path(data, of or "data")
     if chunk_rows is not None:
         chunk_rows = as_int(chunk_rows, "chunk_rows", low=1)
     if is_dask(data, of or "data"):
