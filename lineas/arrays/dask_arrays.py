@@ -83,12 +83,11 @@ def summaries(work: Sequence[Work]) -> list[Any]:
 
     delayed = dask.delayed(pure=False, traverse=True)
     to_state, merge = delayed(_state_of), delayed(_merged)
-    # Optimised together, arrays that are made from the same data read these once.
-    graphs = dask.optimize(*(one.array for one in work))
     columns: list[list[Any]] = []
-    for graph, (array, empty, name) in zip(graphs, work, strict=True):
+    for array, empty, name in work:
         rows, cols = ([*accumulate(sizes, initial=0)] for sizes in array.chunks)
-        blocks = graph.to_delayed(optimize_graph=False)
+        # Not optimised: that would fuse reading into what is done first, and arrays of the same data read them twice.
+        blocks = array.to_delayed(optimize_graph=False)
         columns.append([])
         for j, (left, right) in enumerate(pairwise(cols)):
             states = [

@@ -30,8 +30,6 @@ class Stored(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def __len__(self) -> int: ...
-
     def __getitem__(self, rows: slice, /) -> ArrayLike: ...
 
 
@@ -57,7 +55,7 @@ def check_no_path(x: Any, name: str) -> None:
 
 def is_stored(x: Any) -> TypeGuard[Stored]:
     """Whether `x` is an array that is somewhere else, and read by slices of rows: a `FileArray`, a dataset of h5py."""
-    parts = ("shape", "ndim", "dtype", "nbytes", "__getitem__", "__len__")
+    parts = ("shape", "ndim", "dtype", "nbytes", "__getitem__")
     here = isinstance(x, np.ndarray | np.generic | type) or is_tensor(x)
     return not here and all(hasattr(x, part) for part in parts) and isinstance(x.shape, tuple)
 
@@ -92,14 +90,14 @@ def take_batches(out: Taker, data: Batches, chunk_rows: int | None, of: str = ""
     if is_stored(data):
         check_sample_shape(data.shape, of or "data")
     if isinstance(data, np.ndarray) or is_tensor(data) or is_stored(data):
-        if data.ndim != 2 or len(data) == 0:
+        if data.ndim != 2 or data.shape[0] == 0:
             as_sample(data, of or "data")  # for its error message
-        rows = chunk_rows or _rows_at_once(data)
-        for start in range(0, len(data), rows):
+        rows, n = chunk_rows or _rows_at_once(data), data.shape[0]
+        for start in range(0, n, rows):
             # The name carries the offset, as the row that an error message gives is that in the chunk.
-            end = min(start + rows, len(data))
+            end = min(start + rows, n)
             name = of or "data"
-            name = name if end - start == len(data) else f"{name}[{start}:{end}]"
+            name = name if end - start == n else f"{name}[{start}:{end}]"
             out._update(data[start:end], name)
         return out
     if not isinstance(data, Iterable):
