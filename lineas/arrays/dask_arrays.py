@@ -63,6 +63,10 @@ def is_dask(x: Any, name: str) -> bool:
 def check_dask(x: Any, name: str) -> None:
     """TypeError or ValueError, as `as_sample`, for a dask array that is no sample, before anything is computed."""
     as_engine(np.empty(0, x.dtype), name)  # for its error message
+    if not hasattr(x, "to_delayed"):
+        raise TypeError(
+            f"{name} must have blocks, got an array of dask's experimental array.query-planning: turn it off"
+        )
     if any(np.isnan(size) for sizes in x.chunks for size in sizes):
         raise ValueError(f"{name} must have known chunk sizes, got {x.chunks}: call its compute_chunk_sizes() first")
     check_sample_shape(x.shape, name)

@@ -370,6 +370,17 @@ def test_reading_shared_data_once(x):
     assert len(reads) == 1
 
 
+def test_arrays_that_dask_plans_as_queries():
+    code = """
+import dask
+dask.config.set({"array.query-planning": True})
+import dask.array as da, lineas
+lineas.moments(da.ones((4, 2)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "TypeError: data must have blocks, got an array of dask's experimental array.query-planning" in run.stderr
+
+
 def test_dask_is_not_imported_for_others():
     code = """
 import sys, numpy as np, lineas
