@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeGuard, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._checks import as_int, as_sample, check_dense, check_sample_shape, is_tensor
+from .._checks import as_engine, as_int, as_sample, check_dense, check_sample_shape, is_tensor
 from .dask_arrays import State, Work, check_dask, is_dask, summaries
 
 # Elements read at once from one big array: 16 MiB of float32, far more than a call costs, far less than a memory.
@@ -47,10 +47,13 @@ Taker = TypeVar("Taker", bound=_Taker)
 
 
 def check_no_path(x: Any, name: str) -> None:
-    """TypeError for a path, or a list of paths, where activations are taken."""
+    """TypeError for a path, or a list of paths, where activations are taken: the usual one, and what to do."""
     first = x[0] if isinstance(x, list | tuple) and x else x
     if isinstance(first, str | PathLike):
-        raise TypeError(f"{name} must be activations, got a path: lineas.open_activations reads files")
+        try:
+            as_engine(x, name)
+        except TypeError as error:
+            raise TypeError(f"{error}; files are opened by lineas.open_activations") from None
 
 
 def is_stored(x: Any) -> TypeGuard[Stored]:

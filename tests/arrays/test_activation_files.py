@@ -1,5 +1,7 @@
 """Activations in files of other tools against the arrays that were written, and what is said of unsound files."""
 
+import doctest
+import importlib
 import json
 import pickle
 import subprocess
@@ -268,6 +270,17 @@ def test_arrays_that_are_no_activations(tmp_path, array, error, text):
         lineas.open_activations(tmp_path / "x.npy")
 
 
+def test_functions_that_do_not_stream_read_all(tmp_path, sides):
+    u, v = (lineas.open_activations(write(tmp_path / f"{k}.npz", x)) for k, x in enumerate(sides))
+    for fit in (lineas.baselines.mean, lineas.baselines.aura):
+        assert fit(u, v) == fit(*sides)
+
+
+def test_the_examples_in_docstrings():
+    result = doctest.testmod(importlib.import_module("lineas.arrays.activation_files"))
+    assert result.attempted > 0 and result.failed == 0
+
+
 class Bomb:
     def __reduce__(self):
         return exec, ("raise SystemExit('unpickled')",)
@@ -315,7 +328,7 @@ def test_a_path_is_no_activations(tmp_path):
             ("data", lambda path=path: lineas.quantiles(path)),
         ):
             with pytest.raises(
-                TypeError, match=f"{name} must be activations, got a path: lineas.open_activations reads"
+                TypeError, match=f"^{name} must be float16, .*; files are opened by lineas.open_activations"
             ):
                 use()
 
