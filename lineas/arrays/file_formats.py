@@ -148,9 +148,7 @@ class _Dataset(NamedTuple):
             with _h5py().File(self.path, "r") as file:
                 return file[self.name][start:stop]
         except OSError as error:
-            if error.errno is not None:  # the operating system's own
-                raise
-            raise ValueError(str(error)) from error  # h5py's, for whatever HDF5 reports
+            raise _of_hdf5(error) from error
 
 
 class Group(NamedTuple):
@@ -249,8 +247,13 @@ def _open_hdf5(path: str) -> Table:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
     except OSError as error:
-        raise ValueError(str(error)) from error
+        raise _of_hdf5(error) from error
     return {name: found[name] for name in numbers_in_order(cast("dict[str, Any]", found))}
+
+
+def _of_hdf5(error: OSError) -> Exception:
+    """What to raise for an OSError of h5py, which stands for whatever HDF5 reports: ours, or the operating system's."""
+    return ValueError(str(error)) if error.errno is None else type(error)(*error.args)
 
 
 def _h5py() -> Any:

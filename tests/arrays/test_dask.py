@@ -117,6 +117,13 @@ def test_what_fits_into_memory_is_the_fit_of_the_arrays(x, rng, dtype):
         assert use(lazy_u, lazy_v) == use(lazy_u, v) == use(u, v)
 
 
+def test_activations_of_dask_arrays_keep_their_metadata(x, chunked):
+    source = lineas.Activations({"a": chunked}, {"tokens": "last"})
+    for memory in (2**30, 2**16):
+        assert lineas.fit(source, {"a": chunked + 1}, memory=memory).metadata["tokens"] == "last"
+        assert lineas.sparse_path(source, {"a": chunked + 1}, memory=memory).metadata["tokens"] == "last"
+
+
 def test_what_does_not_fit_is_a_stream(x, chunked, rng):
     target = rng.normal(size=(900, x.shape[1])).astype(np.float32)
     expected = lineas.fit({"a": x}, {"a": target})
