@@ -13,6 +13,7 @@ from ._lazy import lazy_import
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__ as __version__
 from .arrays import baselines
+from .arrays.activation_files import FileArray, open_activations
 from .arrays.activations import Activations
 from .arrays.closed_form import fit
 from .arrays.gate import fit_gate
@@ -87,6 +88,7 @@ __all__ = [
     "Diagnosis",
     "EndToEndPath",
     "Evaluation",
+    "FileArray",
     "FitResult",
     "Gate",
     "GaussianMap",
@@ -119,6 +121,7 @@ __all__ = [
     "judges",
     "load",
     "moments",
+    "open_activations",
     "plot",
     "plot_gate",
     "prox_sparse_group",

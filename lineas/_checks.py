@@ -130,12 +130,17 @@ def as_engine(x: Any, name: str) -> NDArray:
 def as_sample(x: Any, name: str, *, min_rows: int = 1) -> NDArray:
     """`as_engine` for a sample [n, d]; ValueError if it is not 2-D, has fewer than `min_rows` rows or no column."""
     array = as_engine(x, name)
-    if array.ndim != 2:
-        raise ValueError(f"{name} must have shape [n, d], got shape {array.shape}")
-    if array.shape[0] < min_rows or array.shape[1] < 1:
-        rows = "1 row" if min_rows == 1 else f"{min_rows} rows"
-        raise ValueError(f"{name} must have at least {rows} and 1 column, got shape {array.shape}")
+    check_sample_shape(array.shape, name, min_rows=min_rows)
     return array
+
+
+def check_sample_shape(shape: tuple[int, ...], name: str, *, min_rows: int = 1) -> None:
+    """ValueError for the shape of what is no sample [n, d], has fewer than `min_rows` rows or no column."""
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have shape [n, d], got shape {shape}")
+    if shape[0] < min_rows or shape[1] < 1:
+        rows = "1 row" if min_rows == 1 else f"{min_rows} rows"
+        raise ValueError(f"{name} must have at least {rows} and 1 column, got shape {shape}")
 
 
 def as_vector(x: Any, name: str, entry: str) -> NDArray:

@@ -56,6 +56,12 @@ def near_names(wanted: str, names: Iterable[str]) -> list[str]:
     return [one if len(alike[one]) > 1 else alike[one][0] for one in near]
 
 
+def numbers_in_order(names: Iterable[str]) -> list[str]:
+    """Names in alphabetical order, but for the numbers in them: ``layers.2`` comes before ``layers.10``."""
+    # Compared as text: too many digits are no int.
+    return sorted(names, key=lambda name: [x.zfill(20 * (k % 2)) for k, x in enumerate(re.split(r"([0-9]+)", name))])
+
+
 def in_execution_order(first: Sequence[str], second: Sequence[str]) -> list[str]:
     """One list of two that are in execution order, without double names.
 

@@ -1,10 +1,14 @@
 """The number of threads the engine may use: one setting a process, read by every call."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 
 from ._checks import as_int
 
 _threads: int | None = None
+_here = threading.local()  # .alone: whether this thread is in `one_thread`
 
 
 def _default() -> int:
@@ -34,6 +38,8 @@ def get_num_threads() -> int:
         If ``LINEAS_NUM_THREADS`` is needed and is not a whole number >= 1.
     """
     global _threads
+    if getattr(_here, "alone", False):
+        return 1
     if _threads is None:
         _threads = _default()
     return _threads
@@ -59,3 +65,17 @@ def set_num_threads(n: int) -> None:
     """
     global _threads
     _threads = as_int(n, "n", low=1)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Calls of the engine use one thread within the block, in this thread of Python alone: others keep the setting.
+
+    For work that somebody else has already spread over the cores.
+    """
+    before = getattr(_here, "alone", False)
+    _here.alone = True
+    try:
+        yield
+    finally:
+        _here.alone = before

@@ -17,7 +17,8 @@ class Activations(dict[str, NDArray]):
     Parameters
     ----------
     arrays : Mapping[str, ndarray]
-        [n, d] by module name: one row a prompt, one column a neuron.
+        [n, d] by module name: one row a prompt, one column a neuron. Those of `lineas.open_activations` are of
+        `lineas.FileArray`, and are read when they are needed.
     metadata : dict
         What they were collected from: "model", "layers", "pooling" and "tokens", as far as known. `lineas.fit`,
         `lineas.sparse_path` and the baselines hand it on to the maps, which so act on the tokens that they were fitted

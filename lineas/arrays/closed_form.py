@@ -56,12 +56,13 @@ def fit(
 
     Parameters
     ----------
-    source : array_like, torch.Tensor, Quantiles or Mapping
+    source : array_like, torch.Tensor, Quantiles, dask.array.Array or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
         `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers. Of more than
-        memory holds: a `Quantiles` that has seen them, an iterator of blocks of rows, or a memory map;
-        docs/quantiles.md says how close the maps are.
-    target : array_like, torch.Tensor, Quantiles or Mapping
+        memory holds: a `Quantiles` that has seen them, an iterator of blocks of rows, a memory map, a dask array, or
+        what `lineas.open_activations` finds in files; docs/quantiles.md says how close the maps are, docs/large-data.md
+        how the data are read.
+    target : array_like, torch.Tensor, Quantiles, dask.array.Array or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"
         "linear": the least-squares line through the quantiles, ``w = cov(u_(), v_()) / var(u)`` (Lin-AcT,
@@ -82,8 +83,9 @@ def fit(
         positive sum. Standard deviations use ddof = 1, on a weighted side the weighted population variance. A row of
         weight 0 is not there, whatever it holds.
     memory : int, default 2**30
-        Bytes for the values kept of the two sides of a module that are read as a stream, in one pass: iterators, and
-        memory maps (`numpy.memmap`) of more bytes than that. While all rows fit, the maps are those of the arrays.
+        Bytes for the values kept of the two sides of a module that are read as a stream, in one pass: iterators, memory
+        maps (`numpy.memmap`) of more bytes than that, and, if all of them together take more, dask arrays and what else
+        is read by slices (files, datasets of h5py and zarr). While all rows fit, the maps are those of the arrays.
 
     Returns
     -------
@@ -145,7 +147,9 @@ def fit(
         return zip(*_core.fit_local(us, vs, u_masses, v_masses, method, *names_and_threads), strict=True)
 
     if shrinkage is not None and any(pair.moments is not None for pair in pairs.values()):
-        raise ValueError("shrinkage is for arrays, got Quantiles: after so many rows little is left to chance")
+        raise ValueError(
+            "shrinkage is for arrays, got Quantiles or a stream: after so many rows little is left to chance"
+        )
     found = by_working_type(pairs, kernel)
     for module, pair in pairs.items():
         if pair.moments is not None:

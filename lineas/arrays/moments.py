@@ -1,21 +1,23 @@
 """Streaming statistics of activations: for data larger than memory."""
 
 import threading
-from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_int, as_sample, check_dense, is_tensor
+from .._checks import as_sample
 from .._threads import get_num_threads
-
-# Elements read at once from one big array: 16 MiB of float32, far more than a call costs, far less than a memory.
-_CHUNK = 1 << 22
+from .streams import Batches, take_batches
 
 # Of each neuron the mean, the sum of squared deviations from it, the minimum and the maximum: float64 [d].
 _State = tuple[NDArray, NDArray, NDArray, NDArray]
+
+
+def writable(array: NDArray) -> NDArray:
+    """`array`, or a copy of one that is read-only."""
+    return np.require(array, requirements=["C", "W"])
 
 
 def _start(d: int) -> _State:
@@ -55,8 +57,18 @@ class Moments:
             return self._count, (mean.copy(), m2.copy(), low.copy(), high.copy())
 
     def __setstate__(self, state: tuple[int, _State | None]) -> None:
-        self._count, self._state = state
+        count, arrays = state
+        # What other processes send may be read-only, and the engine writes into it.
+        self._count, self._state = count, None if arrays is None else tuple(map(writable, arrays))  # type: ignore[assignment]
         self._lock = threading.Lock()
+
+    @classmethod
+    def _joined(cls, parts: Sequence["Moments"]) -> "Moments":
+        """The moments of the neurons of all parts, which have seen the same number of rows."""
+        found, states = cls(), [part.__getstate__() for part in parts]
+        arrays = zip(*(state for _, state in states if state is not None), strict=True)
+        found.__setstate__((states[0][0], tuple(map(np.concatenate, arrays))))  # type: ignore[arg-type]
+        return found
 
     def _read(self, which: int) -> NDArray:
         with self._lock:
@@ -183,16 +195,17 @@ class Moments:
         return f"Moments(count={count}, d={None if state is None else state[0].size})"
 
 
-def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = None) -> Moments:
+def moments(data: Batches, *, chunk_rows: int | None = None) -> Moments:
     """Statistics of one array, or of batches as they come, without holding them all in memory.
 
     Parameters
     ----------
-    data : ndarray, torch.Tensor or iterable of arrays
-        One array [n, d] (memory-mapped, say), read in chunks of rows; or any iterable of such arrays, such as a
-        generator. float16, bfloat16, float32, float64 or integers.
+    data : ndarray, torch.Tensor, dask.array.Array or iterable of arrays
+        One array [n, d] (memory-mapped, say, or of `lineas.open_activations`), read in chunks of rows; a dask array,
+        read by its chunks; or any iterable of arrays, such as a generator. float16, bfloat16, float32, float64 or
+        integers.
     chunk_rows : int, optional
-        Rows of one array read at once. Default: as many as make 4 million entries.
+        Rows of one array read at once, not of a dask array. Default: as many as make 4 million entries.
 
     Returns
     -------
@@ -214,44 +227,3 @@ def moments(data: ArrayLike | Iterable[ArrayLike], *, chunk_rows: int | None = N
     array([2., 0.])
     """
     return take_batches(Moments(), data, chunk_rows)
-
-
-class _Taker(Protocol):
-    """What takes in batches, which messages call by a name."""
-
-    @property
-    def count(self) -> int: ...
-
-    def _update(self, x: ArrayLike, name: str) -> Any: ...
-
-
-Taker = TypeVar("Taker", bound=_Taker)
-
-
-def take_batches(out: Taker, data: ArrayLike | Iterable[ArrayLike], chunk_rows: int | None, of: str = "") -> Taker:
-    """`out`, with one array taken in by chunks of rows, or batches as they come.
-
-    Errors are those of `moments`; with the name of what the data are `of`, messages call them by it.
-    """
-    if chunk_rows is not None:
-        chunk_rows = as_int(chunk_rows, "chunk_rows", low=1)
-    if is_tensor(data):
-        check_dense(data, of or "data")
-    if isinstance(data, np.ndarray) or is_tensor(data):
-        if data.ndim != 2 or len(data) == 0:
-            as_sample(data, of or "data")  # for its error message
-        rows = chunk_rows or max(1, _CHUNK // max(1, data.shape[1]))
-        for start in range(0, len(data), rows):
-            # The name carries the offset, as the row that an error message gives is that in the chunk.
-            end = min(start + rows, len(data))
-            name = of or "data"
-            name = name if end - start == len(data) else f"{name}[{start}:{end}]"
-            out._update(data[start:end], name)
-        return out
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data must be an array or an iterable of arrays, got {type(data).__name__}")
-    for number, batch in enumerate(data):
-        out._update(batch, f"{of}, batch {number}" if of else f"batch {number}")
-    if out.count == 0:
-        raise ValueError("data must hold at least one batch")
-    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_int, as_sample, widen, working_dtype
 from .._threads import get_num_threads
-from .moments import Moments, take_batches
+from .moments import Moments, writable
+from .streams import Batches, take_batches
 
 LEAST_SIZE, MOST_SIZE = 512, 1 << 24
 _SLOTS = 16  # at least; fewer and larger ones would promise less for long streams, more and smaller ones for short ones
@@ -65,12 +66,24 @@ def _doubled(state: _State) -> _State:
     """The same values in float64."""
     if state.dtype == np.float64:
         return state
+    values = flip(_columns(state)).view(np.float32).astype(np.float64)
+    return state._replace(keys=_tiles([flip(values.view(np.int64))]))
+
+
+def _columns(state: _State) -> NDArray:
+    """The keys out of their tiles: [slots, rows, d], contiguous."""
     slots, rows = state.keys.shape[1:3]
-    values = flip(state.keys).view(np.float32).astype(np.float64).transpose(1, 2, 0, 3).reshape(slots, rows, -1)
-    wide = np.zeros((slots, rows, -(-state.mean.size // 8) * 8))
-    wide[:, :, : state.mean.size] = values[:, :, : state.mean.size]
-    keys = flip(np.ascontiguousarray(wide.reshape(slots, rows, -1, 8).transpose(2, 0, 1, 3)).view(np.int64))
-    return state._replace(keys=keys)
+    keys = state.keys.transpose(1, 2, 0, 3).reshape(slots, rows, state.keys.shape[0] * state.keys.shape[3])
+    return np.ascontiguousarray(keys[:, :, : state.mean.size])
+
+
+def _tiles(parts: Sequence[NDArray]) -> NDArray:
+    """Keys [slots, rows, d] of one part of the columns or more, side by side, in tiles."""
+    slots, rows = parts[0].shape[:2]
+    d, lanes = sum(part.shape[2] for part in parts), _lanes(parts[0].dtype)
+    keys = np.zeros((slots, rows, -(-d // lanes) * lanes), parts[0].dtype)
+    np.concatenate(parts, axis=2, out=keys[:, :, :d])
+    return np.ascontiguousarray(keys.reshape(slots, rows, -1, lanes).transpose(2, 0, 1, 3))
 
 
 class Quantiles:
@@ -135,7 +148,27 @@ class Quantiles:
 
     def __setstate__(self, state: tuple[int, _State | None]) -> None:
         Quantiles.__init__(self, state[0])
-        self._state = state[1]
+        # What other processes send may be read-only, and the engine writes into it.
+        self._state = None if state[1] is None else _State._make([state[1].seen, *map(writable, state[1][1:])])
+
+    def __sizeof__(self) -> int:
+        """Return the bytes of the object and its arrays, by which dask plans."""
+        return object.__sizeof__(self) + self.nbytes
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Quantiles]) -> Quantiles:
+        """The quantiles of the neurons of all parts, which have seen the same numbers of rows in the same steps."""
+        if len(parts) == 1:
+            return parts[0]
+        states = [part._seen() for part in parts]
+        if any(state.dtype == np.float64 for state in states):
+            states = [_doubled(state) for state in states]
+        # Which slots there are, and what weights they have, follows from the numbers of rows.
+        assert all(np.array_equal(state.schedule, states[0].schedule) for state in states)
+        moments = (np.concatenate(arrays) for arrays in zip(*(state[1:5] for state in states), strict=True))
+        keys, found = _tiles([_columns(state) for state in states]), cls(parts[0].size)
+        found._state = _State._make([states[0].seen, *moments, keys, states[0].schedule.copy()])
+        return found
 
     def _seen(self) -> _State:
         """The state, with the lock held."""
@@ -377,18 +410,19 @@ class Quantiles:
             return f"Quantiles(size={self.size}, count={state.seen}, d={state.mean.size}, {known})"
 
 
-def quantiles(data: ArrayLike | Iterable[ArrayLike], *, size: int = 16384, chunk_rows: int | None = None) -> Quantiles:
+def quantiles(data: Batches, *, size: int = 16384, chunk_rows: int | None = None) -> Quantiles:
     """Distributions of one array, or of batches as they come, without holding them all in memory.
 
     Parameters
     ----------
-    data : ndarray, torch.Tensor or iterable of arrays
-        One array [n, d] (memory-mapped, say), read in chunks of rows; or any iterable of such arrays, such as a
-        generator. float16, bfloat16, float32, float64 or integers.
+    data : ndarray, torch.Tensor, dask.array.Array or iterable of arrays
+        One array [n, d] (memory-mapped, say, or of `lineas.open_activations`), read in chunks of rows; a dask array,
+        read by its chunks; or any iterable of arrays, such as a generator. float16, bfloat16, float32, float64 or
+        integers.
     size : int, default 16384
         As `Quantiles` takes it.
     chunk_rows : int, optional
-        Rows of one array read at once. Default: as many as make 4 million entries.
+        Rows of one array read at once, not of a dask array. Default: as many as make 4 million entries.
 
     Returns
     -------

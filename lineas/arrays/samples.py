@@ -8,17 +8,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import as_int, as_mass, as_sample, same_working_type, working_dtype
+from .._checks import as_engine, as_int, as_mass, as_sample, check_sample_shape, same_working_type, working_dtype
 from .._threads import get_num_threads
 from ..maps.affine import AffineMap, rounded
 from ..maps.steering import SteeringMaps
-from .moments import take_batches
+from .dask_arrays import Work, check_dask, computed, is_dask, summaries
 from .quantiles import LEAST_SIZE, MOST_SIZE, Quantiles
+from .streams import check_no_path, is_stored, take_batches
 from .summaries import paired_moments
 
 Sample = ArrayLike | Quantiles | Iterator[ArrayLike]
 Samples = Sample | Mapping[str, Sample]
-# Bytes of the values kept of a module, both sides together, where iterators or large memory maps are summarised.
+# Bytes of the values kept of a module, both sides together, where streams are summarised; what is stored elsewhere is a
+# stream if it takes more, all modules together.
 MEMORY = 1 << 30
 Weights = ArrayLike | Mapping[str, ArrayLike] | None
 
@@ -50,22 +52,61 @@ def two_samples(u: Any, v: Any, u_name: str, v_name: str, *, min_rows: int = 1) 
     return same_working_type(u, v)
 
 
-def _streamed(x: Any, name: str, memory: int) -> Any:
-    """`x`, or a `Quantiles` in its place where it is an iterator or a memory map of more than `memory` bytes.
+def read_if_small(sides: Sequence[Mapping[Any, Any]], names: Sequence[str], memory: int) -> list[dict[Any, Any]]:
+    """Source and target by module, what is stored elsewhere in memory if all of it takes at most `memory` bytes.
 
-    What it keeps takes half of `memory` at most: the other side of the pair takes as much.
+    Stored elsewhere are dask arrays, which are checked here, and what `is_stored` finds. Larger ones stay as they are.
     """
-    if isinstance(x, Iterator):
-        first = as_sample(next(x, ()), f"{name}, batch 0")
-        return take_batches(Quantiles(_size_within(memory, first)), chain([first], x), None, name)
-    if isinstance(x, np.memmap) and x.ndim == 2 and x.nbytes > memory:
-        return take_batches(Quantiles(_size_within(memory, as_sample(x[:1], name))), x, None, name)
-    return x
+    memory = as_int(memory, "memory", low=1)
+    found = [dict(side) for side in sides]
+    dask: dict[tuple[int, Any], Any] = {}
+    stored: dict[tuple[int, Any], Any] = {}
+    for side, samples in enumerate(found):
+        for module, x in samples.items():
+            check_no_path(x, _name(names[side], module))
+            if is_dask(x, _name(names[side], module)):
+                check_dask(x, _name(names[side], module))
+                dask[side, module] = x
+            elif is_stored(x):
+                check_sample_shape(x.shape, _name(names[side], module))
+                stored[side, module] = x
+    if sum(int(x.nbytes) for x in chain(dask.values(), stored.values())) <= memory:
+        arrays = chain(computed(list(dask.values())), stored.values())
+        for (side, module), x in zip(chain(dask, stored), arrays, strict=True):
+            found[side][module] = as_sample(x, _name(names[side], module))
+    return found
+
+
+def _name(side: str, module: Any) -> str:
+    """What messages call the sample of a module; None is the module of a single array."""
+    return side if module is None else f"{side}[{module!r}]"
+
+
+def _streamed(samples: Sequence[tuple[Any, str]], memory: int) -> list[Any]:
+    """The samples, with their names, or a `Quantiles` in the place of one that is a stream.
+
+    Streams are iterators, memory maps of more than `memory` bytes and what `read_if_small` has left. What a `Quantiles`
+    keeps takes half of `memory` at most: the other side of the pair takes as much.
+    """
+    dask, found = {}, []
+    for k, (x, name) in enumerate(samples):
+        if is_dask(x, name):
+            dask[k] = Work(x, Quantiles(_size_within(memory, np.empty((1, x.shape[1]), x.dtype))), name)
+        elif isinstance(x, Iterator):
+            first = as_sample(next(x, ()), f"{name}, batch 0")
+            x = take_batches(Quantiles(_size_within(memory, first)), chain([first], x), None, name)
+        elif is_stored(x) or (isinstance(x, np.memmap) and x.ndim == 2 and x.nbytes > memory):
+            x = take_batches(Quantiles(_size_within(memory, as_sample(x[:1], name))), x, None, name)
+        found.append(x)
+    for k, summary in zip(dask, summaries(list(dask.values())) if dask else [], strict=True):
+        found[k] = summary
+    return found
 
 
 def _size_within(memory: int, rows: NDArray) -> int:
     """The most values of each neuron that half of `memory` holds, as far as a `Quantiles` takes it."""
-    return min(max(memory // (2 * rows.shape[1] * working_dtype(rows).itemsize), LEAST_SIZE), MOST_SIZE)
+    itemsize = working_dtype(as_engine(rows, "rows")).itemsize
+    return min(max(memory // (2 * rows.shape[1] * itemsize), LEAST_SIZE), MOST_SIZE)
 
 
 def summarised(
@@ -80,14 +121,15 @@ def summarised(
 ) -> Pair | None:
     """The pair of samples of which one at least is a `Quantiles`, or one is made of it; None if none is.
 
+    What is stored elsewhere becomes one: see `read_if_small`.
+
     ValueError for weights, which rows that were seen have not, and as `two_samples`.
     """
-    memory = as_int(memory, "memory", low=1)
-    u, v = _streamed(u, u_name, memory), _streamed(v, v_name, memory)
+    u, v = _streamed([(u, u_name), (v, v_name)], as_int(memory, "memory", low=1))
     if not (isinstance(u, Quantiles) or isinstance(v, Quantiles)):
         return None
     if any(given is not None for given in weights):
-        raise ValueError(f"{u_name} and {v_name} must be arrays to have row weights, got Quantiles")
+        raise ValueError(f"{u_name} and {v_name} must be arrays to have row weights, got Quantiles or a stream")
     sides, shapes = [], []
     for x, name in ((u, u_name), (v, v_name)):
         if not isinstance(x, Quantiles):
@@ -132,10 +174,11 @@ def paired_samples(
             if not isinstance(source, Mapping):
                 raise TypeError(f"{argument} must be an array where source is one, got a mapping")
             check_modules(list(sources), given, argument)
+    if memory is not None:
+        sources, targets = read_if_small([sources, targets], [f"{prefix}source", f"{prefix}target"], memory)
     pairs = {}
     for module, x in sources.items():
-        at = "" if module is None else f"[{module!r}]"
-        u_name, v_name = f"{prefix}source{at}", f"{prefix}target{at}"
+        u_name, v_name = _name(f"{prefix}source", module), _name(f"{prefix}target", module)
         y, weights = targets[module], (source_weights, target_weights)
         if memory is None and (isinstance(x, Quantiles) or isinstance(y, Quantiles)):
             raise TypeError(f"{u_name} and {v_name} must be arrays here, got Quantiles")

@@ -44,7 +44,7 @@ def sparse_path(
 
     Parameters
     ----------
-    source, target : array_like, torch.Tensor, Quantiles or Mapping
+    source, target : array_like, torch.Tensor, Quantiles, dask.array.Array or Mapping
         Activations [n, d] and [m, d], or mappings from module name to such arrays, or streams of more than memory
         holds, as in `lineas.fit`.
     n_penalties : int, default 50

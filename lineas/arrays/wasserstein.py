@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_mass, as_not_negative, as_vector, working_dtype
 from .._threads import get_num_threads
-from .samples import MEMORY, Sample, summarised, two_samples
+from .samples import MEMORY, Sample, read_if_small, summarised, two_samples
 from .summaries import distance_of
 
 
@@ -45,8 +45,9 @@ def wasserstein(
     ----------
     u : array_like, torch.Tensor or Quantiles
         Sample [n, d], n >= 1: one row a prompt, one column a neuron; float16, bfloat16, float32, float64 or integers.
-        Of more rows than memory holds, a `Quantiles` that has seen them: the parts of the distance that come from means
-        and standard deviations are exact then, the part from the shapes is that of the values kept.
+        Of more rows than memory holds, a `Quantiles` that has seen them, or a stream as in `lineas.fit`: the parts of
+        the distance that come from means and standard deviations are exact then, the part from the shapes is that of
+        the values kept.
     v : array_like, torch.Tensor or Quantiles
         Sample [m, d], m >= 1.
     u_weights, v_weights : array_like, optional
@@ -55,8 +56,8 @@ def wasserstein(
     v_sorted : bool, default False
         The columns of `v` ascend already: the sort is left out (and the order not checked).
     memory : int, default 2**30
-        Bytes for what is kept of iterators of blocks and of larger memory maps, which are read in one pass, as in
-        `lineas.fit`.
+        Bytes for what is kept of iterators of blocks, and of memory maps, dask arrays and arrays of
+        `lineas.open_activations` that take more, which are read in one pass, as in `lineas.fit`.
 
     Returns
     -------
@@ -77,10 +78,11 @@ def wasserstein(
     >>> lineas.wasserstein(np.array([[0.0], [2.0]]), np.array([[3.0], [1.0]]))
     array([1.])
     """
+    u, v = (side[None] for side in read_if_small([{None: u}, {None: v}], ["u", "v"], memory))
     if (pair := summarised(u, v, "u", "v", (u_weights, v_weights), memory=memory)) is not None:
         assert pair.moments is not None
         if v_sorted:
-            raise ValueError("v_sorted is for arrays, got Quantiles")
+            raise ValueError("v_sorted is for arrays, got Quantiles or a stream")
         with np.errstate(over="ignore"):
             return distance_of(pair.moments).astype(working_dtype(pair.u))
     return _distance(u, v, u_weights, v_weights, v_sorted, 0)[0]

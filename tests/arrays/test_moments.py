@@ -38,7 +38,7 @@ def test_chunks_of_a_memory_mapped_array(rng, tmp_path, chunk_rows):
 
 
 def test_the_default_chunks(rng, monkeypatch):
-    monkeypatch.setattr(sys.modules["lineas.arrays.moments"], "_CHUNK", 10)  # 3 rows of 3
+    monkeypatch.setattr(sys.modules["lineas.arrays.streams"], "_CHUNK", 10)  # 3 rows of 3
     x = rng.normal(size=(50, 3))
     check(lineas.moments(np.asfortranarray(x)), x)
 

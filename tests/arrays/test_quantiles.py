@@ -321,6 +321,6 @@ def test_bad_use():
 
 
 def test_the_default_chunks(rng, monkeypatch):
-    monkeypatch.setattr(sys.modules["lineas.arrays.moments"], "_CHUNK", 10)  # 3 rows of 3
+    monkeypatch.setattr(sys.modules["lineas.arrays.streams"], "_CHUNK", 10)  # 3 rows of 3
     x = rng.normal(size=(50, 3))
     assert np.array_equal(lineas.quantiles(np.asfortranarray(x)).sample(50), np.sort(x, axis=0))
