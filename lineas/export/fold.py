@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import as_flag
 from ..hooks.affine import moved, parameters
 from ..hooks.attach import attach
+from ..hooks.modules import note_folded_shifts
 from ..hooks.settings import as_tokenizer, optional
 from ..inputs.batches import Batch
 from ..inputs.call import Forward, call, unwrap
@@ -95,7 +96,8 @@ def fold(
         If maps cannot be folded exactly. All of them are named with the reason, before anything is changed: a
         shift that no bias on disk could hold, weights that are quantised, offloaded or tied to others, modules
         without a gain. Also if maps are attached to the model, these maps are for some tokens only, a module is
-        missing or has another width, or `check` finds a difference.
+        missing or has another width, `check` finds a difference, or slopes would not reach the shift of maps that
+        were folded before: compose them, ``second @ first``, and fold that.
 
     Warns
     -----
@@ -113,7 +115,7 @@ def fold(
         check_conversion(inner)
     batches = [] if check is None else read(check, "check", tokenizer=tokenizer).parts()
 
-    values, settings = _plan(maps, inner, strength, readers, convert)
+    values, settings, shifted = _plan(maps, inner, strength, readers, convert)
     hooked: list[Tensor] = []
     if batches:
         with attach(dict(maps), model, strength):  # without metadata, of which there was a warning if need be
@@ -128,14 +130,16 @@ def fold(
         raise
     if settings:
         switch_on(unwrap(target).config, settings)
+    note_folded_shifts(target, shifted)
     return target
 
 
 def _plan(
     maps: SteeringMaps, model: nn.Module, strength: float, readers: Readers, convert: bool
-) -> tuple[dict[Key, Tensor], list[Setting]]:
-    """All new parameters, and the settings that give them a home on disk."""
+) -> tuple[dict[Key, Tensor], list[Setting], list[str]]:
+    """All new parameters, the settings that give them a home on disk, and the modules whose shifts are in readers."""
     changes, uses, refused = ParameterChanges(model), count_uses(model), {}
+    shifted = []
     for name, affine in maps.items():
         weight, bias = parameters(affine, strength, *WIDE)
         if (weight == 1).all() and (bias == 0).all():
@@ -144,6 +148,7 @@ def _plan(
             left = fold_into_module(changes, name, weight, bias)
             if (left != 0).any():
                 _shift_readers(changes, name, left, readers, uses)
+                shifted.append(name)
         except Refusal as error:
             refused[name] = str(error.args[0])
     settings: list[Setting] = []
@@ -166,7 +171,7 @@ def _plan(
     ):
         weight = dense_weight(model, linear)
         values[linear, "bias"] = weight.new_zeros(len(weight))
-    return values, settings
+    return values, settings, shifted
 
 
 def _shift_readers(changes: ParameterChanges, name: str, shift: Tensor, readers: Readers, uses: Counter[int]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._names import near_names
 from ..hooks.attach import attached, warn_of_another_model
-from ..hooks.modules import check_model, find, get_module, output_width
+from ..hooks.modules import check_model, find, folded_shifts, get_module, output_width
 from ..inputs.call import unwrap
 from ..maps.steering import SteeringMaps
 from .refusal import Refusal
@@ -63,8 +63,8 @@ def check_arguments(
 
     Returns the maps by the names that their modules have in the innermost model, that model, and `readers`. TypeError
     when an argument is of a wrong type; ValueError when maps are on the model, these maps were fitted for some tokens
-    only, a module is missing or has another width, or `readers` has a name without a map or an empty list. Warns as
-    `attach` where the maps were fitted to a model of another name.
+    only, a module is missing or has another width, slopes could not reach a shift that was folded before, or `readers`
+    has a name without a map or an empty list. Warns as `attach` where the maps were fitted to a model of another name.
     """
     check_model(model)
     tokens = _tokens(maps.metadata)
@@ -77,9 +77,14 @@ def check_arguments(
     if on:
         name = next(iter(on[0].maps))
         raise ValueError(f"maps are attached to {name!r} of this model: detach them first, or they would act twice")
-    names = {}
+    names, folded = {}, folded_shifts(model)
     for name, affine in maps.items():
         names[name], module = find(model, name)
+        if names[name] in folded and (affine.weight != 1).any():
+            raise ValueError(
+                f"{name}: earlier maps are folded into this model, and their shift is in the weights that read this "
+                "module: slopes would not reach it. Compose the maps, second @ first, and use the model without any"
+            )
         width = output_width(module)
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")

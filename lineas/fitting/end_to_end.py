@@ -13,6 +13,7 @@ from torch import nn
 
 from .._checks import as_pair
 from .._warn import warn
+from ..hooks.attach import warn_of_maps_on
 from ..hooks.collect import read_prompts
 from ..hooks.modules import check_runs, find, model_name, resolve
 from ..hooks.settings import RunSettings, optional, takes
@@ -82,8 +83,14 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
         If the model's weights are on the meta device, `checkpoint` is there and is none, damaged or of another fit, a
         setting is out of range, no module matches, a
         set has fewer than 2 prompts, or a map could not influence any loss; the message names the argument or module.
+
+    Warns
+    -----
+    UserWarning
+        If maps are attached to the model: what is fitted is right only together with them.
     """
     check_runs(model)
+    warn_of_maps_on(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
     return _fit_on_top_of(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
@@ -119,8 +126,14 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
     ValueError
         As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, or `held_out` has others. The
         message names the task.
+
+    Warns
+    -----
+    UserWarning
+        If maps are attached to the model: what is fitted is right only together with them.
     """
     check_runs(model)
+    warn_of_maps_on(model)
     pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")

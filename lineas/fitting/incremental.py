@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..hooks.attach import warn_of_maps_on
 from ..hooks.collect import collect_batches
 from ..hooks.modules import check_runs, model_name
 from ..hooks.settings import takes
@@ -43,8 +44,14 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     ------
     TypeError, ValueError
         As `fit` and `collect`.
+
+    Warns
+    -----
+    UserWarning
+        If maps are attached to the model: what is fitted is right only together with them.
     """
     check_runs(model)
+    warn_of_maps_on(model)
     sides = read_sets(None, (source, target), None, settings)
     sources, targets = (prompts.parts(settings.batch_size) for prompts in sides)
     names, layers = choose_layers(model, settings.layers, say=settings.progress)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from torch import nn
 
 from .._warn import warn
+from ..hooks.attach import warn_of_maps_on
 from ..hooks.modules import check_runs
 from ..hooks.settings import takes
 from ..inputs.prompts import Sampler
@@ -56,8 +57,14 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
         As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, `held_out` has others, `init` or
         `gates` has one that `tasks` lacks, or earlier concepts leave no neuron to a later one that is to be disjoint.
         The message names the task.
+
+    Warns
+    -----
+    UserWarning
+        If maps are attached to the model: what is fitted is right only together with them.
     """
     check_runs(model)
+    warn_of_maps_on(model)
     pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .. import _core
 from .._checks import as_pair
 from .._warn import warn
+from ..hooks.attach import warn_of_maps_on
 from ..hooks.modules import check_runs
 from ..hooks.settings import optional, takes
 from ..inputs.frozen import frozen
@@ -64,8 +65,14 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
         If an argument is of a wrong type.
     ValueError
         As `fit_end_to_end`; and if the penalties are not falling, or a value is not finite before a point is found.
+
+    Warns
+    -----
+    UserWarning
+        If maps are attached to the model: what is fitted is right only together with them.
     """
     check_runs(model)
+    warn_of_maps_on(model)
     sets = read_sets(None, (source, target), optional(as_pair, settings.held_out, "held_out"), settings)
     with frozen(model):
         objective, fitted, held_out, facts = prepare(model, [sets], settings)

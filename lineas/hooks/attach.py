@@ -22,7 +22,7 @@ from .gating import SiteHook, sites_of
 from .graphs import strength_input
 from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
-from .modules import check_model, get_module, model_name, output_width
+from .modules import check_model, find, folded_shifts, get_module, model_name, output_width
 from .strength import Schedule, Settings, Strength, StrengthArray, StrengthValue, as_given, read_strength
 
 
@@ -442,7 +442,8 @@ def attach(
     Warns
     -----
     UserWarning
-        If the metadata name another model than this one, with modules of the same names and widths.
+        If the metadata name another model than this one, with modules of the same names and widths; or if maps are
+        folded into the model, and their shifts are where slopes of these maps do not reach them.
     """
     check_model(model)
     given = read_strength(
@@ -450,18 +451,38 @@ def attach(
     )
     chosen = fitted_tokens(getattr(maps, "metadata", {})) if tokens is None else check_tokens(tokens)
     as_flag(replace, "replace")
-    modules = {}
+    modules, folded = {}, set(folded_shifts(model))
     for name, affine in maps.items():
-        modules[name] = get_module(model, name)
+        inner, modules[name] = find(model, name)
         width = output_width(modules[name])
         if width is not None and width != affine.d:
             raise ValueError(f"{name}: the map is for {affine.d} neurons, the module has {width}")
+        if inner in folded and (affine.weight != 1).any():
+            warn(
+                f"{name}: earlier maps are folded into this model, and their shift is in the weights that read this "
+                "module: slopes do not reach it. That is right for maps that were fitted to this model; other maps "
+                "compose, second @ first, on the model without any",
+                UserWarning,
+            )
+            folded.clear()  # one warning is enough
     warn_of_another_model(getattr(maps, "metadata", {}), model)
     before = attached(model) if replace else []
     handle = Handle(maps, modules, model, given, chosen)
     for other in before:
         other.remove()
     return handle
+
+
+def warn_of_maps_on(model: nn.Module) -> None:
+    """Warn where a fit would run a model with maps on it, which its own maps would not tell."""
+    on = attached(model)
+    if on:
+        name = next(iter(on[0].maps))
+        warn(
+            f"maps are attached to {name!r} of this model: what is fitted now is fitted on top of them, and is right "
+            "only together with them. lineas.detach(model) takes them off",
+            UserWarning,
+        )
 
 
 def warn_of_another_model(metadata: Mapping[str, Any], model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts
 from ..maps.gates import AnyGate, Gate
 from . import outputs
+from .attach import warn_of_maps_on
 from .capture import Capture, warn_of_repeated
 from .collect import read_prompts, to_numpy
 from .modules import check_runs, get_module
@@ -87,9 +88,11 @@ def fit_gates(model: nn.Module, source: Any, target: Any, settings: FitGatesSett
     Warns
     -----
     UserWarning
-        If a module was called a second time before the model was left, or no neuron of a module is left open.
+        If maps are on the model, a module was called a second time before the model was left, or no neuron of a module
+        is left open.
     """
     check_runs(model)
+    warn_of_maps_on(model)
     check_fit_tokens(settings.tokens, model)
     prompts = [read_prompts(data, name, settings) for data, name in ((source, "source"), (target, "target"))]
     names, _ = choose_layers(model, settings.layers, say=settings.progress)

@@ -47,6 +47,25 @@ def check_runs(model: Any) -> None:
         )
 
 
+# What a fold writes into the configuration of a transformers model, which is saved with it, or else onto the model.
+_FOLDED_SHIFTS = "lineas_folded_shifts"
+
+
+def folded_shifts(model: nn.Module) -> list[str]:
+    """The modules whose shifts a fold has put into the weights that read them: the modules' outputs are without it."""
+    inner = unwrap(model)
+    return list(getattr(getattr(inner, "config", None), _FOLDED_SHIFTS, ()) or getattr(inner, _FOLDED_SHIFTS, ()))
+
+
+def note_folded_shifts(model: nn.Module, names: Sequence[str]) -> None:
+    """Note on a model, for `folded_shifts`, that a fold has moved the shifts of these modules."""
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
+    home = config if hasattr(config, "model_type") else inner
+    if names:
+        setattr(home, _FOLDED_SHIFTS, sorted({*folded_shifts(inner), *names}))
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules below `model` by name, in the order of ``model.named_modules()``, each once.
 

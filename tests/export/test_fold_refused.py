@@ -1,8 +1,11 @@
 """What cannot be folded is refused with the reason, and the model is left as it was."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
-from fold_cases import language_model, one_map, random_maps, same_state, state
+from fold_cases import language_model, one_map, random_maps, run, same_state, state
 from torch import nn
 
 import lineas
@@ -149,3 +152,27 @@ def test_wrong_arguments():
         one_map("model.layer", 16).fold(model)
     with pytest.raises(ValueError, match="input_layernorm: the map is for 15 neurons, the module has 16"):
         one_map("model.layers.0.input_layernorm", 15).fold(model)
+
+
+def test_slopes_do_not_reach_a_shift_that_was_folded_before(tmp_path):
+    name = "model.layers.0.input_layernorm"
+    first = random_maps(language_model("llama"), name)
+    slope = lineas.SteeringMaps({name: lineas.AffineMap(np.full(16, 3.0), np.zeros(16))})
+    shift = lineas.SteeringMaps({name: lineas.AffineMap(np.ones(16), np.arange(16.0))})
+    folded = first.fold(language_model("llama"))
+    folded.save_pretrained(tmp_path)
+    loaded = type(folded).from_pretrained(tmp_path, dtype=torch.float64)
+    for model in (folded, loaded):
+        for use in (slope.fold, partial(slope.to_peft_lora, folder=tmp_path / "lora")):
+            with pytest.raises(
+                ValueError, match=f"{name}: earlier maps are folded into this model, .* slopes would not"
+            ):
+                use(model)
+        with pytest.warns(UserWarning, match="earlier maps are folded into this model, .* slopes do not reach it"):
+            slope.attach(model).remove()
+    model = language_model("llama")  # shifts add up
+    with first.attach(model), shift.attach(model):
+        expected = run(model)
+    torch.testing.assert_close(run(shift.fold(folded)), expected)
+    other = random_maps(language_model("llama"), "model.layers.1.input_layernorm")
+    assert set(other.fold(folded).config.lineas_folded_shifts) == {name, "model.layers.1.input_layernorm"}
