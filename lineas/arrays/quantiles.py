@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import threading
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_int, as_sample, widen, working_dtype
 from .._threads import get_num_threads
+from ..maps.files import write
 from .moments import Moments, take_batches
 
 LEAST_SIZE, MOST_SIZE = 512, 1 << 24
@@ -44,13 +47,13 @@ class _State(NamedTuple):
         return int(self.schedule[ERROR])
 
 
-def _lanes(dtype: np.dtype) -> int:
+def lanes_of(dtype: np.dtype) -> int:
     """Columns of a tile: what a cache line holds."""
     return 64 // dtype.itemsize
 
 
 def _start(d: int, rows: int, dtype: np.dtype) -> _State:
-    keys = np.zeros((-(-d // _lanes(dtype)), 0, rows, _lanes(dtype)), f"i{dtype.itemsize}")
+    keys = np.zeros((-(-d // lanes_of(dtype)), 0, rows, lanes_of(dtype)), f"i{dtype.itemsize}")
     moments = np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
     return _State(0, *moments, keys, np.zeros(MOST_SLOTS + 3, np.int64))
 
@@ -118,6 +121,7 @@ class Quantiles:
     """
 
     __slots__ = ("_lock", "_rows", "_slots", "_state")
+    FORMAT: ClassVar[str] = "lineas quantiles"
 
     def __init__(self, size: int = 16384) -> None:
         size = as_int(size, "size", low=LEAST_SIZE)
@@ -367,6 +371,73 @@ class Quantiles:
             state = self._with_room(state, filled, full, state.seen + theirs.seen)
             self._state = state._replace(seen=_core.quantiles_merge(*state, *theirs, get_num_threads()))
         return self
+
+    def copy(self) -> Quantiles:
+        """Return another one that has seen the same."""
+        return copy.copy(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a safetensors file, which `lineas.load` reads, as a whole or not at all.
+
+        What is loaded goes on to the same bits.
+
+        Raises
+        ------
+        ValueError
+            If no row was seen.
+        OSError
+            If the file cannot be written.
+        """
+        tensors: dict[str, NDArray] = {}
+        state = self._put("", tensors)
+        write(path, self.FORMAT, tensors, {"state": state})
+
+    @classmethod
+    def from_file(cls, tensors: dict[str, NDArray], entries: dict[str, Any]) -> Quantiles:
+        """What `save` took apart, out of `tensors`; ValueError or TypeError where it does not hold together."""
+        return cls._take(entries["state"], "", tensors)
+
+    def _put(self, prefix: str, tensors: dict[str, NDArray]) -> dict[str, int]:
+        """Size and number of rows, for JSON; copies of the arrays go into `tensors`, under names that begin so."""
+        with self._lock:
+            state = self._seen().copy()
+        tensors |= {prefix + part: array for part, array in zip(_State._fields[1:], state[1:], strict=True)}
+        return {"size": self.size, "seen": state.seen}
+
+    @classmethod
+    def _take(cls, facts: Any, prefix: str, tensors: dict[str, NDArray]) -> Quantiles:
+        """What `_put` took apart, out of `tensors`, checked: the file may be anybody's."""
+        if not isinstance(facts, dict) or any(type(facts.get(name)) is not int for name in ("size", "seen")):
+            raise ValueError(f"the state {prefix!r} in the header must have whole numbers 'size' and 'seen'")
+        found = cls(facts["size"])
+        missing = [prefix + part for part in _State._fields[1:] if prefix + part not in tensors]
+        if missing:
+            raise ValueError(f"it lacks the tensor {missing[0]!r}")
+        arrays = (np.require(tensors.pop(prefix + part), requirements=["C", "A", "W"]) for part in _State._fields[1:])
+        state = _State(facts["seen"], *arrays)
+        if found.size != facts["size"] or state.keys.shape[2:3] != (found._rows,) or state.mean.ndim != 1:
+            raise ValueError(f"the tensor {prefix + 'keys'!r} has not the shape that the size {facts['size']} has")
+        if state.seen < 1:
+            raise ValueError(f"the state {prefix!r} in the header must have seen rows, got {state.seen}")
+        try:
+            _core.quantiles_read(*state, np.array([1, state.seen]), 1, 1)  # which knows what a state is
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"the state {prefix!r} is none: {error}") from None
+        if state.bound == 0 and (state.schedule[:MOST_SLOTS] > 1).any():
+            raise ValueError(f"the state {prefix!r} left values out and promises that it did not")
+        found._state = state
+        for part in (state.mean, state.m2, state.low, state.high):
+            if np.isnan(part).any():
+                raise ValueError(f"the state {prefix!r} holds a value that is not a number")
+        for slot in range(state.keys.shape[1]):
+            weight, filled = int(state.schedule[slot]), int(state.schedule[FILLED])
+            rows = found._rows if weight else filled if slot == state.schedule[OPEN] else 0
+            keys = state.keys[:, slot, :rows]
+            if weight and (keys[:, 1:] < keys[:, :-1]).any():
+                raise ValueError(f"the state {prefix!r} holds values that are not in order")
+            if not np.isfinite(flip(keys).view(state.dtype)).all():
+                raise ValueError(f"the state {prefix!r} holds a value that is not finite")
+        return found
 
     def __repr__(self) -> str:
         with self._lock:
