@@ -58,6 +58,14 @@ def _start(d: int, rows: int, dtype: np.dtype) -> _State:
     return _State(0, *moments, keys, np.zeros(MOST_SLOTS + 3, np.int64))
 
 
+def _held(schedule: NDArray, run: int) -> list[tuple[int, int]]:
+    """The slots that hold rows, and how many each, by a schedule."""
+    rows = [run if weight else 0 for weight in schedule[:MOST_SLOTS].tolist()]
+    if schedule[FILLED]:
+        rows[int(schedule[OPEN])] = int(schedule[FILLED])
+    return [(slot, count) for slot, count in enumerate(rows) if count]
+
+
 def flip(keys: NDArray) -> NDArray:
     """Bits of floats as integers of the same order, and back."""
     bits = 8 * keys.itemsize - 1
@@ -398,9 +406,14 @@ class Quantiles:
         return cls._take(entries["state"], "", tensors)
 
     def _put(self, prefix: str, tensors: dict[str, NDArray]) -> dict[str, int]:
-        """Size and number of rows, for JSON; copies of the arrays go into `tensors`, under names that begin so."""
+        """Size and number of rows, for JSON; copies of the arrays go into `tensors`, under names that begin so.
+
+        Of the keys only those that stand for rows, [tiles, rows held, lanes], slot after slot.
+        """
         with self._lock:
             state = self._seen().copy()
+        parts = [state.keys[:, slot, :rows] for slot, rows in _held(state.schedule, self._rows)]
+        state = state._replace(keys=np.concatenate(parts, axis=1))
         tensors |= {prefix + part: array for part, array in zip(_State._fields[1:], state[1:], strict=True)}
         return {"size": self.size, "seen": state.seen}
 
@@ -409,34 +422,37 @@ class Quantiles:
         """What `_put` took apart, out of `tensors`, checked: the file may be anybody's."""
         if not isinstance(facts, dict) or any(type(facts.get(name)) is not int for name in ("size", "seen")):
             raise ValueError(f"the state {prefix!r} in the header must have whole numbers 'size' and 'seen'")
-        found = cls(facts["size"])
+        found, where = cls(facts["size"]), f"the state {prefix!r}"
         missing = [prefix + part for part in _State._fields[1:] if prefix + part not in tensors]
         if missing:
             raise ValueError(f"it lacks the tensor {missing[0]!r}")
         arrays = (np.require(tensors.pop(prefix + part), requirements=["C", "A", "W"]) for part in _State._fields[1:])
         state = _State(facts["seen"], *arrays)
-        if found.size != facts["size"] or state.keys.shape[2:3] != (found._rows,) or state.mean.ndim != 1:
-            raise ValueError(f"the tensor {prefix + 'keys'!r} has not the shape that the size {facts['size']} has")
-        if state.seen < 1:
-            raise ValueError(f"the state {prefix!r} in the header must have seen rows, got {state.seen}")
+        if state.schedule.shape != (MOST_SLOTS + 3,) or state.schedule.dtype != np.int64 or state.seen < 1:
+            raise ValueError(f"{where} has no schedule, or has seen no rows")
+        if not 0 <= state.schedule[FILLED] < found._rows or not 0 <= state.schedule[OPEN] < MOST_SLOTS:
+            raise ValueError(f"{where} has an open slot that cannot be")
+        held = _held(state.schedule, found._rows)
+        rows = sum(rows for _, rows in held)
+        if found.size != facts["size"] or state.keys.ndim != 3 or state.keys.shape[1] != rows or not rows:
+            shape = list(state.keys.shape)
+            raise ValueError(f"{where} must have a size of whole runs and {rows} rows of keys, got shape {shape}")
+        kept, slots = state.keys, max(2, held[-1][0] + 1)
+        keys, start = np.zeros((kept.shape[0], slots, found._rows, kept.shape[2]), kept.dtype), 0
+        for slot, rows in held:
+            keys[:, slot, :rows] = part = kept[:, start : start + rows]
+            if rows == found._rows and (part[:, 1:] < part[:, :-1]).any():
+                raise ValueError(f"{where} holds values that are not in order")
+            start += rows
+        state = found._state = state._replace(keys=keys)
         try:
             _core.quantiles_read(*state, np.array([1, state.seen]), 1, 1)  # which knows what a state is
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"the state {prefix!r} is none: {error}") from None
+            raise ValueError(f"{where} is none: {error}") from None
         if state.bound == 0 and (state.schedule[:MOST_SLOTS] > 1).any():
-            raise ValueError(f"the state {prefix!r} left values out and promises that it did not")
-        found._state = state
-        for part in (state.mean, state.m2, state.low, state.high):
-            if np.isnan(part).any():
-                raise ValueError(f"the state {prefix!r} holds a value that is not a number")
-        for slot in range(state.keys.shape[1]):
-            weight, filled = int(state.schedule[slot]), int(state.schedule[FILLED])
-            rows = found._rows if weight else filled if slot == state.schedule[OPEN] else 0
-            keys = state.keys[:, slot, :rows]
-            if weight and (keys[:, 1:] < keys[:, :-1]).any():
-                raise ValueError(f"the state {prefix!r} holds values that are not in order")
-            if not np.isfinite(flip(keys).view(state.dtype)).all():
-                raise ValueError(f"the state {prefix!r} holds a value that is not finite")
+            raise ValueError(f"{where} left values out and promises that it did not")
+        if not np.isfinite(flip(kept).view(state.dtype)).all() or any(np.isnan(part).any() for part in state[1:5]):
+            raise ValueError(f"{where} holds a value that is not finite")
         return found
 
     def __repr__(self) -> str:
