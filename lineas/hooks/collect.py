@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -123,8 +124,9 @@ class _Source:
     def __init__(self, model: nn.Module, data: Any, settings: RunSettings) -> None:
         check_runs(model)
         check_fit_tokens(settings.tokens, model)
-        self.settings, self._count = settings, None
+        self.settings = settings
         if is_stream(data):
+            expected = operator.length_hint(data, 0)
             some = blocks(
                 data,
                 "data",
@@ -135,6 +137,7 @@ class _Source:
             checked = (_answered(prompts, prompts.argument, settings) for prompts in some)
             start = next(checked)
             parts: Iterable[Batch] = _parts(itertools.chain([start], checked), settings.batch_size)
+            self._count = start.parts_of(expected, settings.batch_size)
         else:
             start = read_prompts(data, "data", settings)
             parts = start.parts(settings.batch_size)

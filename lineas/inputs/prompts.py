@@ -51,6 +51,12 @@ class Prompts:
         parts = [batches.take(self.made[k], rows[home == k] - starts[k], self.argument) for k in np.unique(home)]
         return batches.split(parts, batch_size, self.argument)
 
+    def parts_of(self, entries: int, batch_size: int | None = None) -> int | None:
+        """How many `parts` so many entries like these make; None where that cannot be told, and of none."""
+        if isinstance(self.made, tokenize.TokenRows):
+            return -(-entries // (batch_size or BATCH_SIZE)) or None
+        return entries or None if batch_size is None else None
+
     def first(self) -> Batch:
         """A batch to look at: the first two prompts, or the first batch that the user made."""
         if isinstance(self.made, tokenize.TokenRows):

@@ -244,8 +244,13 @@ def test_a_stream_of_texts_without_a_tokenizer_or_an_answer():
 def test_progress_counts_batches(capfd):
     lineas.collect_quantiles(zoo.llama(), TEXTS, **how(progress=True))
     assert "10/10" in capfd.readouterr().err
-    lineas.collect_quantiles(zoo.llama(), iter(TEXTS), **how(progress=True))
+    lineas.collect_quantiles(zoo.llama(), (text for text in TEXTS), **how(progress=True))
     assert "10it" in capfd.readouterr().err
+    lineas.collect_quantiles(zoo.llama(), iter(TEXTS), **how(progress=True))
+    assert "10/10" in capfd.readouterr().err
+    loader = torch.utils.data.DataLoader(zoo.images(10), batch_size=2)
+    lineas.collect(zoo.cnn(), loader, layers="bn")
+    assert "5/5" in capfd.readouterr().err
     lineas.collect_quantiles(zoo.llama(), iter(TEXTS), **how())
     assert capfd.readouterr().err == ""
 
