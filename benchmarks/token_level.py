@@ -5,12 +5,12 @@ token of it, for two concepts: from negative to positive sentences (the demo's),
 Strengths are those at which the divergence of the next token meets a budget on some neutral texts; effect and price
 are measured on others, with the same prompts and random numbers for all maps, by `lineas.evaluate`.
 
-With --scale two streams of a million tokens each go through the model's first norm into `lineas.collect_quantiles`,
+With --scale two streams of half a million tokens each go through the model's first norm into `lineas.collect_quantiles`,
 and the largest resident memory of the process is told on the way; then maps are fitted from the first of these tokens
 with every row in memory, and from quantiles that left most of them out.
 
     python benchmarks/token_level.py [--concepts sentiment toxicity] [--threads 1]
-    python benchmarks/token_level.py --scale [--tokens 1000000] [--memory 64]
+    python benchmarks/token_level.py --scale [--tokens 500000] [--memory 64]
     python benchmarks/token_level.py --write
 
 The last form puts what is finished into docs/token-level.md. Everything is kept in build/token-level, so that a run
@@ -56,7 +56,7 @@ METHODS = {  # label: pooling, and whether module by module
 JUDGES = {"sentiment": "VADER's score", "toxicity": "toxic"}
 FIRST_NORM = "model.layers.0.post_attention_layernorm"
 ROW, ROWS = 128, 32  # tokens in a row of the streams, rows in a forward pass
-EXACT = 100_000  # tokens of each stream that are fitted with all of them in memory as well
+EXACT = 50_000  # tokens of each stream that are fitted with all of them in memory as well
 
 
 class Study:
@@ -316,7 +316,7 @@ def scale_lines(found: dict[str, Any]) -> list[str]:
     """What `scale` found, in words and a table."""
     marks = ", ".join(f"{mark:.0f}" for mark in found["marks"])
     lines = [
-        "### A million tokens a side",
+        "### A million tokens",
         "",
         f"{found['tokens']} tokens of {found['width']} neurons through the first norm, in two streams: as arrays they "
         f"would take {found['arrays']:.0f} MB. With `memory={found['memory']} << 20` the two sides took "
@@ -342,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=list(CONCEPTS), help="default: both")
     parser.add_argument("--scale", action="store_true", help="only the streams of many tokens")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="of each stream; default 1000000")
+    parser.add_argument("--tokens", type=int, default=500_000, help="of each stream; default 500000")
     parser.add_argument("--memory", type=int, default=64, help="MB for the values kept of a side; default 64")
     parser.add_argument("--threads", type=int, default=1, help="of torch and of the engine; default 1")
     parser.add_argument("--write", action="store_true", help="only write what is finished into docs/token-level.md")

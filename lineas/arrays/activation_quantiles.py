@@ -100,7 +100,7 @@ class ActivationQuantiles(Collected[Quantiles]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a safetensors file, which `lineas.load` reads, as a whole or not at all.
 
-        The file takes as many bytes as `nbytes`, and writing it about twice as many of memory beside.
+        The file takes at most as many bytes as `nbytes`, and writing it about three times as many of memory beside.
 
         Raises
         ------

@@ -411,10 +411,10 @@ class Quantiles:
         Of the keys only those that stand for rows, [tiles, rows held, lanes], slot after slot.
         """
         with self._lock:
-            state = self._seen().copy()
-        parts = [state.keys[:, slot, :rows] for slot, rows in _held(state.schedule, self._rows)]
-        state = state._replace(keys=np.concatenate(parts, axis=1))
-        tensors |= {prefix + part: array for part, array in zip(_State._fields[1:], state[1:], strict=True)}
+            state = self._seen()
+            parts = [state.keys[:, slot, :rows] for slot, rows in _held(state.schedule, self._rows)]
+            tensors |= {prefix + name: getattr(state, name).copy() for name in _State._fields[1:] if name != "keys"}
+            tensors[prefix + "keys"] = np.concatenate(parts, axis=1)
         return {"size": self.size, "seen": state.seen}
 
     @classmethod
