@@ -5,7 +5,7 @@ token of it, for two concepts: from negative to positive sentences (the demo's),
 Strengths are those at which the divergence of the next token meets a budget on some neutral texts; effect and price
 are measured on others, with the same prompts and random numbers for all maps, by `lineas.evaluate`.
 
-With --scale two streams of half a million tokens each go through the model's first norm into `lineas.collect_quantiles`,
+With --scale two streams of half a million tokens each go through the first norm into `lineas.collect_quantiles`,
 and the largest resident memory of the process is told on the way; then maps are fitted from the first of these tokens
 with every row in memory, and from quantiles that left most of them out.
 
@@ -43,10 +43,11 @@ from lineas.demo.run import LAYERS
 
 MARKS = "<!-- measured: python benchmarks/token_level.py --write -->", "<!-- end -->"
 PAGE, FOLDER = ROOT / "docs" / "token-level.md", ROOT / "build" / "token-level"
-BUDGETS = (0.1, 0.3)  # nats, of the KL divergence of the next token
-TRIED = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # strengths between which those for the budgets are found
+BUDGETS = {"sentiment": (0.1, 0.3), "toxicity": (0.3,)}  # nats, of the KL divergence of the next token
+TRIED = (0.25, 0.5, 1.0, 2.0)  # strengths between which those for the budgets are found
 SIZE, MAX_LENGTH, NEW_TOKENS = 64, 32, 20
 SEARCHED, PRICED = 16, 32  # neutral texts: for the strengths, for the price
+STEP = {"sentiment": 1, "toxicity": 2}  # of the prompts of price_and_effect.py
 METHODS = {  # label: pooling, and whether module by module
     "means of texts": ("mean", False),
     "every token": ("all", False),
@@ -63,7 +64,7 @@ class Study:
     """The model and one concept; what is found is kept on disk."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.concept, self.folder = name, CONCEPTS[name], FOLDER / name
+        self.name, self.concept, self.folder, self.budgets = name, CONCEPTS[name], FOLDER / name, BUDGETS[name]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = load_smollm2()
         self.fit, self.held_out = self._sets()
@@ -107,7 +108,9 @@ class Study:
             tried = lineas.evaluate(self.model, self.maps(method), neutral=self.searched, strengths=TRIED, **how).rows()
             # The root of the divergence is nearly a straight line in the strength. What it then is, is measured.
             roots = np.maximum.accumulate(np.sqrt([max(row["kl"], 0) for row in tried]))
-            found[method] = np.interp(np.sqrt(BUDGETS), roots, [row["strength"] for row in tried]).round(3).tolist()
+            found[method] = (
+                np.interp(np.sqrt(self.budgets), roots, [row["strength"] for row in tried]).round(3).tolist()
+            )
             file.write_text(json.dumps(found))
             print(f"{self.name}: {method} at {found[method]}", flush=True)
         return found[method]
@@ -149,7 +152,7 @@ class Study:
             self.model,
             {method: self.maps(method) for method in METHODS},
             tokenizer=self.tokenizer,
-            prompts=self.concept.prompts(),
+            prompts=self.concept.prompts()[:: STEP[self.name]],
             neutral=self.priced,
             judges=self.concept.judges(),
             strengths={method: self.strengths(method) for method in METHODS},
@@ -270,14 +273,14 @@ def effect_table(name: str, found: lineas.Evaluation) -> list[str]:
     return lines
 
 
-def differences(found: lineas.Evaluation) -> list[str]:
+def differences(name: str, found: lineas.Evaluation) -> list[str]:
     """Of each pair of methods that differ by the pooling alone, the difference of the effect at each budget."""
     rows, lines = [(row["method"], row["strength"]) for row in found.rows()], []
     for judge, scores in found.scores.items():
         by_prompt: NDArray = scores.mean(axis=2)  # [points, prompts]
         of = {m: [k for k, (method, _) in enumerate(rows) if method == m] for m in METHODS}
         for pooled, every in (list(METHODS)[:2], list(METHODS)[2:]):
-            for budget, one, other in zip(BUDGETS, of[pooled], of[every], strict=True):
+            for budget, one, other in zip(BUDGETS[name], of[pooled], of[every], strict=True):
                 apart = by_prompt[other] - by_prompt[one]
                 drawn = np.random.default_rng(0).integers(0, len(apart), size=(2000, len(apart)))
                 low, high = np.percentile(apart[drawn].mean(axis=1), [2.5, 97.5])
@@ -297,7 +300,7 @@ def page() -> list[str]:
         found = lineas.load(FOLDER / name / "evaluation.safetensors")
         count = f"{len(found.prompts)} prompts, continuations of each: {found.statistics.shape[2]}, {NEW_TOKENS} tokens"
         lines += ["", f"### {CONCEPTS[name].label}", "", f"{count}.", "", *effect_table(name, found), ""]
-        lines += differences(found)
+        lines += differences(name, found)
         distances = json.loads((FOLDER / name / "distances.json").read_text())
         lines += [
             "",

@@ -31,7 +31,7 @@ def study(monkeypatch, tmp_path):
     small = type(concept)(concept.label, concept.sets, lambda: zoo.texts(3, seed=3), concept.judges, "", 2)
     monkeypatch.setitem(script.CONCEPTS, "sentiment", small)
     monkeypatch.setattr(script, "comments", lambda part: {name: zoo.texts(30, seed=4) for name in ("insult", "clean")})
-    for name, value in {"SIZE": 8, "NEW_TOKENS": 3, "FOLDER": tmp_path, "BUDGETS": (1e-4, 2e-4)}.items():
+    for name, value in {"SIZE": 8, "NEW_TOKENS": 3, "FOLDER": tmp_path, "BUDGETS": {"sentiment": (1e-4, 2e-4)}}.items():
         monkeypatch.setattr(script, name, value)
     for name, value in {"ROW": 8, "ROWS": 4, "EXACT": 320}.items():
         monkeypatch.setattr(script, name, value)
@@ -54,7 +54,7 @@ def test_the_study(study, monkeypatch):
     for name, one in made.maps("every token").items():
         np.testing.assert_allclose(one.weight, expected[name].weight, rtol=1e-4, atol=1e-5)
     found = made.evaluate()
-    assert len(found.rows()) == 1 + len(study.METHODS) * len(study.BUDGETS)
+    assert len(found.rows()) == 1 + len(study.METHODS) * 2
 
     def refused(*_, **__):
         raise AssertionError("it is there already")
@@ -71,7 +71,7 @@ def test_the_study(study, monkeypatch):
 def test_differences_are_those_of_the_scores(study):
     made = study.Study("sentiment")
     found = made.evaluate()
-    line = study.differences(found)[0]
+    line = study.differences("sentiment", found)[0]
     scores = {row["method"]: [] for row in found.rows()}
     for k, row in enumerate(found.rows()):
         scores[row["method"]].append(found.scores["VADER"][k].mean())
