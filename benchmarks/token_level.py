@@ -191,7 +191,7 @@ def peak(*, reset: bool = False) -> float:
 
 
 def slopes_apart(one: SteeringMaps, other: SteeringMaps) -> dict[str, float]:
-    """The largest and the middle relative difference of the slopes."""
+    """The largest and the median relative difference of the slopes."""
     off = np.concatenate([np.abs(one[name].weight / other[name].weight - 1) for name in other])
     return {"worst": float(off.max()), "typical": float(np.median(off))}
 
@@ -304,7 +304,7 @@ def page() -> list[str]:
         distances = json.loads((FOLDER / name / "distances.json").read_text())
         lines += [
             "",
-            "| maps at strength 1 | slopes: middle [5 %, 95 %] | held-out distance of tokens | of means of texts |",
+            "| maps at strength 1 | slopes: median [5 %, 95 %] | held-out distance of tokens | of means of texts |",
             "| --- | --- | ---: | ---: |",
         ]
         for method, one in distances.items():
@@ -322,13 +322,15 @@ def scale_lines(found: dict[str, Any]) -> list[str]:
         "### A million tokens",
         "",
         f"{found['tokens']} tokens of {found['width']} neurons through the first norm, in two streams: as arrays they "
-        f"would take {found['arrays']:.0f} MB. With `memory={found['memory']} << 20` the two sides took "
-        f"{found['held']:.0f} MB. The resident memory of the process was {found['loaded']:.0f} MB with the model; its "
-        f"peak {found['before']:.0f} MB after the first {4 * ROWS * ROW} tokens, and on the way, at every quarter of "
-        f"each stream and after the fit, {marks} MB. It took {found['seconds'] / 60:.1f} minutes on one thread; the "
-        f"rank error that is promised is "
-        f"{found['rank_error']:.1e}. One side in a file: {found['file']:.0f} MB, and the largest memory after it was "
-        f"written and read {found['after_save']:.0f} MB.",
+        f"would take {found['arrays']:.0f} MB.",
+        f"With `memory={found['memory']} << 20` the two sides took {found['held']:.0f} MB, and the rank error that is "
+        f"promised is {found['rank_error']:.1e}.",
+        f"The process took {found['loaded']:.0f} MB of resident memory with the model, and at most "
+        f"{found['before']:.0f} MB until the first {4 * ROWS * ROW} tokens had run.",
+        f"Its peak at every quarter of each stream, with its end, and after the fit: {marks} MB.",
+        f"That took {found['seconds'] / 60:.1f} minutes on one thread of a busy machine.",
+        f"One side makes a file of {found['file']:.0f} MB; the peak after it was written and read: "
+        f"{found['after_save']:.0f} MB.",
         "",
         f"Slopes from the first {found['few']} tokens a side, against the fit with all of them in memory:",
         "",
