@@ -14,6 +14,7 @@ from ._threads import get_num_threads, set_num_threads
 from ._version import __version__ as __version__
 from .arrays import baselines
 from .arrays.activation_files import FileArray, open_activations
+from .arrays.activation_quantiles import ActivationQuantiles
 from .arrays.activations import Activations
 from .arrays.closed_form import fit
 from .arrays.gate import fit_gate
@@ -65,6 +66,7 @@ _LAZY = {
     "Tokens": ("hooks.tokens", "Tokens", "torch"),
     "attached": ("hooks.attach", "attached", "torch"),
     "collect": ("hooks.collect", "collect", "torch"),
+    "collect_quantiles": ("hooks.collect", "collect_quantiles", "torch"),
     "detach": ("hooks.attach", "detach", "torch"),
     "evaluate": ("evaluation.sweep", "evaluate", "torch"),
     "explore": ("notebook.explorer", "Explorer", "anywidget"),
@@ -81,6 +83,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ActivationQuantiles",
     "Activations",
     "AffineMap",
     "AffineTransport",
@@ -106,6 +109,7 @@ __all__ = [
     "baselines",
     "bures_map",
     "collect",
+    "collect_quantiles",
     "covariance",
     "detach",
     "evaluate",

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..maps.metadata import spell, spell_layers
 
+T = TypeVar("T")
 
-class Activations(dict[str, NDArray]):
+
+class Collected(dict[str, T]):
+    """What was collected of every module, by its name in execution order, with what is known of where it comes from."""
+
+    def __init__(self, of_modules: Mapping[str, T], metadata: Mapping[str, Any]) -> None:
+        super().__init__(of_modules)
+        self.metadata = dict(metadata)
+        spell(self.metadata)  # refuses tokens that are none
+
+    def __or__(self, other: Any) -> Any:
+        return _joined(self, other) if isinstance(other, dict) else NotImplemented
+
+    def __ror__(self, other: Any) -> Any:
+        return _joined(other, self) if isinstance(other, dict) else NotImplemented
+
+    def __ior__(self, other: Any) -> Any:  # type: ignore[override,misc]
+        joined = _joined(self, other if isinstance(other, Collected) else dict(other))
+        self.metadata = joined.metadata
+        self.update(other)
+        return self
+
+
+class Activations(Collected[NDArray]):
     """Pooled activations by module name, in execution order, as `lineas.collect` returns them: a dict with metadata.
 
     Parameters
@@ -42,9 +65,7 @@ class Activations(dict[str, NDArray]):
     """
 
     def __init__(self, arrays: Mapping[str, NDArray], metadata: Mapping[str, Any]) -> None:
-        super().__init__(arrays)
-        self.metadata = dict(metadata)
-        spell(self.metadata)  # refuses tokens that are none
+        super().__init__(arrays, metadata)
 
     def copy(self) -> Activations:
         """Return another dict of the same arrays, with metadata of its own."""
@@ -83,30 +104,19 @@ class Activations(dict[str, NDArray]):
                 raise TypeError(f"index must be a slice, row numbers or booleans, got {index.dtype} {index.shape}")
         return Activations({name: x[index] for name, x in self.items()}, self.metadata)
 
-    def __or__(self, other: Any) -> Any:
-        return _joined(self, other) if isinstance(other, dict) else NotImplemented
-
-    def __ror__(self, other: Any) -> Any:
-        return _joined(other, self) if isinstance(other, dict) else NotImplemented
-
-    def __ior__(self, other: Any) -> Activations:  # type: ignore[override,misc]
-        self.metadata = _joined(self, other if isinstance(other, Activations) else dict(other)).metadata
-        self.update(other)
-        return self
-
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name!r}: {list(np.shape(x))}" for name, x in self.items())
         return f"Activations({{{shapes}}}, {self.metadata})"
 
 
 def origin(samples: Mapping[str, Any]) -> dict[str, Any]:
-    """What maps take over from the metadata of the `Activations` among the samples, which are named as in messages.
+    """What maps take over from the metadata of what was collected of the samples, which are named as in messages.
 
     ValueError if they are of different models or tokens, or pooled differently.
     """
     found: dict[str, tuple[str, Any]] = {}  # each fact, and which sample tells it
     for name, sample in samples.items():
-        metadata = spell(sample.metadata) if isinstance(sample, Activations) else {}
+        metadata = spell(sample.metadata) if isinstance(sample, Collected) else {}
         for fact in ("model", "layers", "pooling", "tokens"):
             value = metadata.get(fact)
             if value is None:
@@ -117,12 +127,13 @@ def origin(samples: Mapping[str, Any]) -> dict[str, Any]:
     return {fact: value for fact, (_, value) in found.items()}
 
 
-def _joined(first: dict[str, NDArray], second: dict[str, NDArray]) -> Activations:
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> Any:
     """``first | second``, at least one of which has metadata; what both know must be the same, but for the layers."""
     origin({"the left side": first, "the right side": second})
-    known = [one.metadata for one in (first, second) if isinstance(one, Activations)]
+    collected = [one for one in (first, second) if isinstance(one, Collected)]
+    known = [one.metadata for one in collected]
     metadata = known[0] | {fact: value for fact, value in known[-1].items() if value is not None}
     layers = [spell_layers(one["layers"]) for one in known if one.get("layers") is not None]
     if len(layers) == 2 and layers[0] != layers[1]:
         metadata["layers"] = [glob for one in layers for glob in (one if isinstance(one, list) else [one])]
-    return Activations({**first, **second}, metadata)
+    return type(collected[0])({**first, **second}, metadata)

@@ -58,10 +58,10 @@ def fit(
     ----------
     source : array_like, torch.Tensor, Quantiles, dask.array.Array or Mapping
         Activations [n, d], one row a prompt, n >= 2; or a mapping from module name to such an array (as
-        `lineas.collect` returns it), in execution order. float16, bfloat16, float32, float64 or integers. Of more than
-        memory holds: a `Quantiles` that has seen them, an iterator of blocks of rows, a memory map, a dask array, or
-        what `lineas.open_activations` finds in files; docs/quantiles.md says how close the maps are, docs/large-data.md
-        how the data are read.
+        `lineas.collect` or `lineas.collect_quantiles` returns it), in execution order. float16, bfloat16, float32,
+        float64 or integers. Of more than memory holds: a `Quantiles` that has seen them, an iterator of blocks of rows,
+        a memory map, a dask array, or what `lineas.open_activations` finds in files; docs/quantiles.md says how close
+        the maps are, docs/large-data.md how the data are read.
     target : array_like, torch.Tensor, Quantiles, dask.array.Array or Mapping
         Activations [m, d] to move to, m >= 2; a mapping has the same names. Rows are not paired; n and m may differ.
     method : {"linear", "gaussian", "mean"}, default "linear"

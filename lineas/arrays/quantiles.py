@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_int, as_sample, widen, working_dtype
 from .._threads import get_num_threads
+from ..maps.files import write
 from .moments import Moments, writable
 from .streams import Batches, take_batches
 
@@ -45,15 +48,23 @@ class _State(NamedTuple):
         return int(self.schedule[ERROR])
 
 
-def _lanes(dtype: np.dtype) -> int:
+def lanes_of(dtype: np.dtype) -> int:
     """Columns of a tile: what a cache line holds."""
     return 64 // dtype.itemsize
 
 
 def _start(d: int, rows: int, dtype: np.dtype) -> _State:
-    keys = np.zeros((-(-d // _lanes(dtype)), 0, rows, _lanes(dtype)), f"i{dtype.itemsize}")
+    keys = np.zeros((-(-d // lanes_of(dtype)), 0, rows, lanes_of(dtype)), f"i{dtype.itemsize}")
     moments = np.zeros(d), np.zeros(d), np.full(d, np.inf), np.full(d, -np.inf)
     return _State(0, *moments, keys, np.zeros(MOST_SLOTS + 3, np.int64))
+
+
+def _held(schedule: NDArray, run: int) -> list[tuple[int, int]]:
+    """The slots that hold rows, and how many each, by a schedule."""
+    rows = [run if weight else 0 for weight in schedule[:MOST_SLOTS].tolist()]
+    if schedule[FILLED]:
+        rows[int(schedule[OPEN])] = int(schedule[FILLED])
+    return [(slot, count) for slot, count in enumerate(rows) if count]
 
 
 def flip(keys: NDArray) -> NDArray:
@@ -80,7 +91,7 @@ def _columns(state: _State) -> NDArray:
 def _tiles(parts: Sequence[NDArray]) -> NDArray:
     """Keys [slots, rows, d] of one part of the columns or more, side by side, in tiles."""
     slots, rows = parts[0].shape[:2]
-    d, lanes = sum(part.shape[2] for part in parts), _lanes(parts[0].dtype)
+    d, lanes = sum(part.shape[2] for part in parts), lanes_of(parts[0].dtype)
     keys = np.zeros((slots, rows, -(-d // lanes) * lanes), parts[0].dtype)
     np.concatenate(parts, axis=2, out=keys[:, :, :d])
     return np.ascontiguousarray(keys.reshape(slots, rows, -1, lanes).transpose(2, 0, 1, 3))
@@ -131,6 +142,7 @@ class Quantiles:
     """
 
     __slots__ = ("_lock", "_rows", "_slots", "_state")
+    FORMAT: ClassVar[str] = "lineas quantiles"
 
     def __init__(self, size: int = 16384) -> None:
         size = as_int(size, "size", low=LEAST_SIZE)
@@ -400,6 +412,81 @@ class Quantiles:
             state = self._with_room(state, filled, full, state.seen + theirs.seen)
             self._state = state._replace(seen=_core.quantiles_merge(*state, *theirs, get_num_threads()))
         return self
+
+    def copy(self) -> Quantiles:
+        """Return another one that has seen the same."""
+        return copy.copy(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a safetensors file, which `lineas.load` reads, as a whole or not at all.
+
+        What is loaded goes on to the same bits.
+
+        Raises
+        ------
+        ValueError
+            If no row was seen.
+        OSError
+            If the file cannot be written.
+        """
+        tensors: dict[str, NDArray] = {}
+        state = self._put("", tensors)
+        write(path, self.FORMAT, tensors, {"state": state})
+
+    @classmethod
+    def from_file(cls, tensors: dict[str, NDArray], entries: dict[str, Any]) -> Quantiles:
+        """What `save` took apart, out of `tensors`; ValueError or TypeError where it does not hold together."""
+        return cls._take(entries["state"], "", tensors)
+
+    def _put(self, prefix: str, tensors: dict[str, NDArray]) -> dict[str, int]:
+        """Size and number of rows, for JSON; copies of the arrays go into `tensors`, under names that begin so.
+
+        Of the keys only those that stand for rows, [tiles, rows held, lanes], slot after slot.
+        """
+        with self._lock:
+            state = self._seen()
+            parts = [state.keys[:, slot, :rows] for slot, rows in _held(state.schedule, self._rows)]
+            tensors |= {prefix + name: getattr(state, name).copy() for name in _State._fields[1:] if name != "keys"}
+            tensors[prefix + "keys"] = np.concatenate(parts, axis=1)
+        return {"size": self.size, "seen": state.seen}
+
+    @classmethod
+    def _take(cls, facts: Any, prefix: str, tensors: dict[str, NDArray]) -> Quantiles:
+        """What `_put` took apart, out of `tensors`, checked: the file may be anybody's."""
+        if not isinstance(facts, dict) or any(type(facts.get(name)) is not int for name in ("size", "seen")):
+            raise ValueError(f"the state {prefix!r} in the header must have whole numbers 'size' and 'seen'")
+        found, where = cls(facts["size"]), f"the state {prefix!r}"
+        missing = [prefix + part for part in _State._fields[1:] if prefix + part not in tensors]
+        if missing:
+            raise ValueError(f"it lacks the tensor {missing[0]!r}")
+        arrays = (np.require(tensors.pop(prefix + part), requirements=["C", "A", "W"]) for part in _State._fields[1:])
+        state = _State(facts["seen"], *arrays)
+        if state.schedule.shape != (MOST_SLOTS + 3,) or state.schedule.dtype != np.int64 or state.seen < 1:
+            raise ValueError(f"{where} has no schedule, or has seen no rows")
+        if not 0 <= state.schedule[FILLED] < found._rows or not 0 <= state.schedule[OPEN] < MOST_SLOTS:
+            raise ValueError(f"{where} has an open slot that cannot be")
+        held = _held(state.schedule, found._rows)
+        rows = sum(rows for _, rows in held)
+        if found.size != facts["size"] or state.keys.ndim != 3 or state.keys.shape[1] != rows or not rows:
+            shape = list(state.keys.shape)
+            raise ValueError(f"{where} must have a size of whole runs and {rows} rows of keys, got shape {shape}")
+        kept, slots = state.keys, max(2, held[-1][0] + 1)
+        keys, start = np.zeros((kept.shape[0], slots, found._rows, kept.shape[2]), kept.dtype), 0
+        for slot, rows in held:
+            keys[:, slot, :rows] = part = kept[:, start : start + rows]
+            if rows == found._rows and (part[:, 1:] < part[:, :-1]).any():
+                raise ValueError(f"{where} holds values that are not in order")
+            start += rows
+        state = found._state = state._replace(keys=keys)
+        try:
+            _core.quantiles_read(*state, np.array([1, state.seen]), 1, 1)  # which knows what a state is
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where} is none: {error}") from None
+        if state.bound == 0 and (state.schedule[:MOST_SLOTS] > 1).any():
+            raise ValueError(f"{where} left values out and promises that it did not")
+        if not np.isfinite(flip(kept).view(state.dtype)).all() or any(np.isnan(part).any() for part in state[1:5]):
+            raise ValueError(f"{where} holds a value that is not finite")
+        return found
 
     def __repr__(self) -> str:
         with self._lock:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from ..arrays.activation_quantiles import size_within
+from ..arrays.quantiles import Quantiles
 from ..hooks.attach import warn_of_maps_on
-from ..hooks.collect import collect_batches
+from ..hooks.collect import collect_batches, quantiles_of_batches, widths_of
 from ..hooks.modules import check_runs, model_name
 from ..hooks.settings import takes
 from ..hooks.sites import choose_layers
@@ -17,7 +19,7 @@ from ..maps.metadata import describe
 from ..maps.steering import SteeringMaps
 from .end_to_end import read_sets
 from .settings import IncrementalSettings
-from .walk import walk
+from .walk import Rows, walk
 
 
 @takes(IncrementalSettings)
@@ -26,6 +28,7 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
 
     One forward pass of the source prompts where they are one batch, otherwise one a module: with more than 32 texts and
     memory for all of them, a larger `batch_size` saves time. The target activations are taken without maps.
+    With ``pooling="all"`` every token is a row of its own; `memory` bounds what is kept of them.
 
     Parameters
     ----------
@@ -43,7 +46,7 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     Raises
     ------
     TypeError, ValueError
-        As `fit` and `collect`.
+        As `fit` and `collect`; ValueError also if `memory` is less than 512 values of each neuron take.
 
     Warns
     -----
@@ -57,8 +60,15 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     names, layers = choose_layers(model, settings.layers, say=settings.progress)
     check_fit_tokens(settings.tokens, model)
     with frozen(model, gradients=False):
-        wanted = collect_batches(model, targets, names, settings)
-        maps = walk(
+        size, wanted = None, dict[str, Rows | Quantiles]()
+        if settings.memory is None:
+            wanted |= collect_batches(model, targets, names, settings)
+        else:
+            widths = widths_of(model, sides[0].first(), names, settings)
+            # The target of all modules is kept at once, the source of one at a time.
+            size = size_within(settings.memory, [*widths.values(), max(widths.values())])
+            wanted |= quantiles_of_batches(model, targets, widths, settings, size)
+        maps, error = walk(
             model,
             sources,
             wanted,
@@ -66,6 +76,8 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
             method=settings.method,
             shrinkage=settings.shrinkage,
             show=settings.progress,
+            size=size,
         )
     facts = {"model": model_name(model), "layers": layers, **settings.selection}
+    facts |= {"rank_error": error} if error > 0 else {}
     return SteeringMaps(maps, describe("incremental", **facts, settings=settings.record()))

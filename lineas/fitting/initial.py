@@ -107,7 +107,7 @@ class _Side:
         if method == "linear-incremental":
             return walk(
                 self.model, self.sources, self.target, self.settings, method="linear", shrinkage="auto", show=False
-            )
+            ).maps
         if method == "iti-c":
             return dict(baselines.iti_c(self.source, self.target))
         return dict(fit(self.source, self.target, method=method, shrinkage="auto"))

@@ -33,15 +33,26 @@ class IncrementalSettings(RunSettings):
     shrinkage : None, "auto" or float, default None
         As in `lineas.fit`; "auto" of each module by itself, by what difference the shrunk maps of the earlier ones
         have left.
+    memory : int, optional
+        Bytes for the activations that are kept: those of the target of all modules, and of the source of one. Given,
+        they go into streaming quantiles batch by batch (see `collect_quantiles`); while all rows fit, the maps are the
+        same to rounding, else the metadata have the largest "rank_error". For ``pooling="all"``. Not with `shrinkage`.
+        Default: every row is kept.
     """
 
     method: str = "linear"
     shrinkage: float | str | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         as_choice(self.method, "method", METHODS)
-        self._set(shrinkage=as_shrinkage(self.shrinkage))
+        self._set(
+            shrinkage=as_shrinkage(self.shrinkage),
+            memory=optional(as_int, self.memory, "memory", low=1),
+        )
+        if self.memory is not None and self.shrinkage is not None:
+            raise ValueError(f"shrinkage needs every row, got shrinkage={self.shrinkage!r} and memory={self.memory}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arrays.closed_form import fit
+from ..arrays.quantiles import Quantiles
 from ..hooks import outputs
 from ..hooks.affine import apply, parameters, working_dtype
 from ..hooks.capture import Capture
@@ -23,16 +24,24 @@ from ..maps.affine import AffineMap
 Rows: TypeAlias = NDArray[np.float32]
 
 
+class Walked(NamedTuple):
+    """The maps by module, and the largest rank error of the quantiles that they were fitted to."""
+
+    maps: dict[str, AffineMap]
+    rank_error: float
+
+
 def walk(
     model: nn.Module,
     batches: Sequence[Batch],
-    wanted: Mapping[str, Rows],
+    wanted: Mapping[str, Rows | Quantiles],
     settings: RunSettings,
     *,
     method: str,
     shrinkage: float | str | None,
     show: bool,
-) -> dict[str, AffineMap]:
+    size: int | None = None,
+) -> Walked:
     """Maps of the modules of `wanted`, in that order, each fitted with the earlier ones on; inside `frozen`.
 
     Parameters
@@ -41,7 +50,7 @@ def walk(
         The model, while it is `frozen` without gradients.
     batches : list of Batch
         The source prompts. One batch takes one forward pass, several take one for each module.
-    wanted : mapping of str to array
+    wanted : mapping of str to array or Quantiles
         Target activations [m, d] by module, in execution order.
     settings : RunSettings
         How the model is called, and which tokens are mapped and pooled and how.
@@ -49,6 +58,8 @@ def walk(
         As in `lineas.fit`.
     show : bool
         Show a progress bar.
+    size : int, optional
+        That of the `Quantiles` which the source rows of several batches go into. Default: all rows are kept.
     """
     order = list(wanted)
     with tqdm(total=len(order), desc="fit", disable=not show) as bar:
@@ -57,8 +68,17 @@ def walk(
             walker.run(batches[0], order, walker.fit)
         else:
             for k, name in enumerate(order):
-                walker.fit(name, np.concatenate([walker.rows(batch, order[: k + 1]) for batch in batches]))
-    return walker.maps
+                rows = (walker.rows(batch, order[: k + 1]) for batch in batches)
+                walker.fit(name, np.concatenate(list(rows)) if size is None else _summary(rows, name, size))
+    return Walked(walker.maps, walker.rank_error)
+
+
+def _summary(parts: Iterable[Rows], name: str, size: int) -> Quantiles:
+    """What quantiles of a size keep of the rows of a module."""
+    found = Quantiles(size)
+    for number, rows in enumerate(parts):
+        found._update(rows, f"source[{name!r}], batch {number}")
+    return found
 
 
 class _Walk:
@@ -67,7 +87,7 @@ class _Walk:
     def __init__(
         self,
         model: nn.Module,
-        wanted: Mapping[str, Rows],
+        wanted: Mapping[str, Rows | Quantiles],
         settings: RunSettings,
         method: str,
         shrinkage: float | str | None,
@@ -76,12 +96,15 @@ class _Walk:
         self.model, self.wanted, self.settings, self.bar = model, wanted, settings, bar
         self.method, self.shrinkage = method, shrinkage
         self.maps: dict[str, AffineMap] = {}
+        self.rank_error = 0.0
 
-    def fit(self, name: str, rows: Rows) -> None:
+    def fit(self, name: str, rows: Rows | Quantiles) -> None:
         """Fit the map of a module to pooled activations [n, d] of the source."""
         # As a mapping of one, so that errors name the module.
         source, target = {name: rows}, {name: self.wanted[name]}
-        self.maps[name] = fit(source, target, method=self.method, shrinkage=self.shrinkage)[name]
+        found = fit(source, target, method=self.method, shrinkage=self.shrinkage)
+        self.maps[name] = found[name]
+        self.rank_error = max(self.rank_error, found.metadata.get("rank_error", 0.0))
         self.bar.update()
 
     def rows(self, batch: Batch, names: Sequence[str]) -> Rows:

@@ -15,12 +15,13 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overloa
 
 from .._checks import as_choice, as_flag, as_int
 from .._names import near_names
+from ..arrays.samples import MEMORY
 from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
 
 # What metadata of maps have elsewhere, or cannot hold.
 _NOT_RECORDED = {
     *("layers", "loss_layers", "pooling", "tokens", "penalties", "n_penalties", "min_ratio"),
-    *("tokenizer", "forward", "progress", "held_out", "keep", "gates", "init", "on_top_of", "checkpoint"),
+    *("tokenizer", "forward", "progress", "memory", "held_out", "keep", "gates", "init", "on_top_of", "checkpoint"),
 }
 
 
@@ -44,7 +45,8 @@ class RunSettings:
         ``forward(model, batch)`` calls the model where ``model(**batch)``, ``model(batch)`` and ``model(*batch)`` do
         not fit.
     pooling : {"mean", "min", "max", "last", "all"}, default "mean"
-        Over the tokens under the attention mask. "all" keeps each of them as a sample of its own.
+        Over the tokens under the attention mask. "all" keeps each of them as a sample of its own;
+        `lineas.collect_quantiles` takes more of these than memory holds.
     tokens : "all", "last", "prompt", "generated", slice or callable, default "all"
         The tokens that maps act on, and over which activations are pooled: what is fitted is what the maps meet when
         they are attached (of a module that runs several times in a forward pass, at its first call). See
@@ -91,6 +93,24 @@ class RunSettings:
         """The settings that the metadata of maps keep, as JSON has them."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_RECORDED}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantilesSettings(RunSettings):
+    """Settings of `lineas.collect_quantiles`.
+
+    Parameters
+    ----------
+    memory : int, default 2**30
+        Bytes for the values kept of all modules together, at least 2048 for each neuron. While all rows fit, everything
+        is exact.
+    """
+
+    memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(memory=as_int(self.memory, "memory", low=1))
 
 
 def as_tokenizer(value: Any, name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ class Prompts:
         home = np.searchsorted(starts, rows, side="right") - 1
         parts = [batches.take(self.made[k], rows[home == k] - starts[k], self.argument) for k in np.unique(home)]
         return batches.split(parts, batch_size, self.argument)
+
+    def parts_of(self, entries: int, batch_size: int | None = None) -> int | None:
+        """How many `parts` so many entries like these make; None where that cannot be told, and of none."""
+        if isinstance(self.made, tokenize.TokenRows):
+            return -(-entries // (batch_size or BATCH_SIZE)) or None
+        return entries or None if batch_size is None else None
 
     def first(self) -> Batch:
         """A batch to look at: the first two prompts, or the first batch that the user made."""
@@ -97,6 +104,46 @@ def read(
     if kind is not None:
         return Prompts(tokenize.tokenize(entries, kind, tokenizer, max_length, argument), argument)
     return Prompts([batches.as_batch(entry, f"{argument}[{i}]") for i, entry in enumerate(entries)], argument)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether `data` is an iterable that need not be in memory as a whole, such as a generator or a `DataLoader`."""
+    return isinstance(data, Iterable) and not isinstance(data, Sequence | Mapping | Tensor | np.ndarray)
+
+
+def blocks(
+    data: Iterable[Any],
+    argument: str,
+    *,
+    tokenizer: tokenize.Tokenizer | None = None,
+    max_length: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Prompts]:
+    """What `read` gives, of an iterable that is read as it is needed: `batch_size` prompts at a time, or one batch.
+
+    Errors are those of `read`, raised where the iterable has come to; messages call a block ``data[64:96]``.
+    """
+    entries, start, first_kind = iter(data), 0, None
+    for entry in entries:
+        kind = "message" if tokenize.is_message(entry) else _kind([entry])
+        if kind == "message":
+            raise TypeError(f"{argument} is one conversation: give an iterable of them")
+        if start and kind != first_kind:
+            raise TypeError(
+                f"{argument}[{start}] must be a {first_kind or 'batch'} like the entries before it, got "
+                f"{type(entry).__name__}"
+            )
+        first_kind = kind
+        if kind is None:
+            yield Prompts([batches.as_batch(entry, f"{argument}[{start}]")], argument)
+            start += 1
+        else:
+            block = [entry, *itertools.islice(entries, (batch_size or BATCH_SIZE) - 1)]
+            end = start + len(block)
+            yield read(block, f"{argument}[{start}:{end}]", tokenizer=tokenizer, max_length=max_length)
+            start = end
+    if not start:
+        raise ValueError(f"{argument} is empty")
 
 
 def _kind(entries: Sequence[Any]) -> str | None:

@@ -11,8 +11,9 @@ sha256    checksum of the arrays and the rest of the header; files of old versio
 and, each as JSON, the entries of its format. Maps have "modules", the module names in execution order (safetensors
 keeps none), and "metadata"; their tensors are ``<module>.weight`` and ``<module>.bias``. Those with gates have "gates"
 as well: the gates without their tensors, ``gate <number>.<part>``, and by module the number of its gate. A `Record` has
-"fields", where a tensor's name stands for each of its arrays. Entries stand in alphabetical order: what is saved twice
-gives the same bytes.
+"fields", where a tensor's name stands for each of its arrays. Quantiles have "state", the numbers beside their arrays;
+those of several modules "modules", "states" in that order, and "metadata". Entries stand in alphabetical order: what is
+saved twice gives the same bytes.
 """
 
 import contextlib
@@ -62,6 +63,12 @@ FORMATS = {
     ),
     "lineas evaluation": Format("an evaluation", {"fields": dict}, ("evaluation.result", "Evaluation")),
     "lineas gaussian map": Format("a Gaussian map", {"fields": dict}, ("arrays.gaussian", "GaussianMap")),
+    "lineas quantiles": Format("quantiles", {"state": dict}, ("arrays.quantiles", "Quantiles")),
+    "lineas activation quantiles": Format(
+        "quantiles of activations",
+        {"modules": list, "states": list, "metadata": dict},
+        ("arrays.activation_quantiles", "ActivationQuantiles"),
+    ),
     "lineas checkpoint": Format("the checkpoint of a fit", {"state": dict}, None, version=3, oldest=3),
 }
 
@@ -260,7 +267,8 @@ def load(
 
     Returns
     -------
-    SteeringMaps, SparsePath, EndToEndPath, FitResult, SequenceResult, Evaluation or GaussianMap
+    SteeringMaps, SparsePath, EndToEndPath, FitResult, SequenceResult, Evaluation, GaussianMap, Quantiles or
+    ActivationQuantiles
         Equal to what was saved, metadata included.
 
     Raises

@@ -65,15 +65,17 @@ def to_tensors(value: SteeringMaps | Record) -> tuple[dict[str, NDArray], dict[s
 
 
 def from_tensors(cls: type, tensors: dict[str, NDArray], entries: dict[str, Any]) -> Any:
-    """The maps or the record that `to_tensors` took apart.
+    """The maps or the record that `to_tensors` took apart, or what another class makes by its ``from_file``.
 
     TypeError, ValueError, OverflowError or RecursionError if something is missing, unknown, of another type, or does
     not hold together.
     """
     if cls is SteeringMaps:
         found = _take(entries, SteeringMaps, "", tensors)
-    else:
+    elif issubclass(cls, Record):
         found = _take_fields(cls, entries["fields"], "", tensors)
+    else:  # quantiles, which stand further down
+        found = cls.from_file(tensors, entries)  # type: ignore[attr-defined]
     if tensors:
         raise ValueError(f"it has the unexpected tensor {min(tensors)!r}")
     return found

@@ -210,3 +210,67 @@ def test_progress_counts_modules(capfd):
     assert "3/3" in capfd.readouterr().err
     lineas.fit_incremental(models_zoo.llama(), SOURCE, TARGET, progress=False, **settings_of("llama"))
     assert capfd.readouterr().err == ""
+
+
+LONG = models_zoo.texts(40, shortest=30, longest=50), models_zoo.texts(30, seed=1, shortest=30, longest=50)
+LEAST = 4 * (models_zoo.LAYERS + 1) * models_zoo.WIDTH * 512  # bytes: the target of all modules, the source of one
+
+
+@pytest.mark.parametrize("batch_size", [40, 8])
+@pytest.mark.parametrize("pooling", ["mean", "all"])
+def test_within_memory_maps_are_the_same_while_all_rows_fit(pooling, batch_size):
+    model, settings = models_zoo.llama(), settings_of("llama", pooling=pooling, batch_size=batch_size, progress=False)
+    found = lineas.fit_incremental(model, *LONG, memory=1 << 20, **settings)
+    assert_same(found, lineas.fit_incremental(model, *LONG, **settings))
+    assert "rank_error" not in found.metadata and "memory" not in found.metadata["settings"]
+
+
+@pytest.mark.parametrize("batch_size", [40, 8])
+def test_tokens_of_more_than_memory_holds_are_fitted_from_what_is_kept(batch_size):
+    model = models_zoo.llama()
+    settings = settings_of("llama", pooling="all", batch_size=batch_size, progress=False)
+    found = lineas.fit_incremental(model, *LONG, memory=LEAST, **settings)
+    assert 0 < found.metadata["rank_error"] < 0.1
+    expected = lineas.fit_incremental(model, *LONG, **settings)
+    for name, one in expected.items():
+        np.testing.assert_allclose(found[name].weight, one.weight, rtol=0.02)
+        np.testing.assert_allclose(found[name].bias, one.bias, atol=0.02)
+    # What the steps by hand give.
+    first, last = (name for k, name in enumerate(found) if k != 1)
+    sides = [lineas.collect(model, texts, **settings)[first] for texts in LONG]
+    source = lineas.quantiles([sides[0]], size=512) if batch_size == 8 else sides[0]
+    by_hand = lineas.fit(source, lineas.quantiles([sides[1]], size=512))
+    np.testing.assert_allclose(found[first].weight, by_hand.weight, rtol=1e-5)
+    with found.select(list(found)[:2]).attach(model):
+        rows = lineas.collect(model, LONG[0], **settings)[last]
+    target = lineas.quantiles([lineas.collect(model, LONG[1], **settings)[last]], size=512)
+    by_hand = lineas.fit(lineas.quantiles([rows], size=512) if batch_size == 8 else rows, target)
+    np.testing.assert_allclose(found[last].weight, by_hand.weight, rtol=1e-4)
+
+
+def test_no_rows_of_all_modules_are_kept_within_memory(monkeypatch):
+    def refused(*_):
+        raise AssertionError("all rows are kept")
+
+    monkeypatch.setattr("lineas.fitting.incremental.collect_batches", refused)
+    monkeypatch.setattr("lineas.fitting.walk.np.concatenate", refused)
+    settings = settings_of("llama", pooling="all", batch_size=8, progress=False)
+    lineas.fit_incremental(models_zoo.llama(), *LONG, memory=LEAST, **settings)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"memory": LEAST - 1}, f"^memory must be at least {LEAST} bytes, for 512 values of each of 64 neurons, got "),
+        ({"memory": 0}, "^memory must be at least 1, got 0"),
+        (
+            {"memory": LEAST, "shrinkage": "auto"},
+            f"^shrinkage needs every row, got shrinkage='auto' and memory={LEAST}",
+        ),
+    ],
+)
+def test_memory_that_is_refused(more, text):
+    model = models_zoo.llama()
+    with pytest.raises(ValueError, match=text):
+        lineas.fit_incremental(model, *LONG, **settings_of("llama", progress=False, **more))
+    assert not any(module._forward_hooks for module in model.modules())

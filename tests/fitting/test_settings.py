@@ -12,10 +12,11 @@ from fits import QUIET, prompts
 
 import lineas
 from lineas.fitting.settings import FitSettings, IncrementalSettings, JointSettings, PathSettings, SequenceSettings
-from lineas.hooks.settings import RunSettings, takes
+from lineas.hooks.settings import QuantilesSettings, RunSettings, takes
 
 CALLS = {
     lineas.collect: RunSettings,
+    lineas.collect_quantiles: QuantilesSettings,
     lineas.fit_end_to_end: FitSettings,
     lineas.fit_jointly: JointSettings,
     lineas.fit_sequence: SequenceSettings,
