@@ -8,7 +8,7 @@ loss. Then every method is turned up until the loss on clean text has risen by a
 continuations is judged, as in benchmarks/toxicity.py.
 
     python benchmarks/sample_sizes.py [--write] [--sizes 8 32 128 1024] [--seeds 0 1 2] [--sites norm o_proj]
-                                      [--methods NAME ...] [--distances-only] [--threads 2] [--bf16]
+                                      [--methods NAME ...] [--toxic-sizes 8 32] [--threads 2] [--bf16]
 
 With --write the tables go into docs/sample-sizes.md and the picture into docs/sample-sizes.png. What is finished is
 kept in build/sample-sizes and build/toxicity, so that a run that was cut off goes on where it was; remove the folders
@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES), help="default: both")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--distances-only", action="store_true", help="generate nothing")
+    parser.add_argument(
+        "--toxic-sizes", type=int, nargs="*", help="sizes of which continuations are judged, or none; default: all"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the engine")
     parser.add_argument("--bf16", action="store_true", help="fit with factors rounded to bfloat16, judge in bfloat16")
     args = parser.parse_args()
@@ -244,10 +246,9 @@ def main() -> None:
         "",
         *distance_tables(found, args.sites, args.sizes, args.methods),
     ]
-    if not args.distances_only:
-        for site in args.sites:
-            for size in args.sizes:
-                lines += toxicity_table(Sized(shared, site, size), args.methods, args.seeds)
+    for site in args.sites:
+        for size in args.sizes if args.toxic_sizes is None else args.toxic_sizes:
+            lines += toxicity_table(Sized(shared, site, size), args.methods, args.seeds)
     print("\n".join(lines))
     if args.write:
         write_between(ROOT / "docs" / "sample-sizes.md", MARKS, lines[:-1])
