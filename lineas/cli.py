@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineas
-from lineas import cli_fold
+from lineas import cli_fold, cli_torchrun
 from lineas._checks import as_int, as_not_negative, as_share
 from lineas.fitting import settings
 from lineas.hooks.settings import RunSettings
@@ -123,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.prompt = [*args.prompt, *rest]
     try:
-        return args.run(args) or 0
+        with cli_torchrun.joined(args):
+            return args.run(args) or 0
     except KeyboardInterrupt:
         print("lineas: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -321,8 +322,7 @@ def _fit(args: argparse.Namespace) -> int:
         given["held_out"] = (held_source, held_target)
     if "keep" in given:
         given["keep"] = _read_sets(args.keep, None)[0]
-    named = ("source", "target", "keep", "checkpoint", "output")
-    files = {name: getattr(args, name) for name in named if getattr(args, name)}
+    files = {name: path for name in ("source", "target", "keep", "checkpoint", "output") if (path := vars(args)[name])}
     for name, path in files.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")
@@ -334,7 +334,7 @@ def _fit(args: argparse.Namespace) -> int:
     given |= {"tokenizer": tokenizer, "progress": not args.quiet}
     code = 0
     if args.method == "end-to-end":
-        result = lineas.fit_end_to_end(model, source, target, **given)
+        result = lineas.fit_end_to_end(model, source, target, process_group=args.process_group, **given)
         maps, code = result.maps, INTERRUPTED if result.stopped == "interrupted" else 0
         _report(result)
     elif args.method == "incremental":
@@ -342,7 +342,8 @@ def _fit(args: argparse.Namespace) -> int:
     else:
         before, after = (lineas.collect(model, prompts, **given) for prompts in (source, target))
         maps = lineas.fit(before, after, method=args.method)
-    maps.save(args.output)
+    if args.writes:
+        maps.save(args.output)
     print(f"{maps!r}\nwritten to {args.output}")
     return code
 
@@ -512,8 +513,7 @@ def _info(args: argparse.Namespace) -> None:
     maps = _load_maps(args.maps)
     print(repr(maps))
     for key, value in maps.metadata.items():
-        if key == "settings":
-            value = ", ".join(f"{name}={setting}" for name, setting in value.items())
+        value = ", ".join(f"{name}={one}" for name, one in value.items()) if key == "settings" else value
         if key != "history":  # long; the file keeps it
             print(f"{key}: {value}")
     print(f"\n{maps.summary()}")

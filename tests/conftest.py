@@ -37,11 +37,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """A file is run by one process, but for the notebooks: these take minutes each, and so come first."""
+    """A file is run by one process, but for the notebooks: these take minutes each, and so come first.
+
+    The files of fits on several processes share what two of these have found.
+    """
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     for item in items:
         alone = item.path.name == "test_notebooks.py"
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
+        together = "test_distributed" if item.path.name.startswith("test_distributed") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else together))
 
 
 def pytest_collection_finish():

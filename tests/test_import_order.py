@@ -18,10 +18,11 @@ ROOMS = (
     ("notebook",),
     ("__init__",),
     ("demo",),
-    ("cli_fold",),
+    ("cli_fold", "cli_torchrun"),
     ("cli",),
+    ("__main__",),
 )
-NO_TORCH = ("maps", "arrays", "notebook", "cli", "cli_fold")
+NO_TORCH = ("maps", "arrays", "notebook", "cli", "cli_fold", "cli_torchrun")
 # Imports of lineas inside functions, and lazy methods: module, and what it asks for when it is called.
 LAZY = {
     "arrays.gaussian": ["hooks.affine"],

@@ -45,10 +45,10 @@ class Checkpoint:
     ) -> None:
         self.path, self.identity = os.fspath(path), identity
         self.targets = {argument: _moments(samples) for argument, samples in targets.items()}
-        self.names, self.tolerance = objective.loss_names, objective.tolerance
+        self.names, self.tolerance, self.processes = objective.loss_names, objective.tolerance, objective.processes
 
     def save(self, history: History, steps: Steps) -> None:
-        """Write the fit as it stands; OSError if that fails."""
+        """Write the fit as it stands, by the first of several processes; OSError if that fails."""
         tensors, state = steps.state()
         maps = history.maps
         tensors |= {"weight": maps.weight, "bias": maps.bias}
@@ -57,7 +57,9 @@ class Checkpoint:
         for argument, moments in self.targets.items():
             tensors |= {f"moments {argument} {k}": module for k, module in enumerate(moments)}
         random = RandomState(steps.objective.model)
-        tensors |= {f"random {device}": numbers for device, numbers in random.tensors.items()}
+        tensors |= self.processes.each({f"random {device}": numbers for device, numbers in random.tensors.items()})
+        if self.processes.rank != 0:
+            return
         if history.best is not None:
             tensors |= {"best weight": history.best[0], "best bias": history.best[1]}
         progress = {name: getattr(history, name) for name in _PROGRESS}
@@ -65,7 +67,7 @@ class Checkpoint:
 
     def resume(self, history: History, steps: Steps) -> None:
         """Go on from the file; errors as of `load`, and a ValueError that says what differs from another fit's."""
-        tensors, state = load(self.path)
+        tensors, state = self.processes.read(lambda: load(self.path))
         seen = state["identity"]
         differs = next((key for key, value in self.identity.items() if seen.get(key) != value), None)
         if differs is not None:
@@ -94,7 +96,10 @@ class Checkpoint:
         steps.resume(tensors, state["steps"])
         steps.passes = state["passes"]
         random = RandomState(steps.objective.model)
-        random.tensors = {name: tensors.get(f"random {name}", numbers) for name, numbers in random.tensors.items()}
+        random.tensors = {
+            name: tensors.get(self.processes.mine(f"random {name}"), numbers)
+            for name, numbers in random.tensors.items()
+        }
         random.restore()
 
     def _check_targets(self, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._checks import as_pair
+from .._version import __version__
 from .._warn import warn
 from ..hooks.attach import warn_of_maps_on
 from ..hooks.collect import read_prompts
@@ -25,6 +26,7 @@ from ..maps.gates import arrays_of, facts_of
 from ..maps.metadata import describe, spell_tokens
 from ..maps.steering import SteeringMaps
 from .checkpoint import Checkpoint, digest, digest_of_weights
+from .distributed import ALONE, Processes, processes_of
 from .initial import start
 from .loop import History, of_tasks, run
 from .objective import Objective, Task
@@ -79,6 +81,8 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
         If an argument is of a wrong type.
     OSError
         If a checkpoint cannot be read or written; what is on disk stays.
+    RuntimeError
+        With `process_group`, if another process has failed or ended; the message says which, and why where it could.
     ValueError
         If the model's weights are on the meta device, `checkpoint` is there and is none, damaged or of another fit, a
         setting is out of range, no module matches, a
@@ -178,23 +182,29 @@ def read_sets(name: str | None, pair: Pair, held_out: Pair | None, settings: Run
 
 
 def prepare(
-    model: nn.Module, tasks: list[Sets], settings: ObjectiveSettings, mini_batch: int | None = None
+    model: nn.Module,
+    tasks: list[Sets],
+    settings: ObjectiveSettings,
+    mini_batch: int | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Objective, list[Task], list[Task], dict[str, Any]]:
     """The objective, the tasks to fit, the held-out ones, and what metadata say of them all; inside `frozen`.
 
-    Every set is divided into forward passes. With ``mini_batch`` the steps draw so many prompts of the source.
+    Every set is divided into forward passes, of several `processes` each its own part. With ``mini_batch`` the steps
+    draw so many prompts of the source.
     """
     map_names, layers = choose_layers(model, settings.layers, say=settings.progress)
     loss_layers = layers if settings.loss_layers is None else settings.loss_layers
     loss_names = map_names if settings.loss_layers is None else resolve(model, loss_layers, argument="loss_layers")
     check_fit_tokens(settings.tokens, model)
     size = settings.batch_size
+    tasks = [[processes.share(prompts) for prompts in sets] for sets in tasks]
     samplers = [
         None if mini_batch is None else Sampler(sets[0], mini_batch, batch_size=size, seed=settings.seed)
         for sets in tasks
     ]
-    torch.manual_seed(settings.seed)
-    objective = Objective(model, map_names, loss_names, settings)
+    torch.manual_seed(processes.seed(settings.seed))
+    objective = Objective(model, map_names, loss_names, settings, processes)
 
     def task(source: Prompts, target: Prompts, sampler: Sampler | None = None, *, fitted: bool = False) -> Task:
         targets = objective.target(target.parts(size or mini_batch), target.argument, fitted=fitted)
@@ -231,17 +241,43 @@ def fit_maps(
     The maps that are returned are those that were fitted, without those below. The targets of `preserved` tasks are
     added to what is to stay as it is.
     """
+    processes, model = processes_of(model, settings.process_group)
+    with processes.session():
+        if processes.rank != 0:
+            settings = replace(settings, progress=False)
+        return _fit_maps(model, given, settings, caller, below, preserved, processes)
+
+
+def _fit_maps(
+    model: nn.Module,
+    given: Sequence[NamedPairs],
+    settings: FitSettings,
+    caller: str,
+    below: Sequence[SteeringMaps],
+    preserved: Sequence[NamedPairs],
+    processes: Processes,
+) -> FitResult:
     tasks, others = ([read_sets(*task, settings) for task in some] for some in (given, preserved))
     preserves = settings.keep_weight != 0
     keep = None
     if settings.keep is not None:
         keep = join([read_prompts(settings.keep, "keep", settings), *(sets[1] for sets in others)])
     names = [name for name, *_ in given]
+    same = {"pooling": settings.pooling, "tokens": spell_tokens(settings.tokens), "tasks": names}
+    if settings.process_group is not None or settings.checkpoint is not None:
+        kept_contents = None if keep is None else keep.contents()
+        same |= {
+            "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
+            "digest of keep": digest(kept_contents, [one.contents() for sets in others for one in sets]),
+            "digest of on_top_of": digest_of_maps(below),
+            "digest of the model's weights": digest_of_weights(model),
+        }
+    processes.compare({**same, **settings.record(), **_of_processes(settings)})
     with ExitStack() as stack:
         for one in below:
             stack.enter_context(one.attach(model, tokens=settings.tokens))
         stack.enter_context(frozen(model))
-        objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch)
+        objective, fitted, held_out, facts = prepare(model, tasks, settings, settings.mini_batch, processes)
         maps = parameters_of(objective, settings)
         if settings.disjoint:
             leave_alone(maps, below)
@@ -264,33 +300,26 @@ def fit_maps(
         history, checkpoint = History(maps, preserves=preserves), None
         history.held_out_passes = len(held_out) * sum(map(len, facts.get("init_losses", {}).values()))
         penalty = penalty_of(maps, settings.penalties, maps.sizes)
+        identity = {
+            **{key: value for key, value in settings.record().items() if key not in settings.free},
+            "modules": objective.widths,
+            "loss modules": objective.loss_names,
+            "dtype": str(objective.dtype),
+            "dtypes of the activations": sorted(map(str, objective.seen)),
+            **same,
+            "digest of init": digest(maps.weight, maps.bias),
+            "digest of gates": digest(
+                {name: [arrays_of(gate), facts_of(gate)] for name, gate in objective.gates.items()}
+            ),
+        }
+        processes.compare(identity)
         if settings.checkpoint is not None:
-            identity = {
-                **{key: value for key, value in settings.record().items() if key not in settings.free},
-                "pooling": settings.pooling,
-                "tokens": spell_tokens(settings.tokens),
-                "modules": objective.widths,
-                "loss modules": objective.loss_names,
-                "dtype": str(objective.dtype),
-                "dtypes of the activations": sorted(map(str, objective.seen)),
-                "tasks": names,
-                "digest of the prompts": digest([prompts.contents() for sets in tasks for prompts in sets]),
-                "digest of keep": digest(
-                    None if keep is None else keep.contents(), [one.contents() for sets in others for one in sets]
-                ),
-                "digest of the model's weights": digest_of_weights(model),
-                "digest of init": digest(maps.weight, maps.bias),
-                "digest of on_top_of": digest_of_maps(below),
-                "digest of gates": digest(
-                    {name: [arrays_of(gate), facts_of(gate)] for name, gate in objective.gates.items()}
-                ),
-            }
             # The targets are the second of the sets, and the held-out ones the fourth.
             fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
             fits |= {sets[3].argument: task for sets, task in zip(tasks, held_out, strict=False)}
             targets = {argument: task.targets for argument, task in fits.items()}
             checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective)
-            if os.path.exists(settings.checkpoint):
+            if processes.same(os.path.exists(settings.checkpoint)):
                 checkpoint.resume(history, steps)
         run(steps, history, checkpoint, held_out, held_out_kept, settings, caller)
     loss = None
@@ -307,18 +336,21 @@ def fit_maps(
         if history.best_terms is not None:
             losses = of_tasks(history.best_terms, settings.scaling).tolist()
             held_out_task_loss = {str(name): loss for name, loss in zip(names, losses, strict=True)}
+    history.held_out_passes, passes = processes.same([history.held_out_passes, steps.passes])
     course = {name: arrays[name].tolist() for name in ("loss", "held_out_loss")}
     course |= {name: getattr(history, name) for name in ("best_step", "best_strength", "stopped")}
     method = "end-to-end" if len(given) == 1 else "joint end-to-end"
     return FitResult(
         maps=SteeringMaps(
-            maps.snapshot(), describe(method, **facts, settings=settings.record(), history=course), objective.gates
+            maps.snapshot(processes),
+            describe(method, **facts, settings=settings.record(), history=course),
+            objective.gates,
         ),
         history=arrays,
         best_step=history.best_step,
         stopped=history.stopped,
         held_out_loss=history.best_loss,
-        passes=steps.passes,
+        passes=passes,
         held_out_passes=history.held_out_passes,
         held_out_task_loss=held_out_task_loss,
         best_strength=history.best_strength,
@@ -327,15 +359,28 @@ def fit_maps(
     )
 
 
+def _of_processes(settings: FitSettings) -> dict[str, Any]:
+    """What must be the same on every process beside what metadata record and digests tell."""
+    given: dict[str, Any] = {name: getattr(settings, name) is not None for name in ("checkpoint", "gates", "forward")}
+    given["init"] = settings.init if isinstance(settings.init, str) else settings.init is not None
+    return given | {
+        "layers": repr(settings.layers),
+        "loss_layers": repr(settings.loss_layers),
+        "patience": settings.patience,
+        "version of lineas": __version__,
+    }
+
+
 def _preservations(
     objective: Objective, tasks: list[Sets], keep: Prompts | None, settings: FitSettings
 ) -> tuple[Preservation, Preservation | None]:
     """What is to stay as it is in the fit, and on held-out prompts where there are any."""
-    held_out = len(tasks[0]) > 2
+    held_out, share = len(tasks[0]) > 2, objective.processes.share
     if keep is None:
-        targets = [join([sets[k] for sets in tasks]) for k in ((1, 3) if held_out else (1,))]
+        targets = [share(join([sets[k] for sets in tasks])) for k in ((1, 3) if held_out else (1,))]
         kept = [Preservation(objective, targets[0], mini_batch=settings.mini_batch)]
         return kept[0], Preservation(objective, targets[1]) if held_out else None
+    keep = share(keep)
     if not held_out:
         return Preservation(objective, keep, mini_batch=settings.mini_batch), None
     count = sum(keep.counts())

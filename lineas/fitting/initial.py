@@ -17,10 +17,11 @@ from ..inputs.batches import Batch
 from ..inputs.frozen import RandomState
 from ..inputs.prompts import Prompts
 from ..maps.affine import AffineMap
+from .distributed import Processes
 from .objective import NonFinite, Objective, Task
 from .parameters import MapParameters
 from .settings import INITS, FitSettings
-from .walk import Rows, walk
+from .walk import Rows, of_all, of_prompts, walk
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """At which "best" tries maps, in this order."""
@@ -45,10 +46,11 @@ def start(
     """
     random = RandomState(model)  # the steps of a model that draws random numbers are those of a start without
     with torch.no_grad():
-        sides = [_Side(model, objective.map_names, sets[0], sets[1], settings) for sets in tasks]
+        processes = objective.processes
+        sides = [_Side(model, objective.map_names, sets[0], sets[1], settings, processes) for sets in tasks]
         if settings.init != "best":
             method = str(settings.init)
-            maps.load(mean_of([side.maps(method) for side in sides]))
+            _load(maps, sides, method)
             found: dict[str, Any] = {"init": {"method": method, "strength": 1.0}}
         else:
             found = _best(sides, objective, held_out, maps)
@@ -67,7 +69,7 @@ def _best(
     for method in INITS[:-1]:
         if method == "iti-c" and importlib.util.find_spec("sklearn") is None:
             continue
-        maps.load(mean_of([side.maps(method) for side in sides]))
+        _load(maps, sides, method)
         losses[method] = tried = _along(lambda strength: objective.loss(held_out, maps.leaves(strength))[0])
         for strength, loss in tried:
             if loss < lowest:
@@ -75,6 +77,12 @@ def _best(
     maps.weight.copy_(values[0])
     maps.bias.copy_(values[1])
     return {"init": best, "init_losses": losses}
+
+
+def _load(maps: MapParameters, sides: Sequence[_Side], method: str) -> None:
+    """Load the maps of a method, the mean over the tasks, as the first of several processes has them."""
+    maps.load(mean_of([side.maps(method) for side in sides]))
+    sides[0].processes.same_tensors(maps.weight, maps.bias)
 
 
 def _along(loss: Callable[[float], float]) -> Losses:
@@ -94,19 +102,40 @@ class _Side:
     """Source and target of a task, with their pooled activations, which are collected once."""
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], source: Prompts, target: Prompts, settings: FitSettings
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        source: Prompts,
+        target: Prompts,
+        settings: FitSettings,
+        processes: Processes,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.processes = model, settings, processes
         size = settings.batch_size or settings.mini_batch
-        self.sources: list[Batch] = source.parts(size)
-        self.source: dict[str, Rows] = collect_batches(model, self.sources, names, settings)
-        self.target: dict[str, Rows] = collect_batches(model, target.parts(size), names, settings)
+        self.sources: list[Batch] = processes.share(source).parts(size)
+        self.source = self._rows(self.sources, names, source.argument)
+        self.target = self._rows(processes.share(target).parts(size), names, target.argument)
+
+    def _rows(self, batches: Sequence[Batch], names: Sequence[str], argument: str) -> dict[str, Rows]:
+        """Pooled activations of the prompts of all processes."""
+        if self.processes.size == 1:
+            return collect_batches(self.model, batches, names, self.settings)
+        parts = [(batch, collect_batches(self.model, [batch], names, self.settings)) for batch in batches]
+        own = {name: np.concatenate([of_prompts(batch, part[name]) for batch, part in parts]) for name in parts[0][1]}
+        return {name: of_all(rows, self.processes, argument) for name, rows in own.items()}
 
     def maps(self, method: str) -> Maps:
         """The maps of a method by module, at strength 1."""
         if method == "linear-incremental":
             return walk(
-                self.model, self.sources, self.target, self.settings, method="linear", shrinkage="auto", show=False
+                self.model,
+                self.sources,
+                self.target,
+                self.settings,
+                method="linear",
+                shrinkage="auto",
+                show=False,
+                processes=self.processes,
             ).maps
         if method == "iti-c":
             return dict(baselines.iti_c(self.source, self.target))

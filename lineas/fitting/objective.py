@@ -22,7 +22,9 @@ from ..maps.affine import AffineMap
 from ..maps.gates import AnyGate
 from ..maps.steering import SteeringMaps
 from .autograd import sort_columns, wasserstein
+from .distributed import ALONE, IdleTurn, NonFinite, Processes
 from .settings import ObjectiveSettings
+from .sharded import check_plain
 
 Leaves = Mapping[str, tuple[Tensor, Tensor]]
 """Slopes and shifts of every map, as leaves of the graph."""
@@ -31,10 +33,6 @@ Leaves = Mapping[str, tuple[Tensor, Tensor]]
 # about 2 ** 6: a factor of 2 ** 9 below the overflow, and entries down to 2 ** -20 times that one keep all their bits.
 # Where that overflows, smaller ones are tried.
 HALF_EXPONENTS = (6, 2, -2, -6)
-
-
-class NonFinite(ValueError):
-    """A loss or a gradient is not finite; the message names the module."""
 
 
 class Task(NamedTuple):
@@ -96,13 +94,20 @@ class Objective:
         their mean, of activations divided by the standard deviations of the targets or as they are; their sum (LinEAS,
         arXiv 2503.10679, eq. 4); or as in the published code, where the term of a module is multiplied by min(n, m) / d
         and the mean taken.
+    processes : Processes, optional
+        Those that run this objective together, each with its own part of all prompts. Default: this one alone.
     """
 
     def __init__(
-        self, model: nn.Module, map_names: Sequence[str], loss_names: Sequence[str], settings: ObjectiveSettings
+        self,
+        model: nn.Module,
+        map_names: Sequence[str],
+        loss_names: Sequence[str],
+        settings: ObjectiveSettings,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.map_names, self.loss_names = model, list(map_names), list(loss_names)
-        self.settings = settings
+        self.settings, self.processes = settings, processes
         self.widths: dict[str, int] = {}
         self.dtype = torch.float64
         self.device = torch.device("cpu")
@@ -139,15 +144,20 @@ class Objective:
         """
         fitted = fitted and self.settings.scaling == "standardized"
         self._sums = {} if fitted else None
-        with torch.no_grad():  # no decorator, which would be taken for the caller where something is warned of
+        with torch.no_grad(), self.processes.together():  # no decorator, which warnings would take for the caller
             parts = [self._pooled(Capture(), batch, None) for batch in batches]
-        samples = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            own = [torch.cat([part[name] for part in parts]) for name in parts[0]]
+            self.processes.check_whole(own, list(parts[0]), self.tolerance)
+            samples = dict(zip(parts[0], self.processes.rows(own, argument), strict=True))
         self.widths = {name: self.widths[name] for name in self.map_names}
         compared = [samples[name] for name in self.loss_names]
         _check_count(compared, argument)
         ordered = sort_columns(compared, [f"{argument}: {name}" for name in self.loss_names])
         if self._sums is not None:
-            self._moments.append(self._moments_of(samples, self._sums))
+            sums, _ = self.processes.added(list(self._sums.values()))
+            moments = self._moments_of(samples, dict(zip(self._sums, sums, strict=True)))
+            self.processes.same_tensors(*(tensor for found in moments.values() for tensor in found))
+            self._moments.append(moments)
             self.precisions = [1 / self._variance(name) for name in self.loss_names]
             self._sums = None
         return ordered
@@ -189,7 +199,8 @@ class Objective:
     def _activations(self, batches: Sequence[Batch], maps: Leaves) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules, all batches one after the other, without a graph."""
         with torch.no_grad():
-            return _join([self._at_losses(Capture(), batch, maps) for batch in batches])
+            own = _join([self._at_losses(Capture(), batch, maps) for batch in batches])
+            return self.processes.rows(own, "the prompts")
 
     def _at_losses(self, capture: Capture, batch: Batch, maps: Leaves) -> list[Tensor]:
         """Pooled activations [n, d_k] of the loss modules for one batch, with maps on."""
@@ -206,6 +217,7 @@ class Objective:
         pooled: dict[str, Tensor] = {}
         steer = self.steerer(choice, maps)
         differentiated = torch.is_grad_enabled()
+        sharding = self.processes.sharding
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
             if differentiated and not torch.is_grad_enabled():
@@ -214,6 +226,7 @@ class Objective:
                     "that of a diffusers pipeline; give a forward that runs it with them, like "
                     "type(pipe).__call__.__wrapped__"
                 )
+            check_plain(name, tensor)
             self.seen.add(tensor.dtype)
             replaced = None
             if name in mapped:
@@ -221,24 +234,30 @@ class Objective:
                 if maps is None:
                     self._learn(name, tensor, tensor.shape[axis])
                     if self._sums is not None:
-                        self._add(name, choice.rows(name, module, tensor, axis))
+                        rows = choice.rows(name, module, tensor, axis)
+                        self._add(name, rows[:0] if isinstance(batch, IdleTurn) else rows)
             replaced = steer(name, module, tensor)
             if name in wanted and name not in pooled:  # a module called twice counts with its first call
+                if sharding is not None:
+                    sharding.before_backward(module, tensor if replaced is None else replaced)
                 pooled[name] = choice.pool(name, module, tensor, replaced)
             return replaced
 
         last = self.loss_names[-1] if self._ordered else None  # the first run goes on until every module was called
-        order = capture.run(self.model, batch, names, on_output, last=last, forward=self.settings.forward)
+        leave = sharding is None or sharding.leaves
+        order = capture.run(self.model, batch, names, on_output, last=last, forward=self.settings.forward, leave=leave)
         if not self._ordered:
             warn_of_repeated(capture.repeated)
             self._sort(order)
+        if isinstance(batch, IdleTurn):  # with its graph: a backward pass of it gives zeros
+            pooled = {name: one[:0] for name, one in pooled.items()}
         return {name: one.to(self.device, self.dtype) for name, one in pooled.items()}
 
     def _add(self, name: str, rows: Tensor) -> None:
         """Add the activations [N, d] of the tokens of a batch to their number, sum and sum of squares."""
         assert self._sums is not None
         wide = double(rows)
-        total = torch.stack([torch.full_like(wide[0], len(wide)), wide.sum(dim=0), wide.square().sum(dim=0)])
+        total = torch.stack([wide.new_full(wide.shape[1:], len(wide)), wide.sum(dim=0), wide.square().sum(dim=0)])
         self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def _learn(self, name: str, tensor: Tensor, width: int) -> None:
@@ -297,9 +316,12 @@ class Objective:
         The loss of a task is the mean of its terms, or their sum in the scaling "paper". NonFinite if an activation or
         a term is not finite.
         """
-        compared = [self._compare(task, self._activations(task.batches, maps)) for task in tasks]
-        totals, terms = zip(*compared, strict=True)
-        return torch.stack(totals).mean().item(), torch.stack(terms)
+        with self.processes.together():
+            compared = [self._compare(task, self._activations(task.batches, maps)) for task in tasks]
+            totals, terms = zip(*compared, strict=True)
+            found = torch.cat([torch.stack(totals), *terms])
+            self.processes.same_tensors(found)
+        return found[: len(tasks)].mean().item(), found[len(tasks) :].reshape(len(tasks), -1)
 
     def _compare(self, task: Task, us: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss of pooled activations, differentiable in them, and its terms."""
@@ -329,7 +351,8 @@ class Objective:
         if the loss or a gradient is not finite; ValueError if a map has no influence on the loss, or the model does not
         give the same activations twice.
         """
-        totals, terms, *grads = zip(*(self._gradient(task, maps) for task in tasks), strict=True)
+        with self.processes.together():
+            totals, terms, *grads = zip(*(self._gradient(task, maps) for task in tasks), strict=True)
         grad_weight, grad_bias = (torch.stack(parts).mean(dim=0) for parts in grads)
         return sum(totals) / len(totals), torch.stack(terms), grad_weight, grad_bias
 
@@ -348,14 +371,18 @@ class Objective:
                 with torch.set_grad_enabled(k == len(task.batches)):
                     runs.append(_Run(batch, random, self._at_losses(capture, batch, maps)))
             after = RandomState(self.model)
-            us = [u.detach().requires_grad_() for u in _join([run.pooled for run in runs])]
+            own = [u.detach() for u in _join([run.pooled for run in runs])]
+            us = [u.requires_grad_() for u in self.processes.rows(own, task.argument)]
             total, terms = self._compare(task, us)
             cached = torch.autograd.grad(total, us)
             sizes = zip(*([len(u) for u in run.pooled] for run in runs), strict=True)
-            shares = (grad.split(list(rows)) for grad, rows in zip(cached, sizes, strict=True))
+            mine = self.processes.own_rows(cached, own)
+            shares = (grad.split(list(rows)) for grad, rows in zip(mine, sizes, strict=True))
             pulls = list(zip(*shares, strict=True))
             for exponent in self._exponents(cached):
-                found = self._pull_back(capture, task.argument, maps, runs, pulls, 2.0**exponent)
+                parts = self._pull_back(capture, task.argument, maps, runs, pulls, 2.0**exponent)
+                sums, (total, terms) = self.processes.added(list(parts.values()), [total.detach(), terms])
+                found = dict(zip(parts, sums, strict=True))
                 if torch.cat(list(found.values())).isfinite().all():
                     break
                 runs[-1] = runs[-1]._replace(pooled=[u.detach() for u in runs[-1].pooled])  # its graph is used up
@@ -413,6 +440,8 @@ class Objective:
         with torch.no_grad():
             same = torch.stack(
                 [(a - b).abs().max() <= self.tolerance * b.abs().max() for a, b in zip(before, after, strict=True)]
+                if len(before[0])
+                else [torch.ones((), dtype=torch.bool)]
             )
         if not same.all():
             name = self.loss_names[int((~same).nonzero()[0])]

@@ -14,6 +14,7 @@ from .._threads import get_num_threads
 from ..hooks.affine import on_engine
 from ..hooks.modules import resolve
 from ..maps.affine import AffineMap, at_strength
+from .distributed import ALONE, Processes
 from .objective import NonFinite, Objective, Standards
 from .settings import ObjectiveSettings
 
@@ -140,9 +141,11 @@ class MapParameters:
         """Parameters [D] that do at strength 1 what these do at `strength`: copies."""
         return at_strength(self.weight, self.bias, strength, torch.where)
 
-    def snapshot(self) -> dict[str, AffineMap]:
-        """The maps as they stand, copied."""
-        weights, biases = (part.cpu().split(self.sizes) for part in self.maps(self.weight, self.bias))
+    def snapshot(self, processes: Processes = ALONE) -> dict[str, AffineMap]:
+        """The maps as they stand, copied; those of the first of several processes."""
+        values = self.maps(self.weight, self.bias)
+        processes.same_tensors(*values)
+        weights, biases = (part.cpu().split(self.sizes) for part in values)
         return {
             name: AffineMap(weight.numpy().copy(), bias.numpy().copy())
             for name, weight, bias in zip(self.names, weights, biases, strict=True)

@@ -18,6 +18,7 @@ from ..inputs.call import unwrap, vocabulary_size
 from ..inputs.frozen import RandomState
 from ..inputs.prompts import BATCH_SIZE, Prompts, Sampler
 from ..inputs.tokenize import TokenRows
+from .distributed import IdleTurn
 from .objective import HALF_EXPONENTS, Leaves, NonFinite, Objective, differentiate
 
 LOGITS = 1 << 25
@@ -94,12 +95,17 @@ class Preservation:
 
     def measure(self, maps: Leaves) -> float:
         """The divergence under the maps; NonFinite if it is not finite."""
-        with torch.no_grad(), self._same_random_numbers():
-            found = [self._divergence(Capture(), k, batch, maps) for k, batch in enumerate(self.batches)]
-        return self._mean([(total.item(), count) for total, count in found])
+        with self.objective.processes.together():
+            with torch.no_grad(), self._same_random_numbers():
+                found = [self._divergence(Capture(), k, batch, maps) for k, batch in enumerate(self.batches)]
+            return self._mean([(total.item(), count) for total, count in found])[0]
 
     def gradient(self, maps: Leaves) -> tuple[float, Tensor, Tensor]:
         """The divergence and its gradients [D] in slopes and shifts of all maps; the graph of one batch at a time."""
+        with self.objective.processes.together():
+            return self._gradient(maps)
+
+    def _gradient(self, maps: Leaves) -> tuple[float, Tensor, Tensor]:
         leaves = [leaf for pair in maps.values() for leaf in pair]
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         found = []
@@ -110,13 +116,14 @@ class Preservation:
                     found.append((total.item(), count))
                     if total.requires_grad:
                         self._add(sums, total, leaves)
-        count = sum(count for _, count in found)
+        mean, count = self._mean(found)
+        sums, _ = self.objective.processes.added(sums)
         if not all(bool(part.isfinite().all()) for part in sums):
             bad = next(
                 name for name, k in zip(maps, range(0, len(sums), 2), strict=True) if not _finite(sums[k : k + 2])
             )
             raise NonFinite(f"{self.argument}: {bad}: the gradient is not finite")
-        return self._mean(found), torch.cat(sums[::2]) / count, torch.cat(sums[1::2]) / count
+        return mean, torch.cat(sums[::2]) / count, torch.cat(sums[1::2]) / count
 
     def _add(self, sums: list[Tensor], total: Tensor, leaves: Sequence[Tensor]) -> None:
         """Add the gradients of a sum over tokens; through a float16 model they are scaled, as those of the loss are."""
@@ -131,12 +138,14 @@ class Preservation:
                         one += part
                 return
 
-    def _mean(self, found: Sequence[tuple[float, float]]) -> float:
-        totals, counts = zip(*found, strict=True)
-        value = math.fsum(totals) / math.fsum(counts)
+    def _mean(self, found: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """The mean over the tokens of all processes, and their number, from the sums and numbers of the batches."""
+        totals, counts = zip(*self.objective.processes.numbers(list(found)), strict=True)
+        count = math.fsum(counts)
+        value = math.fsum(totals) / count
         if not math.isfinite(value):
             raise NonFinite(f"{self.argument}: the divergence from the unsteered model is {value}")
-        return value
+        return value, count
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:
@@ -165,7 +174,7 @@ class Preservation:
             # Of differences of logarithms: cross-entropies less entropies would lose the digits of small ones.
             return torch.linalg.vecdot(before[0].exp(), before[0] - now[0]).sum(), float(len(now[0]))
         precisions = self.objective.precisions or [one.new_ones(()) for one in now]
-        terms = [((b - a).square() * p).sum() / len(a) for a, b, p in zip(before, now, precisions, strict=True)]
+        terms = [((b - a).square() * p).sum() / max(len(a), 1) for a, b, p in zip(before, now, precisions, strict=True)]
         terms = [term * scale for term, scale in zip(terms, self._scales(now), strict=True)]
         rows = float(len(now[0]))  # so that batches count by their tokens
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() * rows, rows
@@ -184,22 +193,27 @@ class Preservation:
         found: dict[str, Tensor] = {}
         steer = objective.steerer(choice, maps)
         wanted = frozenset(() if self.kind == "kl" else objective.loss_names)
+        sharding = objective.processes.sharding
 
         def on_output(name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
             replaced = steer(name, module, tensor)
             if name in wanted and name not in found:
                 axis = outputs.channel_axis(module, tensor, name)
-                found[name] = choice.rows(name, module, tensor if replaced is None else replaced, axis)
+                shown = tensor if replaced is None else replaced
+                if sharding is not None:
+                    sharding.before_backward(module, shown)
+                found[name] = choice.rows(name, module, shown, axis)
             return replaced
 
         names = list(dict.fromkeys([*objective.steered, *wanted]))
+        last = objective.loss_names[-1]
+        leave = self.kind == "activations" and (sharding is None or sharding.leaves)
+        capture.run(objective.model, batch, names, on_output, last, self.settings.forward, leave=leave)
         if self.kind == "activations":
-            capture.run(
-                objective.model, batch, names, on_output, last=objective.loss_names[-1], forward=self.settings.forward
-            )
-            return [found[name].to(objective.device, objective.dtype) for name in objective.loss_names]
-        capture.run(objective.model, batch, names, on_output, forward=self.settings.forward, leave=False)
-        return [self._log_probabilities(capture.output, choice)]
+            values = [found[name].to(objective.device, objective.dtype) for name in objective.loss_names]
+        else:
+            values = [self._log_probabilities(capture.output, choice)]
+        return [one[:0] for one in values] if isinstance(batch, IdleTurn) else values
 
     def _log_probabilities(self, output: Any, choice: BatchTokens) -> Tensor:
         logits = getattr(output, "logits", None)
@@ -217,7 +231,9 @@ class Preservation:
             )
         rows = logits.flatten(0, 1) if mask is None else logits[mask.to(logits.device) != 0]
         found = rows.to(self.objective.dtype).log_softmax(dim=-1)
-        if not found.isfinite().all():
+        # Processes in step with each other go on together: the mean over all tells as well.
+        sharding = self.objective.processes.sharding
+        if (sharding is None or not sharding.in_step) and not found.isfinite().all():
             raise NonFinite(f"{self.argument}: the logits are not finite")
         return found
 

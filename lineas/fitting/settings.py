@@ -77,6 +77,10 @@ class ObjectiveSettings(RunSettings):
         ``slopes=False`` gives steering vectors, which every runtime can add.
     seed : int, default 0
         Of torch's random numbers during the fit, for models that draw any. The state is restored afterwards.
+    process_group : None, "world" or ProcessGroup, default None
+        Processes of torch.distributed that fit together, each of which makes the same call: prompts are dealt out, and
+        all return the same maps. "world" are all that torchrun has started. None is this process alone, also where a
+        group is there for something else (docs/distributed.md).
     """
 
     loss_layers: Layers | None = None
@@ -85,15 +89,21 @@ class ObjectiveSettings(RunSettings):
     slopes: bool | Layers = True
     shifts: bool | Layers = True
     seed: int = 0
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_process_group(self.process_group)
         if self.slopes is False and self.shifts is False:
             raise ValueError("slopes and shifts are both False: nothing is left to be fitted")
         self._set(slopes=_chosen(self.slopes), shifts=_chosen(self.shifts))
         self._set(scaling=as_choice(self.scaling, "scaling", SCALINGS), seed=as_int(self.seed, "seed", low=0))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
+
+    def record(self) -> dict[str, Any]:
+        """The settings that the metadata of maps keep: not on how many processes they were fitted."""
+        return {name: value for name, value in super().record().items() if name != "process_group"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +384,15 @@ def _keep_weight(settings: FitSettings) -> float | str:
     if budget is not None:
         raise ValueError(f"max_kl is for keep_weight='auto', got keep_weight={given!r}")
     return as_not_negative(given, "keep_weight")
+
+
+def _check_process_group(group: Any) -> None:
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"process_group must be None, 'world' or a ProcessGroup of torch.distributed, got {group!r}")
+    if group is not None and not (isinstance(group, str) or (hasattr(group, "rank") and hasattr(group, "size"))):
+        raise TypeError(
+            f"process_group must be None, 'world' or a ProcessGroup of torch.distributed, got {type(group).__name__}"
+        )
 
 
 def _chosen(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from ..hooks.modules import check_runs
 from ..hooks.settings import optional, takes
 from ..inputs.frozen import frozen
 from ..maps.metadata import describe
+from .checkpoint import digest, digest_of_weights
+from .distributed import Processes, processes_of
 from .end_to_end import prepare, read_sets
 from .objective import NonFinite, Task
 from .parameters import MapParameters, Penalties, parameters_of
@@ -73,9 +76,27 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
     """
     check_runs(model)
     warn_of_maps_on(model)
+    processes, model = processes_of(model, settings.process_group)
+    with processes.session():
+        if processes.rank != 0:
+            settings = replace(settings, progress=False)
+        return _path(model, source, target, settings, processes)
+
+
+def _path(model: nn.Module, source: Any, target: Any, settings: PathSettings, processes: Processes) -> EndToEndPath:
     sets = read_sets(None, (source, target), optional(as_pair, settings.held_out, "held_out"), settings)
+    if settings.process_group is not None:
+        prompts = digest([prompts.contents() for prompts in sets])
+        given = {
+            name: repr(getattr(settings, name))
+            for name in ("layers", "loss_layers", "pooling", "tokens", "penalties", "n_penalties", "min_ratio")
+        }
+        weights = digest_of_weights(model)
+        processes.compare(
+            {**settings.record(), **given, "digest of the prompts": prompts, "digest of the model's weights": weights}
+        )
     with frozen(model):
-        objective, fitted, held_out, facts = prepare(model, [sets], settings)
+        objective, fitted, held_out, facts = prepare(model, [sets], settings, processes=processes)
         maps = parameters_of(objective, settings)
         steps = SpectralSteps(objective, maps, None if isinstance(settings.lr, str) else settings.lr)
         try:
@@ -84,8 +105,10 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
             raise ValueError(f"the loss is not finite before any step: {error}") from None
         steps.passes += 1 + len(held_out)  # those that took the targets
         penalties = _grid(steps.iterate, maps, settings) if settings.penalties is None else list(settings.penalties)
+        penalties = processes.same(penalties)
         walk = _Walk(steps, held_out, settings)
         walk.run(penalties)
+    steps.passes = processes.same(steps.passes)
     course = {"passes": steps.passes, "stopped": walk.stopped}
     metadata = describe("sparse path end to end", **facts, settings=settings.record(), history=course)
     return walk.path(penalties, metadata)
@@ -209,6 +232,7 @@ class _Walk:
         weight, bias = maps.maps(
             *(torch.stack([getattr(point.at, x) for point in self.kept]) for x in ("weight", "bias"))
         )
+        self.steps.objective.processes.same_tensors(weight, bias)
         penalized_loss, penalized_held_out_loss = losses(self.penalized)
         return EndToEndPath(
             penalties=np.array(penalties[: len(self.kept)]),

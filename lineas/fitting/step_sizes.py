@@ -168,7 +168,8 @@ class SpectralSteps:
         self.iterate = self._evaluate()
         self.keep_weight.start(self.iterate.loss)
         if self.lr is None:
-            self.lr = self.rate = self.iterate.first_rate(self.keep_weight.value) / (4 if self.steady else 1)
+            rate = self.iterate.first_rate(self.keep_weight.value) / (4 if self.steady else 1)
+            self.lr = self.rate = self.objective.processes.same(rate)
 
     def _evaluate(self) -> Iterate:
         loss, terms, grad_weight, grad_bias = self.objective.gradient(self.tasks, self.maps.leaves())
@@ -199,6 +200,7 @@ class SpectralSteps:
         try:
             grad_weight, grad_bias = old.gradients(self.keep_weight.value)
             self.stepper.step(grad_weight * mask, grad_bias * mask, rate)
+            self.objective.processes.same_tensors(self.maps.weight, self.maps.bias)
             self.maps.check_finite()
             if torch.equal(self.maps.weight, old.weight) and torch.equal(self.maps.bias, old.bias):
                 return None
@@ -210,8 +212,8 @@ class SpectralSteps:
             self.go_to(old)
             raise
         self._learn(old, new, support)
-        before, after = (
-            at.total(self.keep_weight.value) + penalty_of(at, penalties, self.maps.sizes) for at in (old, new)
+        before, after = self.objective.processes.same(
+            [at.total(self.keep_weight.value) + penalty_of(at, penalties, self.maps.sizes) for at in (old, new)]
         )
         kept = after <= before
         if kept:
@@ -228,9 +230,9 @@ class SpectralSteps:
         steps, changes = new.difference(old, self.keep_weight.value)
         if support is not None:
             changes *= torch.cat([support, support])
-        along = float(steps @ changes)
+        along, squared = self.objective.processes.same([float(steps @ changes), float(changes @ changes)])
         if along > 0:
-            self.recent = [*self.recent, along / float(changes @ changes)][-WINDOW:]
+            self.recent = [*self.recent, along / squared][-WINDOW:]
             self.rate = min(self.recent) / 2 if self.steady else self.recent[-1]
             if self.moved and self.lr:  # a first rate that led nowhere is no measure
                 self.rate = min(max(self.rate, LEAST_RATE * self.lr), MOST_RATE * self.lr)
@@ -298,7 +300,10 @@ class ScheduledSteps:
     def move(self, step: int) -> Step:
         """Take the step."""
         rate = cosine_rate(self.lr, step, self.count)
-        return Step(rate, *self.stepper.step(*self.gradients, rate))
+        taken = self.stepper.step(*self.gradients, rate)
+        self.objective.processes.same_tensors(self.stepper.maps.weight, self.stepper.maps.bias)
+        penalty, support = self.objective.processes.same(taken)
+        return Step(rate, penalty, support)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What it takes to go on, beside the maps."""
@@ -371,7 +376,7 @@ class AutomaticSteps(SpectralSteps):
             taken = rate, math.nan, True
         rate, _, kept = taken
         self.retreats = 0 if kept else self.retreats + 1
-        penalty = penalty_of(self.iterate, self.penalties, self.maps.sizes)
+        penalty = self.objective.processes.same(penalty_of(self.iterate, self.penalties, self.maps.sizes))
         return Step(rate, penalty, int(self.iterate.support().sum()), kept)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -20,6 +21,7 @@ from ..hooks.settings import RunSettings
 from ..hooks.tokens import BatchTokens
 from ..inputs.batches import Batch
 from ..maps.affine import AffineMap
+from .distributed import ALONE, IdleTurn, Processes
 
 Rows: TypeAlias = NDArray[np.float32]
 
@@ -41,6 +43,7 @@ def walk(
     shrinkage: float | str | None,
     show: bool,
     size: int | None = None,
+    processes: Processes = ALONE,
 ) -> Walked:
     """Maps of the modules of `wanted`, in that order, each fitted with the earlier ones on; inside `frozen`.
 
@@ -60,16 +63,21 @@ def walk(
         Show a progress bar.
     size : int, optional
         That of the `Quantiles` which the source rows of several batches go into. Default: all rows are kept.
+    processes : Processes, optional
+        Those that run the source together, each with its own part. Default: this one alone.
     """
     order = list(wanted)
     with tqdm(total=len(order), desc="fit", disable=not show) as bar:
         walker = _Walk(model, wanted, settings, method, shrinkage, bar)
-        if len(batches) == 1:  # at each module pool, fit, and go on with the mapped output
+        if len(batches) == 1 and processes.size == 1:  # at each module pool, fit, and go on with the mapped output
             walker.run(batches[0], order, walker.fit)
         else:
             for k, name in enumerate(order):
-                rows = (walker.rows(batch, order[: k + 1]) for batch in batches)
-                walker.fit(name, np.concatenate(list(rows)) if size is None else _summary(rows, name, size))
+                parts = (of_prompts(batch, walker.rows(batch, order[: k + 1])) for batch in batches)
+                if size is None:
+                    walker.fit(name, of_all(np.concatenate(list(parts)), processes, "source"))
+                else:
+                    walker.fit(name, _summary(parts, name, size))
     return Walked(walker.maps, walker.rank_error)
 
 
@@ -79,6 +87,16 @@ def _summary(parts: Iterable[Rows], name: str, size: int) -> Quantiles:
     for number, rows in enumerate(parts):
         found._update(rows, f"source[{name!r}], batch {number}")
     return found
+
+
+def of_prompts(batch: Batch, rows: Rows) -> Rows:
+    """The rows of the prompts of a batch: none of an idle turn."""
+    return rows[:0] if isinstance(batch, IdleTurn) else rows
+
+
+def of_all(rows: Rows, processes: Processes, argument: str) -> Rows:
+    """The rows of all processes."""
+    return rows if processes.size == 1 else processes.rows([torch.from_numpy(rows)], argument)[0].numpy()
 
 
 class _Walk:

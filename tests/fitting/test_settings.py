@@ -104,6 +104,7 @@ def test_metadata_keep_the_settings():
         "init",
         "on_top_of",
         "checkpoint",
+        "process_group",
     }
     assert set(kept) == {field.name for field in fields(FitSettings)} - elsewhere - unknown_to_json
     assert (kept["l1"], kept["l1_bias"], kept["lr"], kept["betas"]) == (0.5, 0.5, "auto", [0.9, 0.999])
