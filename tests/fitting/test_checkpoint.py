@@ -100,6 +100,7 @@ short_fit(zoo.llama(), lr="auto", l1=0.02, steps=6, forward=forward, checkpoint=
 """
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path):
     path = str(tmp_path / "fit.safetensors")
     script = textwrap.dedent(KILLED).format(at=5, path=path)  # calls: targets, start, then one a step

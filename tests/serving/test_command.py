@@ -143,6 +143,7 @@ def ask(port, body):
     return connection.getresponse()
 
 
+@pytest.mark.slow
 def test_it_serves_until_ctrl_c_which_ends_what_runs(started):
     process, line = started("--maps", "a.safetensors", "second=b.safetensors", "--strength", "0.5")
     assert line.startswith("tiny with maps a, second: http://127.0.0.1:")
