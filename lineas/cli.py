@@ -1,6 +1,6 @@
 """The command line ``lineas``: fit maps, evaluate and calibrate them, generate with them, run the demo.
 
-Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 130 interrupted by Ctrl-C.
+Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr says what), 130 ended by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import lineas
 from lineas import cli_fold, cli_torchrun
 from lineas._checks import as_int, as_not_negative, as_share
+from lineas._process import own_process
 from lineas.fitting import settings
 from lineas.hooks.settings import RunSettings
 from lineas.maps.metadata import CALIBRATED, as_strength
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 done, 2 bad input, 130 interrupted. Wrong usage raises SystemExit(2), as argparse does.
+        0 done, 2 bad input, 130 interrupted. Wrong usage raises SystemExit(2), SIGTERM SystemExit(143).
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.prompt = [*args.prompt, *rest]
     try:
-        with cli_torchrun.joined(args):
+        with own_process(), cli_torchrun.joined(args):
             return args.run(args) or 0
     except KeyboardInterrupt:
         print("lineas: interrupted", file=sys.stderr)
@@ -322,11 +323,11 @@ def _fit(args: argparse.Namespace) -> int:
         given["held_out"] = (held_source, held_target)
     if "keep" in given:
         given["keep"] = _read_sets(args.keep, None)[0]
-    files = {name: path for name in ("source", "target", "keep", "checkpoint", "output") if (path := vars(args)[name])}
-    for name, path in files.items():
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")
-        if name != "output" and path.resolve() == args.output.resolve():
+    named = ("source", "target", "keep", "checkpoint", "output")
+    _check_outputs(args, *named)
+    for name in named[:-1]:
+        path = getattr(args, name)
+        if path is not None and path.resolve() == args.output.resolve():
             raise ValueError(f"--output: {path} is the file of {_flag(name)}, which the maps would replace")
     _SETTINGS.get(args.method, RunSettings)(**given)
 
@@ -402,7 +403,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _check_outputs(args, "output", "report", "checkpoint")
     methods = dict(zip(_labels(args.maps), map(_load_maps, args.maps), strict=True))
     files = ("prompts", "neutral", "source", "target")
-    data: dict[str, Any] = {name: _read_optional(getattr(args, name)) for name in files}
+    data: dict[str, Any] = {name: _read_prompts(getattr(args, name)) for name in files}
     if data["prompts"] is not None:
         data["prompts"] = [_asked(prompt) for prompt in data["prompts"]]
     tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
@@ -437,7 +438,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     """Find the largest strength that neutral texts allow, or the smallest with an effect, and note it in the maps."""
     _check_outputs(args, "output")
     maps = _load_maps(args.maps)
-    data: dict[str, Any] = {name: _read_optional(getattr(args, name)) for name in ("neutral", "prompts")}
+    data: dict[str, Any] = {name: _read_prompts(getattr(args, name)) for name in ("neutral", "prompts")}
     tokenizer, model = _load(args, "AutoTokenizer"), _load_model(args)
     budgets = ("max_kl", "max_loss_rise", "max_perplexity_ratio", "effect", "judge", "confidence")
     asked: dict[str, Any] = {name: getattr(args, name) for name in budgets}
@@ -466,10 +467,6 @@ def _check_outputs(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"{_flag(name)}: expected a file in an existing folder, got {path}")
 
 
-def _read_optional(path: Path | None) -> list[Any] | None:
-    return None if path is None else _read_prompts(path)
-
-
 def _labels(names: Sequence[str]) -> list[str]:
     """What to call maps: the ends of their names, or the whole names where those are not different."""
     ends = [Path(name).name.removesuffix(".safetensors") for name in names]
@@ -493,11 +490,12 @@ def _sites(args: argparse.Namespace) -> None:
 
 def _fold(args: argparse.Namespace) -> None:
     """Put maps into the weights of a model, exactly or not at all: a folder or a GGUF file that needs no lineas."""
-    cli_fold.check_output(args.output)
+    cli_fold.check_output(args.output, args.model)
     if cli_fold.is_gguf(args.model):
         cli_fold.fold_gguf(args, _load_maps(args.maps))
     else:
-        cli_fold.fold(args, _load_maps(args.maps), lambda: (_load(args, "AutoTokenizer"), _load_model(args)))
+        load_model, load_tokenizer = partial(_load_model, args), partial(_load, args, "AutoTokenizer")
+        cli_fold.fold(args, _load_maps(args.maps), load_tokenizer=load_tokenizer, load_model=load_model)
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -539,8 +537,10 @@ def _load_maps(name: str) -> lineas.SteeringMaps:
     return maps
 
 
-def _read_prompts(path: Path) -> list[Any]:
-    """The prompts of a file; ImportError that says what to install where torch is missing."""
+def _read_prompts(path: Path | None) -> Any:
+    """The prompts of a file, None for no file; ImportError that says what to install where torch is missing."""
+    if path is None:
+        return None
     _libraries()
     from .inputs.files import read_prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 from .maps.metadata import as_strength
 from .maps.steering import SteeringMaps
+
+# Those of all tokenizers of transformers.
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.spm", "merges.txt", "bpe.codes", "dict.txt")
 
 
 def add_fold_options(command: argparse.ArgumentParser, *, maps: Mapping[str, Any], strength: Any) -> None:
@@ -34,26 +38,52 @@ def is_gguf(model: str) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def check_output(output: Path) -> None:
-    """ValueError where there is something already, or no folder to put it."""
+def check_output(output: Path, model: str) -> None:
+    """ValueError where there is something already, no folder to put it, or the name is not that of what MODEL gives."""
+    named = output.suffix.lower() == ".gguf"
+    if is_gguf(model) and not named:
+        raise ValueError(
+            f"--output: of the GGUF file {model} a GGUF file is made, which must end in .gguf, got {output}"
+        )
+    if named and not is_gguf(model):
+        raise ValueError(
+            f"--output: {output} is the name of a GGUF file, and {model} is none: of a model of transformers a folder "
+            "is made"
+        )
     if output.exists():
         raise ValueError(f"--output: {output} exists")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"--output: the folder of {output} does not exist")
 
 
-def fold(args: argparse.Namespace, maps: SteeringMaps, load: Callable[[], tuple[Any, Any]]) -> None:
-    """Fold maps into the model of transformers that `load` gives, after its tokenizer, and write both to a folder."""
+def fold(
+    args: argparse.Namespace,
+    maps: SteeringMaps,
+    *,
+    load_tokenizer: Callable[[], Any],
+    load_model: Callable[[], Any],
+) -> None:
+    """Fold maps into a model of transformers, and write it to a folder, with its tokenizer where it has one."""
     strength = as_strength(args.strength, maps.metadata)
-    tokenizer, model = load()
+    tokenizer = load_tokenizer() if _may_have_tokenizer(args.model) else None
+    if tokenizer is None:
+        print(f"lineas: {args.model} has no tokenizer files, and {args.output} gets none", file=sys.stderr)
+    model = load_model()
     folded: Any = maps.fold(model, strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
     with tempfile.TemporaryDirectory(dir=args.output.absolute().parent, prefix=f".{args.output.name}-") as place:
         made = Path(place, "model")
         folded.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
         made.rename(args.output)
     _report(type(folded).__name__, maps, strength, args.output)
+
+
+def _may_have_tokenizer(model: str) -> bool:
+    """Whether MODEL is on the hub, or a folder with a file as tokenizers have them."""
+    folder = Path(model)
+    return not folder.is_dir() or any(path for name in _TOKENIZER_FILES for path in folder.glob(name))
 
 
 def fold_gguf(args: argparse.Namespace, maps: SteeringMaps) -> None:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -134,9 +137,22 @@ def test_a_folded_model_is_the_librarys(fit, folder, tmp_path, capsys):
     fails(capsys, cli.main([*arguments, str(made)]), f"--output: {made} exists")
     nowhere = tmp_path / "no" / "folded"
     fails(capsys, cli.main([*arguments, str(nowhere)]), f"--output: the folder of {nowhere} does not exist")
+    wrong = tmp_path / "x.GGUF"
+    fails(capsys, cli.main([*arguments, str(wrong)]), f"--output: {wrong} is the name of a GGUF file, and {folder}")
     lineas.SteeringMaps({"model.layers.9.mlp": lineas.AffineMap.identity(16)}).save(path)
     fails(capsys, cli.main([*arguments, str(tmp_path / "other")]), "has no module 'model.layers.9.mlp'")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folded", "maps.safetensors"]
+
+
+def test_a_model_without_a_tokenizer_is_folded_without(folder, maps_path, tmp_path, capsys):
+    model, made = tmp_path / "weights", tmp_path / "folded"
+    models_zoo.llama().save_pretrained(model)
+    arguments = ["fold", str(model), "--maps", str(maps_path), "--quiet", "-o", str(made)]
+    assert cli.main(arguments) == 0
+    assert f"lineas: {model} has no tokenizer files, and {made} gets none" in capsys.readouterr().err.splitlines()
+    assert {path.name for path in made.iterdir()} == {path.name for path in model.iterdir()}
+    (model / "tokenizer.json").write_text("damaged")
+    fails(capsys, cli.main([*arguments[:-1], str(tmp_path / "other")]), f"cannot load '{model}'")
 
 
 @pytest.mark.parametrize("method", ["mean", "gaussian", "linear"])
@@ -226,6 +242,40 @@ def test_ctrl_c_outside_the_steps_returns_130_and_writes_nothing(fit, tmp_path, 
     assert code == 130
     assert capsys.readouterr().err == "lineas: interrupted\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_an_exception_while_a_command_runs(fit, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def terminated(*args, **kwargs):
+        warnings.warn("one\nor two", UserWarning, stacklevel=1)
+        signal.raise_signal(signal.SIGTERM)
+
+    def looked_at(*args, **kwargs):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise ValueError("seen")
+
+    def other(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(lineas, "collect", terminated)
+    shown = warnings.showwarning
+    with pytest.raises(SystemExit) as caught:
+        fit("--method", "mean")
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == "lineas: warning: one or two\nlineas: terminated\n"
+    assert list(tmp_path.iterdir()) == [] and warnings.showwarning is shown
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    monkeypatch.setattr(lineas, "collect", looked_at)
+    with ThreadPoolExecutor(1) as pool:
+        code, _ = pool.submit(fit, "--method", "mean").result()
+    assert (code, seen) == (2, [signal.SIG_DFL])  # a thread cannot set one
+    signal.signal(signal.SIGTERM, other)
+    try:
+        assert fit("--method", "mean")[0] == 2 and seen[1] is other
+    finally:
+        assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is other
 
 
 def test_fit_refuses_bad_input(fit, folder, tmp_path, capsys):

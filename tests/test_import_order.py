@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lineas"
 ROOMS = (
-    ("_version", "_checks", "_names", "_lazy", "_warn", "_core", "_threads"),
+    ("_version", "_checks", "_names", "_lazy", "_warn", "_process", "_core", "_threads"),
     ("maps",),
     ("arrays",),
     ("inputs",),

@@ -22,6 +22,7 @@ KINDS = ("scalar", "neuron")
 RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 """Penalties that are tried. The activations of tokens are many, and their neurons correlated: strong ones win."""
 _SHARPNESS = 3.0
+_MIN_AUROC = 0.55
 _BLOCK = 4096  # neurons whose posteriors are worked out at a time
 
 
@@ -38,8 +39,8 @@ class GateSettings:
         What a scalar gate reads: the token's activation, or the mean over the tokens of its text up to and including
         it, which is less noisy and remembers what a text began with.
     components : int, optional
-        Let a scalar gate read so many principal components of the standardised activations only (DSAS takes 5).
-        Default: all neurons.
+        Let a scalar gate read so many principal components of the standardised activations only (DSAS takes 5), at most
+        one a neuron; where fewer tokens or directions vary, those that do. Default: all neurons.
     ridge : float, optional
         The penalty ridge / 2 |weight|^2 of a scalar gate beside the mean loss over tokens, for standardised
         activations. Default: of 100, 10, 1, 0.1, 0.01 and 0.001 the one with the largest cross-validated area under
@@ -64,7 +65,7 @@ class GateSettings:
     ridge: float | None = None
     open_on_target: float | None = None
     sharpness: float | None = None
-    min_auroc: float = 0.55
+    min_auroc: float | None = None
     folds: int = 5
     seed: int = 0
 
@@ -83,7 +84,7 @@ class GateSettings:
             "ridge": given(as_not_negative, "ridge"),
             "open_on_target": given(as_share, "open_on_target"),
             "sharpness": given(as_positive, "sharpness"),
-            "min_auroc": as_share(self.min_auroc, "min_auroc"),
+            "min_auroc": given(as_share, "min_auroc"),
             "folds": as_int(self.folds, "folds", low=2),
             "seed": as_int(self.seed, "seed", low=0),
         }
@@ -96,6 +97,8 @@ class GateSettings:
                 others.append("context")
             if others:
                 raise ValueError(f"{others[0]} is for gates of kind 'scalar', got kind 'neuron'")
+        elif self.min_auroc is not None:
+            raise ValueError("min_auroc is for gates of kind 'neuron', got kind 'scalar'")
         if self.sharpness is not None and self.open_on_target is None:
             raise ValueError("sharpness goes with open_on_target: a calibrated gate has its own")
 
@@ -124,7 +127,7 @@ def fit_gate(
     ridge: float | None = None,
     open_on_target: float | None = None,
     sharpness: float | None = None,
-    min_auroc: float = 0.55,
+    min_auroc: float | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> Any:
@@ -150,8 +153,8 @@ def fit_gate(
         What a scalar gate reads: the token's activation, or the mean over the tokens of its text up to and including
         it, which is less noisy and remembers what a text began with.
     components : int, optional
-        Let a scalar gate read so many principal components of the standardised activations only (DSAS takes 5).
-        Default: all neurons.
+        Let a scalar gate read so many principal components of the standardised activations only (DSAS takes 5), at most
+        one a neuron; where fewer tokens or directions vary, those that do. Default: all neurons.
     ridge : float, optional
         The penalty ridge / 2 |weight|^2 of a scalar gate beside the mean loss over tokens, for standardised
         activations. Default: of 100, 10, 1, 0.1, 0.01 and 0.001 the one with the largest cross-validated area under
@@ -232,18 +235,19 @@ def fit_gate(
 def read_texts(given: Any, name: str, settings: GateSettings) -> Rows:
     """What a gate of these settings reads of activations that a user gave; TypeError or ValueError as `fit_gate`."""
     if isinstance(given, list | tuple) and given and all(np.ndim(one) == 2 or is_tensor(one) for one in given):
-        texts = [_finite(widen(as_sample(one, f"{name}[{k}]")), f"{name}[{k}]") for k, one in enumerate(given)]
+        texts = [check_finite(widen(as_sample(one, f"{name}[{k}]")), f"{name}[{k}]") for k, one in enumerate(given)]
         widths = {x.shape[1] for x in texts}
         if len(widths) > 1:
             raise ValueError(f"{name}: all texts must have the same number of columns, got {sorted(widths)}")
         return Rows.of(texts, [causal_means(x) for x in texts] if settings.context == "mean" else None)
     if settings.context == "mean":
         raise ValueError(f"{name} must be a list of arrays [tokens, d], one a text, for context='mean'")
-    x = _finite(widen(as_sample(given, name)), name)
+    x = check_finite(widen(as_sample(given, name)), name)
     return Rows(x, [1] * len(x), x)
 
 
-def _finite(x: NDArray, name: str) -> NDArray:
+def check_finite(x: NDArray, name: str) -> NDArray:
+    """`x` [n, d]; ValueError, which says where, if a value of it is not finite."""
     finite = np.isfinite(x)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
@@ -265,6 +269,8 @@ def fit_rows(source: Rows, target: Rows, settings: GateSettings, module: str | N
     for name, side in (("source", source), ("target", target)):
         if len(side.sizes) < 2:
             raise ValueError(f"{name}{at} must hold at least 2 texts, of which some are held out, got 1")
+    if settings.components is not None and settings.components > source.x.shape[1]:
+        raise ValueError(f"components must be at most the {source.x.shape[1]} neurons{at}, got {settings.components}")
     dtype = np.result_type(source.x, target.x)
     ours, theirs = (
         Rows(side.x.astype(np.float64, copy=False), side.sizes, side.read.astype(np.float64, copy=False))
@@ -396,7 +402,8 @@ def _neurons(
         areas[part], shares[part] = roc_area(*logits), (logits[1] < 0).mean(axis=0)
     quadratic, linear, constant = (x.astype(dtype) for x in _posterior(source, target))
     varies = (source.var(axis=0) > 0) & (target.var(axis=0) > 0)
-    closed = (areas < settings.min_auroc) | ~varies
+    least = _MIN_AUROC if settings.min_auroc is None else settings.min_auroc
+    closed = (areas < least) | ~varies
     for x in (quadratic, linear, constant):
         closed |= ~np.isfinite(x)  # neurons that hardly vary
     for x in (quadratic, linear, constant):
@@ -404,7 +411,7 @@ def _neurons(
     if closed.all():
         warn(
             f"no neuron{at} tells source from target with an area under the ROC curve of at least "
-            f"{settings.min_auroc:g} (the best has {areas.max():.3f}): the gate is closed everywhere",
+            f"{least:g} (the best has {areas.max():.3f}): the gate is closed everywhere",
             UserWarning,
         )
     left_alone = float(shares[~closed].mean()) if not closed.all() else 1.0

@@ -22,6 +22,7 @@ Samples = Sample | Mapping[str, Sample]
 # Bytes of the values kept of a module, both sides together, where streams are summarised; what is stored elsewhere is a
 # stream if it takes more, all modules together.
 MEMORY = 1 << 30
+_NONE = object()
 Weights = ArrayLike | Mapping[str, ArrayLike] | None
 
 
@@ -93,7 +94,12 @@ def _streamed(samples: Sequence[tuple[Any, str]], memory: int) -> list[Any]:
         if is_dask(x, name):
             dask[k] = Work(x, Quantiles(_size_within(memory, np.empty((1, x.shape[1]), x.dtype))), name)
         elif isinstance(x, Iterator):
-            first = as_sample(next(x, ()), f"{name}, batch 0")
+            batch = next(x, _NONE)
+            if batch is _NONE:
+                raise ValueError(
+                    f"{name} gave no batches: an iterator can be read once, and this one is used up or empty"
+                )
+            first = as_sample(batch, f"{name}, batch 0")
             x = take_batches(Quantiles(_size_within(memory, first)), chain([first], x), None, name)
         elif is_stored(x) or (isinstance(x, np.memmap) and x.ndim == 2 and x.nbytes > memory):
             x = take_batches(Quantiles(_size_within(memory, as_sample(x[:1], name))), x, None, name)

@@ -1,6 +1,6 @@
 """Batches of rows out of arrays, dask arrays, files and iterables, for what takes them in one after another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from typing import Any, Protocol, TypeGuard, TypeVar
 
@@ -108,5 +108,6 @@ def take_batches(out: Taker, data: Batches, chunk_rows: int | None, of: str = ""
     for number, batch in enumerate(data):
         out._update(batch, f"{of}, batch {number}" if of else f"batch {number}")
     if out.count == 0:
-        raise ValueError("data must hold at least one batch")
+        used_up = ": an iterator can be read once" if isinstance(data, Iterator) else ""
+        raise ValueError(f"data must hold at least one batch{used_up}")
     return out

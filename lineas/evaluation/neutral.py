@@ -95,7 +95,7 @@ class Neutral:
         sizes = [len(made.columns["input_ids"][k]) for k in rows]
         parts = []
         for part in self._divided(range(len(rows)), sizes):  # several where an instruction makes the texts longer
-            batch = made.batch([rows[i] for i in part])
+            batch = made.batch([rows[i] for i in part], "neutral")
             out = call(self.model, batch)
             logits = getattr(out, "logits", None)
             if not isinstance(logits, Tensor) or logits.shape[:2] != batch.kwargs["input_ids"].shape:

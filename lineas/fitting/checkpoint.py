@@ -34,6 +34,9 @@ class Checkpoint:
     What must be the same for a fit to go on is `identity`, as JSON has it: settings, modules, digests; and, up to
     rounding, the `targets`: the target activations of every set, which whatever else acts on the model changes too,
     such as attached maps, adapters, a `forward` or a selection of tokens.
+
+    `followers` are the checkpoints of fits that stand on the maps of this one: where there are any, it may be read, but
+    takes no step further, which would change the maps under them.
     """
 
     def __init__(
@@ -42,13 +45,26 @@ class Checkpoint:
         identity: dict[str, Any],
         targets: Mapping[str, Sequence[Tensor]],
         objective: Objective,
+        followers: Sequence[str] = (),
     ) -> None:
-        self.path, self.identity = os.fspath(path), identity
+        self.path, self.identity, self.followers = os.fspath(path), identity, followers
+        self.taken = 0  # steps that the file had when the fit went on from it
         self.targets = {argument: _moments(samples) for argument, samples in targets.items()}
         self.names, self.tolerance, self.processes = objective.loss_names, objective.tolerance, objective.processes
 
     def save(self, history: History, steps: Steps) -> None:
-        """Write the fit as it stands, by the first of several processes; OSError if that fails."""
+        """Write the fit as it stands, by the first of several processes.
+
+        OSError if that fails, ValueError if the fit went further, and there are fits on top of it.
+        """
+        first, further = self.processes.rank == 0, 0 < self.taken < len(history.records)
+        followers = [path for path in self.followers if first and further and os.path.exists(path)]
+        if followers:
+            raise ValueError(
+                f"checkpoint: the fit in {self.path} has {self.taken} steps and would go on, which changes the maps "
+                f"that the fit in {followers[0]} is on top of; give steps and patience as before or another folder, "
+                f"or remove {' and '.join(followers)} to fit anew what follows. No file was changed"
+            )
         tensors, state = steps.state()
         maps = history.maps
         tensors |= {"weight": maps.weight, "bias": maps.bias}
@@ -58,7 +74,7 @@ class Checkpoint:
             tensors |= {f"moments {argument} {k}": module for k, module in enumerate(moments)}
         random = RandomState(steps.objective.model)
         tensors |= self.processes.each({f"random {device}": numbers for device, numbers in random.tensors.items()})
-        if self.processes.rank != 0:
+        if not first:
             return
         if history.best is not None:
             tensors |= {"best weight": history.best[0], "best bias": history.best[1]}
@@ -95,6 +111,7 @@ class Checkpoint:
             history.best_terms = history.records[history.best_step]["held_out_layer_loss"]
         steps.resume(tensors, state["steps"])
         steps.passes = state["passes"]
+        self.taken = len(history.records)
         random = RandomState(steps.objective.model)
         random.tensors = {
             name: tensors.get(self.processes.mine(f"random {name}"), numbers)

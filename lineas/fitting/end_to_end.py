@@ -235,17 +235,18 @@ def fit_maps(
     caller: str,
     below: Sequence[SteeringMaps] = (),
     preserved: Sequence[NamedPairs] = (),
+    followers: Sequence[str] = (),
 ) -> FitResult:
     """Fit the maps of all modules for all tasks, while those `below` are on, in this order.
 
     The maps that are returned are those that were fitted, without those below. The targets of `preserved` tasks are
-    added to what is to stay as it is.
+    added to what is to stay as it is. `followers` are the checkpoints of fits that are on top of this one.
     """
     processes, model = processes_of(model, settings.process_group)
     with processes.session():
         if processes.rank != 0:
             settings = replace(settings, progress=False)
-        return _fit_maps(model, given, settings, caller, below, preserved, processes)
+        return _fit_maps(model, given, settings, caller, below, preserved, followers, processes)
 
 
 def _fit_maps(
@@ -255,6 +256,7 @@ def _fit_maps(
     caller: str,
     below: Sequence[SteeringMaps],
     preserved: Sequence[NamedPairs],
+    followers: Sequence[str],
     processes: Processes,
 ) -> FitResult:
     tasks, others = ([read_sets(*task, settings) for task in some] for some in (given, preserved))
@@ -318,7 +320,7 @@ def _fit_maps(
             fits = {sets[1].argument: task for sets, task in zip(tasks, fitted, strict=True)}
             fits |= {sets[3].argument: task for sets, task in zip(tasks, held_out, strict=False)}
             targets = {argument: task.targets for argument, task in fits.items()}
-            checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective)
+            checkpoint = Checkpoint(settings.checkpoint, identity, targets, objective, followers)
             if processes.same(os.path.exists(settings.checkpoint)):
                 checkpoint.resume(history, steps)
         run(steps, history, checkpoint, held_out, held_out_kept, settings, caller)

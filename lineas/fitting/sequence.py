@@ -20,7 +20,7 @@ from .end_to_end import Pair, fit_maps, pairs_by_name, pairs_of_tasks, read_sets
 from .on_top import as_on_top_of
 from .result import FitResult
 from .sequence_result import SequenceResult
-from .settings import SequenceSettings
+from .settings import SequenceSettings, check_start
 
 
 @takes(SequenceSettings)
@@ -55,8 +55,9 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
         be.
     ValueError
         As `fit_end_to_end`; and if there are fewer than two tasks, one is no pair, `held_out` has others, `init` or
-        `gates` has one that `tasks` lacks, or earlier concepts leave no neuron to a later one that is to be disjoint.
-        The message names the task.
+        `gates` has one that `tasks` lacks, earlier concepts leave no neuron to a later one that is to be disjoint, or
+        more steps would change the fit of a concept whose followers have checkpoints; no file is changed then. The
+        message names the task or the file.
 
     Warns
     -----
@@ -73,13 +74,16 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
     for name, maps in starts.items():
         if not isinstance(maps, SteeringMaps):
             raise TypeError(f"init[{name!r}] must be a SteeringMaps, got {type(maps).__name__}")
+        check_start(maps, gates.get(name), f"init[{name!r}]", f"gates[{name!r}]")
     for name, pair in pairs.items():  # so that what cannot be read is known before anything is fitted
         source, *_ = read_sets(name, pair, held_out[name], settings)
         if settings.mini_batch is not None:
             Sampler(source, settings.mini_batch, batch_size=settings.batch_size, seed=settings.seed)
     folder = settings.checkpoint
+    paths: dict[str, str] = {}
     if folder is not None:
         os.makedirs(folder, exist_ok=True)
+        paths = {name: os.path.join(folder, quote(name, safe=" ") + ".safetensors") for name in pairs}
     on_top_of = settings.on_top_of
     if on_top_of is not None:
         on_top_of = as_on_top_of(on_top_of, model, settings.tokens)
@@ -94,11 +98,12 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
             init=starts.get(name),
             gates=gates.get(name),
             disjoint=settings.disjoint and bool(below),  # the first concept has all neurons
-            checkpoint=None if folder is None else os.path.join(folder, quote(name, safe=" ") + ".safetensors"),
+            checkpoint=paths.get(name),
         )
         try:
             earlier = [(other, pairs[other], held_out[other]) for other in results if settings.preserve]
-            found = fit_maps(model, [(name, pair, held_out[name])], chosen, "fit_sequence", below, earlier)
+            followers = list(paths.values())[len(results) + 1 :]
+            found = fit_maps(model, [(name, pair, held_out[name])], chosen, "fit_sequence", below, earlier, followers)
         except KeyboardInterrupt:
             if not results:
                 raise

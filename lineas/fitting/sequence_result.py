@@ -147,7 +147,7 @@ class SequenceHandle:
 
     def __getitem__(self, name: str) -> Handle:
         if name not in self._handles:
-            raise KeyError(f"no concept {name!r}{hint(str(name), list(self._handles), 'these maps')}")
+            raise KeyError(f"no concept {name!r}{hint(str(name), list(self._handles), 'this sequence')}")
         return self._handles[name]
 
     def __iter__(self) -> Iterator[str]:

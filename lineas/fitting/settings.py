@@ -139,7 +139,8 @@ class FitSettings(ObjectiveSettings):
         is worse than the one before, and starts from the best. That counts as step 0, so with 1 among `strengths` the
         held-out loss of the result is at most that of each of them. Metadata say which it was ("init", method and
         strength) and all losses ("init_losses", pairs of strength and loss by method; strength 0 is the identity).
-        For several tasks maps are fitted to each, and their mean is taken.
+        For several tasks maps are fitted to each, and their mean is taken. Maps with gates take `gates`, such as their
+        own: those of a fit are these alone.
     on_top_of : SteeringMaps, optional
         Maps that are on the model during the whole fit, at strength 1, for source, target and held-out prompts alike.
         The maps that are returned do both, ``new @ on_top_of``: a second concept is fitted to a model that has the
@@ -224,6 +225,7 @@ class FitSettings(ObjectiveSettings):
                 raise ValueError("init='best': there are no held_out sets to choose by")
         elif self.init is not None and not isinstance(self.init, Mapping):
             raise TypeError(f"init must be a SteeringMaps or a string, got {type(self.init).__name__}")
+        check_start(self.init, self.gates, "init", "gates")
         self._check_on_top_of()
         l1, group = as_not_negative(self.l1, "l1"), as_not_negative(self.group, "group")
         self._set(
@@ -261,6 +263,15 @@ class FitSettings(ObjectiveSettings):
         return ("steps", "patience") if self.lr == "auto" and self.mini_batch is None else ("patience",)
 
 
+def check_start(maps: Any, gates: Any, argument: str, beside: str) -> None:
+    """ValueError, which calls both by these names, for maps with gates to start from where a fit is to have none."""
+    if isinstance(maps, SteeringMaps) and maps.gates and gates is None:
+        raise ValueError(
+            f"{argument} has gates, which a fit takes from {beside}= alone: give {beside}= too, such as its own, or "
+            f"{argument}=maps.gated(None) to start from the maps without them"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class JointSettings(FitSettings):
     """Settings of `lineas.fit_jointly`.
@@ -294,7 +305,8 @@ class SequenceSettings(FitSettings):
         concepts on: a later concept is not to undo them there. It takes `keep_weight` or `max_kl`.
     checkpoint : path, optional
         Folder to keep the fits in, a file for each concept, made if it is not there. Where there are files, the fits go
-        on from them, as that of `fit_end_to_end` does from its own.
+        on from them, as that of `fit_end_to_end` does from its own; but more steps for a concept that others stand on
+        take another folder, or theirs removed.
     """
 
     preserve: bool = False

@@ -62,6 +62,7 @@ class Handle:
         array [B], or [B, T] for the tokens of this pass. Rows, tokens and passes at 0 keep their bits. Any of these may
         be set at any time and holds from the next forward pass on; an array that does not fit a batch is a ValueError
         there. Arrays are copied. Reading it gives what was set, float64 if an array, not what `at` sets for a thread.
+        Setting it once the maps were removed is a RuntimeError.
     tokens : "all", "last", "prompt", "generated", slice or callable
         The tokens that the maps act on.
     attached : bool
@@ -196,8 +197,8 @@ class Handle:
     @strength.setter
     def strength(self, value: Strength) -> None:
         given = read_strength(value)
-        if self.attached:
-            self._prepare(given)
+        self._check_attached()
+        self._prepare(given)
         self._settings.set(strength=given)
 
     @property

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..arrays.gate import GateSettings, Rows, causal_means, fit_rows
+from ..arrays.gate import GateSettings, Rows, causal_means, check_finite, fit_rows
 from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts
 from ..maps.gates import AnyGate, Gate
@@ -82,8 +82,8 @@ def fit_gates(model: nn.Module, source: Any, target: Any, settings: FitGatesSett
     TypeError
         As `lineas.collect` and `lineas.fit_gate`.
     ValueError
-        As `lineas.collect` and `lineas.fit_gate`; if an output has no tokens [batch, tokens, channels] and the context
-        is "mean", or there is no module `site`.
+        As `lineas.collect` and `lineas.fit_gate`; if an activation is not finite (prompts and module are named), an
+        output has no tokens [batch, tokens, channels] and the context is "mean", or there is no module `site`.
 
     Warns
     -----
@@ -150,6 +150,8 @@ def _collect(model: nn.Module, prompts: Prompts, names: Sequence[str], settings:
     for name, texts in found.items():
         kept = [text for text in texts if len(text[0])]
         rows[name] = Rows.of([x for x, _ in kept], [read for _, read in kept] if means else None)
+        for x in (rows[name].x, rows[name].read):
+            check_finite(x, f"{prompts.argument}: {name}")
     return rows
 
 

@@ -238,6 +238,18 @@ def output_width(module: nn.Module) -> int | None:
     return output_width(inner[0]) if len(inner) == 1 else None
 
 
+def block_width(model: nn.Module, name: str) -> int | None:
+    """Number of channels of the output of a transformer's block: what its configuration and the block's norms both say.
+
+    None where they do not, or the module is none of a numbered list.
+    """
+    config: Any = getattr(unwrap(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width, block = getattr(text, "hidden_size", None), get_module(model, name)
+    norms = {output_width(child) for child in block.children() if "norm" in type(child).__name__.lower()}
+    return width if name.rpartition(".")[2].isdigit() and norms == {width} else None
+
+
 def model_name(model: nn.Module) -> str | None:
     """The name or folder that a transformers model was loaded by, if any."""
     return getattr(getattr(unwrap(model), "config", None), "_name_or_path", None) or None

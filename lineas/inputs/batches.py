@@ -39,6 +39,7 @@ class Batch:
     mask: Tensor | None = None  # [B, T], nonzero where a token is real; None where every one is
     prompt_length: Tensor | None = None  # [B], real tokens before the answer of each row; None for prompts alone
     whole: dict[str, Any] | None = None  # the arguments of the batch that this one is some rows of
+    argument: str | None = None  # what messages call the prompts that it was made of; None if the user made it
 
     def mask_of(self, name: str, model: nn.Module) -> Tensor | None:
         """The mask [B, T] of the tokens that module `name` of `model` sees.

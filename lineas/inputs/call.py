@@ -28,6 +28,8 @@ def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     ``use_cache=False``, and under left padding ``position_ids``, the cumulated mask - 1. Without them models with
     absolute positions, like GPT-2, see every prompt shifted by its padding. Models that skip padding by themselves get
     none: vision-language models with positions along three axes (M-RoPE), and the RoBERTa family.
+
+    ValueError, without `forward`, for token ids of prompts that the model has no embeddings for.
     """
     if batch.whole is not None:
         check_images(model, batch.whole)
@@ -35,6 +37,7 @@ def call(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     args, kwargs = _to(batch.args, device), _to(batch.kwargs, device)
     if forward is not None:
         return forward(model, Batch(args, kwargs).data)
+    _check_token_ids(model, batch)
     # A wrapper's forward is (*args, **kwargs): the model inside tells.
     accepted = inspect.signature(unwrap(model).forward).parameters
     batch = by_name(model, batch)
@@ -80,6 +83,27 @@ def check_images(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
                 f"{token} for one; give each prompt one, or batches of the size that is to run, without batch_size= "
                 "and mini_batch="
             )
+
+
+def _check_token_ids(model: nn.Module, batch: Batch) -> None:
+    """ValueError where token ids of prompts are none of the model's: they would take a GPU from the process for good.
+
+    Batches that the user made are left alone: ids beyond the vocabulary may stand for images.
+    """
+    ids = batch.kwargs.get("input_ids")
+    if batch.argument is None or not isinstance(ids, Tensor):
+        return
+    find = getattr(unwrap(model), "get_input_embeddings", None)
+    try:
+        size = getattr(find() if callable(find) else None, "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # of models without
+        return
+    if isinstance(size, int) and not ((ids >= 0) & (ids < size)).all():
+        wrong = int(ids[(ids < 0) | (ids >= size)][0])
+        raise ValueError(
+            f"{batch.argument}: token ids must be from 0 to {size - 1}, which {type(unwrap(model)).__name__} has "
+            f"embeddings for, got {wrong}"
+        )
 
 
 @contextmanager

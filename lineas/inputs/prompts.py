@@ -44,7 +44,7 @@ class Prompts:
         """The prompts `rows`, in that order, or in that order out of each batch that the user made."""
         if isinstance(self.made, tokenize.TokenRows):
             size = batch_size or BATCH_SIZE
-            return [self.made.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+            return [self.made.batch(rows[start : start + size], self.argument) for start in range(0, len(rows), size)]
         rows = np.asarray(rows)
         starts = np.cumsum([0, *self.counts()])
         home = np.searchsorted(starts, rows, side="right") - 1
@@ -60,7 +60,7 @@ class Prompts:
     def first(self) -> Batch:
         """A batch to look at: the first two prompts, or the first batch that the user made."""
         if isinstance(self.made, tokenize.TokenRows):
-            return self.made.batch(range(min(2, len(self.made))))
+            return self.made.batch(range(min(2, len(self.made))), self.argument)
         return self.made[0]
 
     def contents(self) -> Any:
@@ -95,11 +95,15 @@ def read(
         )
     entries = list(data)
     if not entries:
-        raise ValueError(f"{argument} is empty")
+        used_up = ": an iterator can be read once, and this one gave nothing" if isinstance(data, Iterator) else ""
+        raise ValueError(f"{argument} is empty{used_up}")
     if all(map(tokenize.is_message, entries)):
         raise TypeError(f"{argument} is one conversation: give a list of them")
     if tokenize.is_token_ids(entries):
         raise TypeError(f"{argument} is one list of token ids: give a list of them")
+    tokenize.check_token_ids(entries, argument)
+    for i, entry in enumerate(entries):
+        tokenize.check_token_ids(entry, f"{argument}[{i}]")
     kind = _kind(entries)
     if kind is not None:
         return Prompts(tokenize.tokenize(entries, kind, tokenizer, max_length, argument), argument)

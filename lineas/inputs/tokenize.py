@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,13 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
 
-    def batch(self, rows: Sequence[int] | NDArray) -> Batch:
-        """The prompts `rows`, in that order, padded no further than they need."""
+    def batch(self, rows: Sequence[int] | NDArray, argument: str | None = None) -> Batch:
+        """The prompts `rows`, in that order, padded no further than they need; messages call them `argument`."""
         kwargs = {key: self._pad([column[i] for i in rows], key) for key, column in self.columns.items()}
         mask = self._pad([[1] * len(self.columns["input_ids"][i]) for i in rows], "attention_mask")
         ends = self.prompt_lengths
         lengths = None if ends is None else torch.tensor([ends[i] for i in rows], device="cpu")
-        return Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, prompt_length=lengths)
+        return Batch(kwargs={**kwargs, "attention_mask": mask}, mask=mask, prompt_length=lengths, argument=argument)
 
     def _pad(self, rows: Sequence[Sequence[int]], key: str) -> Tensor:
         tensors = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
@@ -69,7 +70,20 @@ def is_token_ids(entry: Any) -> bool:
     """Whether `entry` is a list of token ids, or an array [T] of them."""
     if isinstance(entry, np.ndarray):
         return entry.ndim == 1 and entry.dtype.kind in "iu"
-    return isinstance(entry, list) and bool(entry) and all(type(one) is int for one in entry)
+    return isinstance(entry, list) and bool(entry) and all(map(_is_whole, entry))
+
+
+def check_token_ids(entry: Any, name: str) -> None:
+    """TypeError, which calls it `name`, for a list of numbers that are not all whole."""
+    if not isinstance(entry, list) or not all(isinstance(one, numbers.Number) for one in entry):
+        return
+    for k, one in enumerate(entry):
+        if not _is_whole(one):
+            raise TypeError(f"{name} must be whole numbers where it is token ids, got {one!r} at index {k}")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or isinstance(value, np.integer)
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {

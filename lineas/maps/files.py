@@ -229,7 +229,7 @@ def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
     TypeError
         If it is something else, or its metadata cannot be written as JSON.
     ValueError
-        If a module name cannot be written as UTF-8.
+        If `path` is a folder or in none, or a module name cannot be written as UTF-8.
     OSError
         If the file cannot be written.
     """
@@ -237,6 +237,7 @@ def save(value: SteeringMaps | Record, path: str | PathLike[str]) -> None:
         raise TypeError(
             f"only SteeringMaps, paths, results, evaluations and GaussianMap can be saved, got {type(value).__name__}"
         )
+    check_output(os.fspath(path), "path")
     write(path, "lineas" if isinstance(value, SteeringMaps) else value.FORMAT, *to_tensors(value))
 
 

@@ -81,11 +81,11 @@ def from_vector(
         raise ValueError(f"vector: there is none for module {missing[0]!r}{hint(missing[0], list(maps), 'this')}")
     facts: dict[str, Any] = {"layers": wanted, "scale": scale, "normalize": normalize}
     if model is not None:
-        from ..hooks.modules import get_module, model_name, output_width
+        from ..hooks.modules import block_width, get_module, model_name, output_width
 
         facts["model"] = model_name(model)
         for name in names:
-            width = output_width(get_module(model, name))
+            width = output_width(get_module(model, name)) or block_width(model, name)
             if width not in (None, maps[name].d):
                 raise ValueError(f"vector: module {name!r} has {width} neurons, got {maps[name].d}")
     return SteeringMaps({name: maps[name] for name in names}, describe("vector", **facts))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import as_int
+from .._process import TERMINATED
 
 HOST, PORT = "127.0.0.1", 8000
 
@@ -109,7 +110,7 @@ def serve(
     load_tokenizer: Callable[[], Any],
     load_model: Callable[[], Any],
 ) -> None:
-    """Serve until Ctrl-C. Everything that can be wrong is looked at before it listens."""
+    """Serve until Ctrl-C or SIGTERM. Everything that can be wrong is looked at before it listens."""
     try:
         import uvicorn
 
@@ -147,7 +148,9 @@ def serve(
             print("lineas: everybody who can reach this address can use the model", file=sys.stderr)
         try:
             server.run(sockets=[bound])
-        except KeyboardInterrupt:  # uvicorn hands Ctrl-C on when everything has ended
+        except (KeyboardInterrupt, SystemExit) as end:  # uvicorn hands the signal on when everything has ended
+            if isinstance(end, SystemExit) and end.code != TERMINATED:
+                raise
             print("lineas: the server has ended", file=sys.stderr)
 
 

@@ -292,6 +292,11 @@ X = np.concatenate(SOURCE)
         (lambda: lineas.fit_gate(SOURCE, TARGET, folds=1), "folds must be at least 2, got 1"),
         (lambda: lineas.fit_gate(SOURCE, TARGET, seed=-1), "seed must be at least 0, got -1"),
         (lambda: lineas.fit_gate(SOURCE, TARGET, min_auroc=1.5), "min_auroc must be from 0 to 1, got 1.5"),
+        (lambda: lineas.fit_gate(SOURCE, TARGET, min_auroc=0.9), "min_auroc is for gates of kind 'neuron', got kind"),
+        (
+            lambda: lineas.fit_gate({"a": SOURCE}, {"a": TARGET}, components=D + 1),
+            f"components must be at most the {D} neurons of a, got {D + 1}",
+        ),
         (
             lambda: lineas.fit_gate(SOURCE, TARGET, kind="neuron", ridge=1.0),
             "ridge is for gates of kind 'scalar', got kind 'neuron'",

@@ -205,7 +205,8 @@ def test_bad_streams(rng):
     x = rng.normal(size=(5, 3))
     bad = np.full((1, 3), np.nan)
     for use, error, text in (
-        (lambda: lineas.fit(iter([]), x), ValueError, r"source, batch 0 must have shape \[n, d\], got shape \(0,\)"),
+        (lambda: lineas.fit(iter([]), x), ValueError, "source gave no batches: an iterator can be read once, and this"),
+        (lambda: lineas.fit({"m": x}, {"m": iter([])}), ValueError, r"target\['m'\] gave no batches"),
         (
             lambda: lineas.fit({"a": iter([x, x[:, :2]])}, {"a": x}),
             ValueError,

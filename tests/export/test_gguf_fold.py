@@ -397,7 +397,11 @@ def test_the_command_refuses_in_one_line(path, saved, tmp_path, capsys):
         error = capsys.readouterr().err
         assert code == 2 and error.count("\n") == 1 and error.startswith("lineas: error: ") and message in error
 
+    fails(f"--output: of the GGUF file {path} a GGUF file is made, which must end in .gguf", path, output="new")
     fails("--output: ", path, output="maps.safetensors")
+    (tmp_path / "there.gguf").touch()
+    fails("there.gguf exists", path, output="there.gguf")
+    (tmp_path / "there.gguf").unlink()
     fails("does not exist", path, output="no/steered.gguf")
     fails("--convert is for models of transformers, got the GGUF file", path, "--convert")
     fails("--dtype is for models of transformers, got the GGUF file", path, "--dtype", "bfloat16")
@@ -421,9 +425,13 @@ print([name for name in ("transformers", "scipy", "matplotlib") if name in sys.m
     assert (tmp_path / "steered.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_ctrl_c_in_the_command_leaves_nothing(path, saved, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "lineas: interrupted"), (signal.SIGTERM, 143, "lineas: terminated")],
+)
+def test_a_signal_in_the_command_leaves_nothing(path, saved, tmp_path, number, code, message):
     """A real signal, while the copy waits between two tensors."""
-    code = f"""
+    program = f"""
         import sys, time
         from lineas import cli
         from lineas.export.gguf.container import GGUFFile
@@ -436,15 +444,15 @@ def test_ctrl_c_in_the_command_leaves_nothing(path, saved, tmp_path):
         sys.exit(cli.main(["fold", {str(path)!r}, "--maps", {str(saved)!r}, "-o", {str(tmp_path / "steered.gguf")!r}]))
     """
     run = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert run.stdout.readline() == "copied\n"
         time.sleep(0.1)
         assert any(one.name.startswith(".steered.gguf.") for one in tmp_path.iterdir())
-        run.send_signal(signal.SIGINT)
+        run.send_signal(number)
         _, error = run.communicate(timeout=30)
     finally:
         run.kill()
-    assert run.returncode == 130 and "lineas: interrupted" in error
+    assert run.returncode == code and error.splitlines()[-1] == message and "Traceback" not in error
     assert [one.name for one in tmp_path.iterdir()] == ["maps.safetensors"]

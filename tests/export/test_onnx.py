@@ -3,6 +3,8 @@
 Other models are in the table of benchmarks/parity.py, which `make runtimes` runs.
 """
 
+import warnings
+
 import fold_cases
 import models_zoo as zoo
 import numpy as np
@@ -46,8 +48,10 @@ def test_the_code_of_the_page(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     slider, run, constant = BLOCKS
     known = {"model": model, "tokenizer": tokenizer, "maps": maps}
-    with quiet():
+    with quiet(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         exec(compile(slider, "onnx.md", "exec"), known)
+    assert not [str(one.message) for one in caught if "training" in str(one.message)]
     lineas.detach(model)
     exec(compile(run, "onnx.md", "exec"), known)
     assert len(capsys.readouterr().out.splitlines()) >= 3

@@ -52,6 +52,20 @@ def test_the_loss_is_that_of_attached_maps(llama, kind, tokens):
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_start_with_gates_is_refused_where_the_fit_has_none(llama):
+    pair = prompts(4, 1), prompts(4, 2)
+    maps = lineas.SteeringMaps({name: lineas.AffineMap.identity(16) for name in NAMES}, gates=GATES["token"])
+    text = (
+        r"^init has gates, which a fit takes from gates= alone: .*init=maps.gated\(None\) to start from the maps with"
+    )
+    with pytest.raises(ValueError, match=text):
+        short_fit(llama, *pair, init=maps)
+    assert not short_fit(llama, *pair, init=maps.gated(None), steps=1).maps.gates
+    settings = dict(layers=SITE, progress=False, init={"b": maps}, gates={"a": GATES["token"]})
+    with pytest.raises(ValueError, match=r"^init\['b'\] has gates, which a fit takes from gates\['b'\]= alone"):
+        lineas.fit_sequence(llama, {"a": pair, "b": pair}, **settings)
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("kind", GATES)
 def test_gradients_are_exact(llama, kind, batch_size):

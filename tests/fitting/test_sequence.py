@@ -307,7 +307,7 @@ def test_wrong_strengths(llama, fit):
         with pytest.raises(ValueError, match="must be finite, got inf"):
             handle.strengths = {"a": 0.5, "b": np.inf}
         assert handle.strengths == {"a": 1.0, "b": 1.0}
-        with pytest.raises(KeyError, match="no concept 'd'"):
+        with pytest.raises(KeyError, match=r"no concept .d.; this sequence has a, b"):
             handle["d"]
     with pytest.raises(ValueError, match="has no module"):
         found.attach(zoo.mlp())
@@ -402,6 +402,31 @@ def test_checkpoints_of_other_sequences(fit, fit_one, first, tmp_path):
             fit_one(*TASKS["b"], on_top_of=other, checkpoint=path)
     state = checkpoint.load(path)[1]
     assert isinstance(state["identity"]["digest of on_top_of"], str)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [({}, {"steps": 5}), ({"held_out": HELD_OUT, "patience": 2}, {"patience": 9})],
+    ids=["steps", "patience"],
+)
+def test_a_fit_that_others_stand_on_takes_no_more_steps(llama, fit, tmp_path, settings, more):
+    settings = {"lr": "auto", **settings}
+    done = fit(checkpoint=tmp_path, **settings)
+    before, weights = {path: path.read_bytes() for path in tmp_path.iterdir()}, snapshot(llama)
+    with pytest.raises(ValueError, match=r"a\.safetensors has [23] steps and would go on, .*b\.safetensors") as seen:
+        fit(checkpoint=tmp_path, **{**settings, **more})
+    assert "give steps and patience as before or another folder, or remove" in str(seen.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and snapshot(llama) == weights
+    same_result(fit(checkpoint=tmp_path, **settings), done)
+    (tmp_path / "b.safetensors").unlink()  # as the message says
+    same_result(fit(checkpoint=tmp_path, **{**settings, **more}), fit(**{**settings, **more}))
+
+
+def test_the_last_fit_of_a_sequence_takes_more_steps_where_those_before_have_ended(fit, tmp_path):
+    settings = {"lr": "auto", "held_out": HELD_OUT, "patience": 1, "steps": 40}
+    found = fit(checkpoint=tmp_path, **settings)
+    assert all("no lower held-out loss" in one.stopped for one in found.results.values())
+    same_result(fit(checkpoint=tmp_path, **{**settings, "steps": 50}), found)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -347,6 +347,9 @@ def test_the_handle_is_the_object_of_the_with_block():
     assert hooks_on(model) == 0
     with pytest.raises(RuntimeError, match=r"^these maps were removed from the model: attach them again"):
         handle.__enter__()
+    with pytest.raises(RuntimeError, match="these maps were removed from the model"):
+        handle.strength = 0.7
+    assert handle.strength == 0.4
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -42,6 +42,16 @@ def test_gates_are_those_of_the_texts_tokens(settings, batch_size):
     assert hooks_on(MODEL) == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"kind": "neuron"}, {"site": "auto"}, {"context": "mean"}], ids=str)
+def test_activations_that_are_not_finite_name_prompts_and_module(settings):
+    model = zoo.llama()
+    with torch.no_grad():
+        model.get_submodule(NAMES[1]).weight[3] = torch.nan
+    with pytest.raises(ValueError, match=rf"^source: {NAMES[1]}: nan at row 0, column 3$"):
+        fit(model=model, layers=NAMES[1:], **settings)
+    assert hooks_on(model) == 0
+
+
 def test_selected_tokens_are_samples_and_means_are_over_all():
     name = NAMES[1]
     found = fit(tokens=slice(2, None), context="mean", ridge=0.1)[name]

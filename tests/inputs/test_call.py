@@ -109,6 +109,10 @@ def test_a_tensor_or_a_tuple_is_one_batch_and_a_list_or_a_loader_several():
         (np.ones((2, 2)), TypeError, r"^source\[0\] must be a mapping, a tensor or a tuple, got ndarray"),
         (["a", 3], TypeError, r"^source\[1\] must be a text like the entries before it, got int"),
         (["good", ""], ValueError, r"^source\[1\] has no tokens: ''"),
+        (iter(()), ValueError, "^source is empty: an iterator can be read once, and this one gave nothing"),
+        ([[1, 2.0]], TypeError, r"^source\[0\] must be whole numbers where it is token ids, got 2.0 at index 1"),
+        ([[1, 2], [1, True]], TypeError, r"^source\[1\] must be whole numbers where .*, got True at index 1"),
+        ([0.5, 1], TypeError, r"^source must be whole numbers where it is token ids, got 0.5 at index 0"),
         ({"input_ids": [[1, 2]]}, TypeError, "^source: 'input_ids' must be a tensor, got list .*return_tensors"),
         (
             {"attention_mask": torch.ones(1, 1, 2, 2)},
@@ -120,6 +124,24 @@ def test_a_tensor_or_a_tuple_is_one_batch_and_a_list_or_a_loader_several():
 def test_data_that_is_no_batch_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         batches_of(data)
+
+
+@pytest.mark.parametrize(("wrong", "seen"), [([1, 58], 58), ([-1, 2], -1), (np.array([60000, 1]), 60000)], ids=str)
+def test_token_ids_that_a_model_lacks_are_named(wrong, seen):
+    model, good = models_zoo.llama(), [[1, 2], [3, np.int64(57)]]
+    text = f"token ids must be from 0 to 57, which LlamaForCausalLM has embeddings for, got {seen}"
+    settings = {"layers": models_zoo.NORMS["llama"], "progress": False}
+    assert len(lineas.collect(model, good, **settings)) == models_zoo.LAYERS
+    with pytest.raises(ValueError, match=f"^data: {text}$"):
+        lineas.collect(model, [good[0], wrong], **settings)
+    with pytest.raises(ValueError, match=f"^source: {text}$"):
+        lineas.fit_end_to_end(model, [good[0], wrong], good, steps=1, **settings)
+    with pytest.raises(ValueError, match=f"^target: {text}$"):
+        lineas.fit_gates(model, good, [good[0], wrong], **settings)
+    assert hooks_on(model) == 0
+    batch = {"input_ids": torch.tensor([list(wrong)])}  # as others call it: beyond the vocabulary may be images
+    with pytest.raises(IndexError):
+        call.call(model, batches.as_batch(batch, "data"))
 
 
 def test_texts_without_a_tokenizer_are_refused():

@@ -105,7 +105,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused():
         ([TALK, "a text"], r"^source\[1\] must be a conversation like the entries before it, got str"),
         (["a text", TALK], r"^source\[1\] must be a text like the entries before it, got list"),
         ([3, 4], "^source is one list of token ids: give a list of them"),
-        ([[3, 4], [5.0]], r"^source\[1\] must be a list of token ids like the entries before it, got list"),
+        ([[3, 4], [5.0]], r"^source\[1\] must be whole numbers where it is token ids, got 5.0 at index 0"),
         ([[3, 4], []], r"^source\[1\] must be a list of token ids like the entries before it, got list"),
     ],
 )

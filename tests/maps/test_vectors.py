@@ -131,8 +131,14 @@ def test_vectors_by_layer_of_a_model(llama):
         (np.ones(16), [0, 2, BLOCKS[0]], "layers: module 'model.layers.0' is given twice"),
         (np.ones(16), [1, -2], "layers: module 'model.layers.1' is given twice"),
         (np.ones(16), ["model.norm", "module.model.norm"], "layers: module 'model.norm' is given twice"),
-        (np.ones(8), [0, "model.norm"], "vector: module 'model.norm' has 16 neurons, got 8"),
-        ({0: np.ones(8), "**.q_proj": np.ones(9)}, None, "vector: module 'model.layers.0.self_attn.q_proj' has 16 neu"),
+        (np.ones(8), ["model.norm"], "vector: module 'model.norm' has 16 neurons, got 8"),
+        (np.ones(8), BLOCKS[1], "vector: module 'model.layers.1' has 16 neurons, got 8"),
+        (np.ones(8), [0, "model.norm"], "vector: module 'model.layers.0' has 16 neurons, got 8"),
+        (
+            {0: np.ones(16), "**.q_proj": np.ones(9)},
+            None,
+            "vector: module 'model.layers.0.self_attn.q_proj' has 16 neu",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             SteeringMaps.from_vector(vector, layers, model=llama)

@@ -144,7 +144,8 @@ def ask(port, body):
 
 
 @pytest.mark.slow
-def test_it_serves_until_ctrl_c_which_ends_what_runs(started):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_a_signal_which_ends_what_runs(started, number):
     process, line = started("--maps", "a.safetensors", "second=b.safetensors", "--strength", "0.5")
     assert line.startswith("tiny with maps a, second: http://127.0.0.1:")
     port = int(line.split(":")[3].split()[0])
@@ -154,7 +155,7 @@ def test_it_serves_until_ctrl_c_which_ends_what_runs(started):
 
     stream = ask(port, {"max_tokens": 10**5, "stream": True, "logprobs": 0})
     assert stream.readline().startswith(b"data: ")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     last = stream.read().decode().rstrip().split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
     out, err = process.communicate(timeout=60)
