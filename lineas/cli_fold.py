@@ -66,10 +66,9 @@ def fold(
     """Fold maps into a model of transformers, and write it to a folder, with its tokenizer where it has one."""
     strength = as_strength(args.strength, maps.metadata)
     tokenizer = load_tokenizer() if _may_have_tokenizer(args.model) else None
+    folded: Any = maps.fold(load_model(), strength, inplace=not args.convert, convert=args.convert)
     if tokenizer is None:
         print(f"lineas: {args.model} has no tokenizer files, and {args.output} gets none", file=sys.stderr)
-    model = load_model()
-    folded: Any = maps.fold(model, strength, inplace=not args.convert, convert=args.convert)
     # Beside its place, and there in one step: a folder that is there is whole.
     with tempfile.TemporaryDirectory(dir=args.output.absolute().parent, prefix=f".{args.output.name}-") as place:
         made = Path(place, "model")
