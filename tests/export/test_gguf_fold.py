@@ -432,7 +432,8 @@ print([name for name in ("transformers", "scipy", "matplotlib") if name in sys.m
 def test_a_signal_in_the_command_leaves_nothing(path, saved, tmp_path, number, code, message):
     """A real signal, while the copy waits between two tensors."""
     program = f"""
-        import sys, time
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they run in the background
         from lineas import cli
         from lineas.export.gguf.container import GGUFFile
         chunks = GGUFFile.chunks

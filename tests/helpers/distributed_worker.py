@@ -246,6 +246,7 @@ def main(rank, size, folder):
     distributed.init_process_group(
         "gloo", store=store, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they run in the background
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(400, repeat=True)  # where it hangs, if it does
     results = Results(folder, int(rank))
