@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..maps.files import write
+from ..maps.files import check_output, write
 from .activations import Collected, origin
 from .quantiles import LEAST_SIZE, MOST_SIZE, Quantiles, lanes_of
 
@@ -107,12 +107,13 @@ class ActivationQuantiles(Collected[Quantiles]):
         TypeError
             If the metadata hold what JSON cannot.
         ValueError
-            If no rows were seen, or a module name cannot be written as UTF-8.
+            If no rows were seen, a module name cannot be written as UTF-8, or the folder does not exist.
         OSError
             If the file cannot be written.
         """
         tensors: dict[str, NDArray] = {}
         states = [one._put(f"{name}.", tensors) for name, one in self.items()]
+        check_output(os.fspath(path), "path")
         write(path, self.FORMAT, tensors, {"modules": list(self), "states": states, "metadata": self.metadata})
 
     @classmethod

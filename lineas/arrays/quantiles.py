@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import as_int, as_sample, widen, working_dtype
 from .._threads import get_num_threads
-from ..maps.files import write
+from ..maps.files import check_output, write
 from .moments import Moments, writable
 from .streams import Batches, take_batches
 
@@ -425,12 +425,13 @@ class Quantiles:
         Raises
         ------
         ValueError
-            If no row was seen.
+            If no row was seen, or the folder does not exist.
         OSError
             If the file cannot be written.
         """
         tensors: dict[str, NDArray] = {}
         state = self._put("", tensors)
+        check_output(os.fspath(path), "path")
         write(path, self.FORMAT, tensors, {"state": state})
 
     @classmethod

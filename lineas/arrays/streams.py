@@ -90,6 +90,8 @@ def take_batches(out: Taker, data: Batches, chunk_rows: int | None, of: str = ""
         return summaries([Work(data, out, of or "data")])[0]
     if is_tensor(data):
         check_dense(data, of or "data")
+    elif hasattr(data, "__array__") and not isinstance(data, np.ndarray | type) and not is_stored(data):
+        data = as_sample(data, of or "data")  # data frames, which would give the names of their columns
     if is_stored(data):
         check_sample_shape(data.shape, of or "data")
     if isinstance(data, np.ndarray) or is_tensor(data) or is_stored(data):

@@ -297,3 +297,10 @@ def test_headers_of_several_modules_that_do_not_hold_together(rng, tmp_path, ent
     save_file(load_file(path), path, {"format": found.FORMAT, "version": "1"} | spelled)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {text}"):
         lineas.load(path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    found = lineas.ActivationQuantiles({"layer": lineas.quantiles(np.ones((3, 2)))}, {})
+    for one in (found, found["layer"]):
+        with pytest.raises(ValueError, match=r"path: the folder of .*x.safetensors does not exist"):
+            one.save(tmp_path / "none" / "x.safetensors")

@@ -218,3 +218,13 @@ def test_bad_use(rng):
         one.merge(lineas.moments(np.ones((1, 2))))
     with pytest.raises(TypeError, match=r"other must be a Moments, got ndarray"):
         one.merge(np.ones((1, 3)))
+
+
+def test_a_data_frame_is_one_array():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1.0, 2.0, 4.0], "b": [0.5, 0.25, 1.0]})
+    for found in (lineas.moments(frame), lineas.quantiles(frame).moments):
+        assert found.count == 3
+        np.testing.assert_array_equal(found.mean, lineas.moments(frame.to_numpy()).mean)
+    with pytest.raises(TypeError, match="data must be float16"):
+        lineas.moments(pandas.DataFrame({"a": ["x"]}))
