@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,13 +137,76 @@ CONCEPTS = {
 }
 
 
-class Study:
-    """One model and one concept; everything that is found is kept on disk."""
+class ConceptStudy(ABC):
+    """One model and one concept: the strengths that meet budgets, effect and price there, all kept on disk."""
+
+    name: str
+    folder: Path
+    concept: Concept
+    model: Any
+    tokenizer: Any
+    searched: list[str]  # neutral texts, on which strengths are found
+    priced: list[str]  # others, on which prices are measured
+    budgets: tuple[float, ...]  # nats, of the KL divergence of the next token
+    tried = TRIED
+    new_tokens = NEW_TOKENS
+
+    @abstractmethod
+    def maps(self, method: str) -> SteeringMaps:
+        """The maps of a method, fitted or from disk."""
+
+    def strengths(self, method: str) -> list[float]:
+        """The strengths of a method that meet the budgets on the texts for this, about."""
+        file = self.folder / "strengths.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if method not in found:
+            how: dict[str, Any] = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
+            points = lineas.evaluate(
+                self.model, self.maps(method), neutral=self.searched, strengths=self.tried, **how
+            ).rows()
+            # The root of the divergence is nearly a straight line in the strength. What it then is, is measured.
+            roots = np.maximum.accumulate(np.sqrt([max(row["kl"], 0) for row in points]))
+            strengths = np.interp(np.sqrt(self.budgets), roots, [row["strength"] for row in points])
+            found[method] = [round(float(strength), 3) for strength in strengths]
+            file.write_text(json.dumps(found))
+            print(f"{self.name}: {method} at {found[method]}", flush=True)
+        return found[method]
+
+    def measure(
+        self, methods: Iterable[str], prompts: Sequence[str], samples: int, **settings: Any
+    ) -> lineas.Evaluation:
+        """Effect and price of methods at their strengths."""
+        maps = {method: self.maps(method) for method in methods}
+        start = time.perf_counter()
+        found = lineas.evaluate(
+            self.model,
+            maps,
+            tokenizer=self.tokenizer,
+            prompts=prompts,
+            neutral=self.priced,
+            judges=self.concept.judges(),
+            strengths={method: self.strengths(method) for method in maps},
+            samples=samples,
+            max_new_tokens=self.new_tokens,
+            max_length=MAX_LENGTH,
+            sampling=SAMPLING,
+            checkpoint=self.folder / "evaluation.jsonl",
+            progress=False,
+            **settings,
+        )
+        found.save(self.folder / "evaluation.safetensors")
+        print(f"{self.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
+        return found
+
+
+class Study(ConceptStudy):
+    """One of the models and one of the concepts."""
 
     def __init__(self, name: str, concept: str) -> None:
         self.name, self.folder = f"{name}-{concept}", FOLDER / f"{name}-{concept}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.spec, self.concept = MODELS[name], CONCEPTS[concept]
+        self.budgets = self.spec.budgets
         self.model, self.tokenizer = self.spec.load()
         fit, held_out = self.concept.sets()
         self.fit, self.held_out = fit, held_out
@@ -182,47 +247,12 @@ class Study:
         print(f"{self.name}: {method} fitted in {time.perf_counter() - start:.0f} s", flush=True)
         return maps
 
-    def strengths(self, method: str) -> list[float]:
-        """The strengths of a method that meet the budgets on the texts for this, about."""
-        file = self.folder / "strengths.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        if method not in found:
-            how: dict[str, Any] = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
-            tried = lineas.evaluate(self.model, self.maps(method), neutral=self.searched, strengths=TRIED, **how).rows()
-            # The root of the divergence is nearly a straight line in the strength. What it then is, is measured.
-            roots = np.maximum.accumulate(np.sqrt([max(row["kl"], 0) for row in tried]))
-            strengths = np.interp(np.sqrt(self.spec.budgets), roots, [row["strength"] for row in tried])
-            found[method] = [round(float(strength), 3) for strength in strengths]
-            file.write_text(json.dumps(found))
-            print(f"{self.name}: {method} at {found[method]}", flush=True)
-        return found[method]
-
     def evaluate(self) -> lineas.Evaluation:
         """Effect and price of all methods at their strengths."""
-        methods = {method: self.maps(method) for method in METHODS}
         prompts, samples = self.concept.prompts(), self.concept.samples
         if self.spec.half:
             prompts, samples = (prompts, samples // 2) if samples > 1 else (prompts[::2], 1)
-        start = time.perf_counter()
-        found = lineas.evaluate(
-            self.model,
-            methods,
-            tokenizer=self.tokenizer,
-            prompts=prompts,
-            neutral=self.priced,
-            judges=self.concept.judges(),
-            strengths={method: self.strengths(method) for method in methods},
-            instruction=self.concept.instruction,
-            samples=samples,
-            max_new_tokens=NEW_TOKENS,
-            max_length=MAX_LENGTH,
-            sampling=SAMPLING,
-            checkpoint=self.folder / "evaluation.jsonl",
-            progress=False,
-        )
-        found.save(self.folder / "evaluation.safetensors")
-        print(f"{self.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
-        return found
+        return self.measure(METHODS, prompts, samples, instruction=self.concept.instruction)
 
     def calibrate(self) -> list[dict[str, float]]:
         """The recommended strength by draws of the neutral texts, and its price on texts that it never saw."""

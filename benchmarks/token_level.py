@@ -33,7 +33,7 @@ from _machine import cpu_name
 from _study import ROOT, set_up, write_between
 from _toxicity import clean_texts, comments, insults_sets
 from numpy.typing import NDArray
-from price_and_effect import CONCEPTS, SAMPLING
+from price_and_effect import CONCEPTS, ConceptStudy
 
 import lineas
 from lineas import SteeringMaps
@@ -60,10 +60,13 @@ ROW, ROWS = 128, 32  # tokens in a row of the streams, rows in a forward pass
 EXACT = 50_000  # tokens of each stream that are fitted with all of them in memory as well
 
 
-class Study:
+class Study(ConceptStudy):
     """The model and one concept; what is found is kept on disk."""
 
+    tried = TRIED
+
     def __init__(self, name: str) -> None:
+        self.new_tokens = NEW_TOKENS
         self.name, self.concept, self.folder, self.budgets = name, CONCEPTS[name], FOLDER / name, BUDGETS[name]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = load_smollm2()
@@ -99,22 +102,6 @@ class Study:
             maps.save(file)
         return lineas.load(file)
 
-    def strengths(self, method: str) -> list[float]:
-        """The strengths that meet the budgets on the texts for this, about."""
-        file = self.folder / "strengths.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        if method not in found:
-            how: dict[str, Any] = {"tokenizer": self.tokenizer, "max_length": MAX_LENGTH, "progress": False}
-            tried = lineas.evaluate(self.model, self.maps(method), neutral=self.searched, strengths=TRIED, **how).rows()
-            # The root of the divergence is nearly a straight line in the strength. What it then is, is measured.
-            roots = np.maximum.accumulate(np.sqrt([max(row["kl"], 0) for row in tried]))
-            found[method] = (
-                np.interp(np.sqrt(self.budgets), roots, [row["strength"] for row in tried]).round(3).tolist()
-            )
-            file.write_text(json.dumps(found))
-            print(f"{self.name}: {method} at {found[method]}", flush=True)
-        return found[method]
-
     def distances(self) -> dict[str, dict[str, float]]:
         """Of each method the held-out W2 of token-level and of pooled activations, that of no map = 1, and slopes."""
         file = self.folder / "distances.json"
@@ -147,25 +134,7 @@ class Study:
 
     def evaluate(self) -> lineas.Evaluation:
         """Effect and price of all methods at their strengths."""
-        start = time.perf_counter()
-        found = lineas.evaluate(
-            self.model,
-            {method: self.maps(method) for method in METHODS},
-            tokenizer=self.tokenizer,
-            prompts=self.concept.prompts()[:: STEP[self.name]],
-            neutral=self.priced,
-            judges=self.concept.judges(),
-            strengths={method: self.strengths(method) for method in METHODS},
-            samples=self.concept.samples,
-            max_new_tokens=NEW_TOKENS,
-            max_length=MAX_LENGTH,
-            sampling=SAMPLING,
-            checkpoint=self.folder / "evaluation.jsonl",
-            progress=False,
-        )
-        found.save(self.folder / "evaluation.safetensors")
-        print(f"{self.name}: evaluated in {time.perf_counter() - start:.0f} s", flush=True)
-        return found
+        return self.measure(METHODS, self.concept.prompts()[:: STEP[self.name]], self.concept.samples)
 
 
 # ---- scale -----------------------------------------------------------------------------------------------------------
