@@ -14,9 +14,9 @@ from torch import nn
 from .._checks import as_pair
 from .._version import __version__
 from .._warn import warn
-from ..hooks.attach import warn_of_maps_on
+from ..hooks.attach import check_to_fit
 from ..hooks.collect import read_prompts
-from ..hooks.modules import check_runs, find, model_name, resolve
+from ..hooks.modules import find, model_name, resolve
 from ..hooks.settings import RunSettings, optional, takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
@@ -93,8 +93,7 @@ def fit_end_to_end(model: nn.Module, source: Any, target: Any, settings: FitSett
     UserWarning
         If maps are attached to the model: what is fitted is right only together with them.
     """
-    check_runs(model)
-    warn_of_maps_on(model)
+    check_to_fit(model)
     held_out = optional(as_pair, settings.held_out, "held_out")
     return _fit_on_top_of(model, [(None, (source, target), held_out)], settings, "fit_end_to_end")
 
@@ -136,8 +135,7 @@ def fit_jointly(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], settings
     UserWarning
         If maps are attached to the model: what is fitted is right only together with them.
     """
-    check_runs(model)
-    warn_of_maps_on(model)
+    check_to_fit(model)
     pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")

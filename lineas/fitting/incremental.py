@@ -8,9 +8,9 @@ from torch import nn
 
 from ..arrays.activation_quantiles import size_within
 from ..arrays.quantiles import Quantiles
-from ..hooks.attach import warn_of_maps_on
+from ..hooks.attach import check_to_fit
 from ..hooks.collect import collect_batches, quantiles_of_batches, widths_of
-from ..hooks.modules import check_runs, model_name
+from ..hooks.modules import model_name
 from ..hooks.settings import takes
 from ..hooks.sites import choose_layers
 from ..hooks.tokens import check_fit_tokens
@@ -53,8 +53,7 @@ def fit_incremental(model: nn.Module, source: Any, target: Any, settings: Increm
     UserWarning
         If maps are attached to the model: what is fitted is right only together with them.
     """
-    check_runs(model)
-    warn_of_maps_on(model)
+    check_to_fit(model)
     sides = read_sets(None, (source, target), None, settings)
     sources, targets = (prompts.parts(settings.batch_size) for prompts in sides)
     names, layers = choose_layers(model, settings.layers, say=settings.progress)

@@ -11,8 +11,7 @@ from urllib.parse import quote
 from torch import nn
 
 from .._warn import warn
-from ..hooks.attach import warn_of_maps_on
-from ..hooks.modules import check_runs
+from ..hooks.attach import check_to_fit
 from ..hooks.settings import takes
 from ..inputs.prompts import Sampler
 from ..maps.steering import SteeringMaps
@@ -64,8 +63,7 @@ def fit_sequence(model: nn.Module, tasks: Mapping[str, tuple[Any, Any]], setting
     UserWarning
         If maps are attached to the model: what is fitted is right only together with them.
     """
-    check_runs(model)
-    warn_of_maps_on(model)
+    check_to_fit(model)
     pairs = pairs_by_name("tasks", tasks)
     if len(pairs) < 2:
         raise ValueError(f"tasks must have at least 2 entries, got {len(pairs)}: fit_end_to_end fits one")

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from .. import _core
 from .._checks import as_pair
 from .._warn import warn
-from ..hooks.attach import warn_of_maps_on
-from ..hooks.modules import check_runs
+from ..hooks.attach import check_to_fit
 from ..hooks.settings import optional, takes
 from ..inputs.frozen import frozen
 from ..maps.metadata import describe
@@ -74,8 +73,7 @@ def sparse_path_end_to_end(model: nn.Module, source: Any, target: Any, settings:
     UserWarning
         If maps are attached to the model: what is fitted is right only together with them.
     """
-    check_runs(model)
-    warn_of_maps_on(model)
+    check_to_fit(model)
     processes, model = processes_of(model, settings.process_group)
     with processes.session():
         if processes.rank != 0:

@@ -22,7 +22,7 @@ from .gating import SiteHook, sites_of
 from .graphs import strength_input
 from .layout import tokens_first
 from .map_hook import MapHook, PassHook, likely_output
-from .modules import check_model, find, folded_shifts, get_module, model_name, output_width
+from .modules import check_model, check_runs, find, folded_shifts, get_module, model_name, output_width
 from .strength import Schedule, Settings, Strength, StrengthArray, StrengthValue, as_given, read_strength
 
 
@@ -474,8 +474,9 @@ def attach(
     return handle
 
 
-def warn_of_maps_on(model: nn.Module) -> None:
-    """Warn where a fit would run a model with maps on it, which its own maps would not tell."""
+def check_to_fit(model: nn.Module) -> None:
+    """`check_runs`; warns where a fit would run the model with maps on it, which its own maps would not tell."""
+    check_runs(model)
     on = attached(model)
     if on:
         name = next(iter(on[0].maps))

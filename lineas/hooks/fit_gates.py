@@ -16,10 +16,10 @@ from ..inputs.frozen import frozen
 from ..inputs.prompts import Prompts
 from ..maps.gates import AnyGate, Gate
 from . import outputs
-from .attach import warn_of_maps_on
+from .attach import check_to_fit
 from .capture import Capture, warn_of_repeated
 from .collect import read_prompts, to_numpy
-from .modules import check_runs, get_module
+from .modules import get_module
 from .settings import RunSettings, takes
 from .sites import choose_layers, sites
 from .tokens import BatchTokens, check_fit_tokens
@@ -91,8 +91,7 @@ def fit_gates(model: nn.Module, source: Any, target: Any, settings: FitGatesSett
         If maps are on the model, a module was called a second time before the model was left, or no neuron of a module
         is left open.
     """
-    check_runs(model)
-    warn_of_maps_on(model)
+    check_to_fit(model)
     check_fit_tokens(settings.tokens, model)
     prompts = [read_prompts(data, name, settings) for data, name in ((source, "source"), (target, "target"))]
     names, _ = choose_layers(model, settings.layers, say=settings.progress)
