@@ -8,6 +8,7 @@ from lineas import cli
 
 pytest.importorskip("transformers")
 import models_zoo
+from commands import fails
 
 NORMS = models_zoo.NORMS["llama"]
 
@@ -38,13 +39,6 @@ def run(folder, monkeypatch):
         return cli.main([name, "model", "--quiet", *map(str, arguments)])
 
     return command
-
-
-def fails(capsys, code, message):
-    err = capsys.readouterr().err
-    assert code == 2
-    assert err.count("\n") == 1 and err.startswith("lineas: error: ")
-    assert message in err
 
 
 def test_an_evaluation_is_the_librarys(run, folder, tmp_path, capsys):

@@ -1,18 +1,14 @@
 """The check of accelerators runs, as far as it can without one."""
 
-import importlib
 import re
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from scripts import load_script
 
 
 @pytest.fixture
 def check(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("cuda_check")
+    return load_script(monkeypatch, "cuda_check")
 
 
 def test_the_cpu_does_what_the_cpu_does(check, capsys):

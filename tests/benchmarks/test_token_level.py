@@ -1,27 +1,21 @@
 """The study of token-level fits, from end to end on a tiny model: its tables, its streams, that it goes on."""
 
-import sys
 from itertools import islice
 from pathlib import Path
 
 import models_zoo as zoo
 import numpy as np
 import pytest
+from scripts import load_script
 
 import lineas
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """The script with a tiny model, few texts and a folder of the test."""
     pytest.importorskip("vaderSentiment")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("token_level", "price_and_effect", "sparse_path_smollm2"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import token_level as script
-
+    script = load_script(monkeypatch, "token_level", "price_and_effect", "sparse_path_smollm2")
     model, tokenizer = zoo.llama(), zoo.tokenizer()
     monkeypatch.setattr(script, "load_smollm2", lambda: (model, tokenizer))
     monkeypatch.setattr(script, "clean_texts", lambda part, count, seed, without=(): zoo.texts(4, seed=seed))

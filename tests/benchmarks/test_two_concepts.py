@@ -1,24 +1,16 @@
 """The study of two concepts at once, from end to end on a tiny model: its tables, its judge, that it goes on."""
 
-import sys
-from pathlib import Path
-
 import models_zoo as zoo
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from scripts import BENCHMARKS, load_script
 
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """The script with a tiny model and few short continuations; results are kept in a folder of the test."""
     pytest.importorskip("vaderSentiment")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("two_concepts", "sparse_path_smollm2", "_toxicity_results"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import two_concepts as script
-
+    script = load_script(monkeypatch, "two_concepts", "sparse_path_smollm2", "_toxicity_results")
     model, tokenizer = zoo.llama(), zoo.tokenizer()
     monkeypatch.setattr(script, "load_smollm2", lambda: (model, tokenizer))
     monkeypatch.setattr(script, "eating", lambda: frozenset({"food", "berry"}))
@@ -34,9 +26,7 @@ def test_the_judge_takes_words_and_their_plurals(study):
 
 
 def test_the_sentences_are_as_many_as_the_sets_need():
-    food, other = (
-        (ROOT / "benchmarks" / "data" / f"{name}.txt").read_text().splitlines() for name in ("food", "not_food")
-    )
+    food, other = ((BENCHMARKS / "data" / f"{name}.txt").read_text().splitlines() for name in ("food", "not_food"))
     assert len(set(food)) == len(set(other)) == 48 and not set(food) & set(other)
 
 

@@ -12,7 +12,7 @@ import models_zoo as zoo
 import numpy as np
 import pytest
 import torch
-from fits import Trouble, interrupt, prompts, same_maps, short_fit, snapshot
+from fits import Trouble, interrupt, noisy, prompts, same_maps, short_fit, snapshot
 
 import lineas
 from lineas import AffineMap, SteeringMaps, fit_end_to_end
@@ -36,15 +36,6 @@ def llama():
 @pytest.fixture
 def fit(llama):
     return lambda *sets, model=llama, **settings: short_fit(model, *sets, **{"steps": 6, "patience": None, **settings})
-
-
-def noisy(model, batch):
-    """A forward that draws random numbers, as one of a diffusion model does."""
-    handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: out + 0.1 * torch.randn_like(out))
-    try:
-        return model(**batch)
-    finally:
-        handle.remove()
 
 
 def same_fit(a, b):

@@ -131,16 +131,8 @@ def test_a_cnn_is_mapped_channel_by_channel():
 
 
 def test_a_module_called_twice_is_fitted_at_its_first_call_and_mapped_at_both():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared, self.end = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.end(self.shared(self.shared(x)))
-
     torch.manual_seed(0)
-    model, source, target = Twice(), torch.randn(6, 2), torch.randn(6, 2) + 1
+    model, source, target = models_zoo.Twice(), torch.randn(6, 2), torch.randn(6, 2) + 1
     layers = ["shared", "end"]
     assert_same(
         lineas.fit_incremental(model, source, target, layers=layers, progress=False),

@@ -17,7 +17,7 @@ from pathlib import Path
 import models_zoo as zoo
 import numpy as np
 import torch
-from fits import Trouble
+from fits import Trouble, noisy
 from torch import distributed
 
 import lineas
@@ -112,14 +112,6 @@ def fits(results):
 def checkpointed(results, model):
     """A fit that is interrupted on one process alone, and goes on."""
     own = results.folder / f"{results.rank}-fit.safetensors"  # as if the processes shared no disk
-
-    def noisy(model, batch):
-        handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: out + 0.1 * torch.randn_like(out))
-        try:
-            return model(**batch)
-        finally:
-            handle.remove()
-
     kind = {"l1": 0.02, "steps": 6}
     results.save("whole", together(model, forward=noisy, **kind))
     calls = []

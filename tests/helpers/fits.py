@@ -74,3 +74,12 @@ def use_engine(monkeypatch, engine):
     """Let the engine compute what is on the CPU, or the torch twins that other devices use."""
     for module in (affine, pooling, autograd, parameters):
         monkeypatch.setattr(module, "on_engine", lambda tensor: engine)
+
+
+def noisy(model, batch):
+    """A forward that draws random numbers, as one of a diffusion model does."""
+    handle = model.model.embed_tokens.register_forward_hook(lambda m, args, out: out + 0.1 * torch.randn_like(out))
+    try:
+        return model(**batch)
+    finally:
+        handle.remove()

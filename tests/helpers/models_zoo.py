@@ -142,3 +142,14 @@ def mlp(seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+
+
+class Twice(nn.Module):
+    """A model that calls a module, `shared`, twice in a pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.end = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.end(self.shared(self.shared(x)))

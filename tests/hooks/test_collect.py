@@ -257,22 +257,13 @@ def test_pool_output_keeps_gradients():
     torch.testing.assert_close(x.grad, expected)
 
 
-class Twice(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.shared, self.end = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-
-    def forward(self, x):
-        return self.end(self.shared(self.shared(x)))
-
-
 @pytest.mark.parametrize("function", [lineas.collect, lineas.fit_incremental, lineas.fit_end_to_end])
 def test_a_second_call_of_a_module_is_warned_of_once(function):
     sets = [torch.randn(4, 2), torch.randn(4, 2) + 1]
     sets = [list(one.split(2)) for one in (sets[:1] if function is lineas.collect else sets)]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        function(Twice(), *sets, layers=["shared", "end"], progress=False)
+        function(models_zoo.Twice(), *sets, layers=["shared", "end"], progress=False)
     assert [one.category for one in seen] == [UserWarning] and seen[0].filename == __file__
     assert re.match(r"module 'shared' runs more than once in a forward pass: .* the first call", str(seen[0].message))
 

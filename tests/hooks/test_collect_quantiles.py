@@ -256,15 +256,7 @@ def test_progress_counts_batches(capfd):
 
 
 def test_a_second_call_of_a_module_is_warned_of_once():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared, self.end = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.end(self.shared(self.shared(x)))
-
-    model, x = Twice(), torch.randn(6, 2)
+    model, x = zoo.Twice(), torch.randn(6, 2)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         found = lineas.collect_quantiles(model, list(x.split(2)), layers=["shared", "end"], progress=False)
