@@ -101,10 +101,6 @@ class ObjectiveSettings(RunSettings):
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
 
-    def record(self) -> dict[str, Any]:
-        """The settings that the metadata of maps keep: not on how many processes they were fitted."""
-        return {name: value for name, value in super().record().items() if name != "process_group"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(ObjectiveSettings):

@@ -22,6 +22,7 @@ from ..maps.metadata import POOLINGS, Layers, Selection, check_tokens
 _NOT_RECORDED = {
     *("layers", "loss_layers", "pooling", "tokens", "penalties", "n_penalties", "min_ratio"),
     *("tokenizer", "forward", "progress", "memory", "held_out", "keep", "gates", "init", "on_top_of", "checkpoint"),
+    "process_group",
 }
 
 
